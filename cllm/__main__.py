@@ -1,0 +1,3 @@
+from cllm.cli.main import main
+
+main()

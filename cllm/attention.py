@@ -1,0 +1,76 @@
+"""Who may look at whom, in the form that a Hugging Face model takes.
+
+Shapes: B rows, T query tokens, L key slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from cllm.errors import UnsupportedModelError
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+MASKABLE = ("sdpa", "eager")  # implementations that take a 4-D mask; flash attention takes none
+
+
+def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """The kinds of attention layer of a model and how far each looks back.
+
+    Returns a dict from layer type (``full_attention``, ``sliding_attention``) to the window in tokens, None for no limit.
+    Raises UnsupportedModelError for any other kind of layer.
+    """
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or [SLIDING if window else FULL]
+    odd = sorted(set(kinds) - {FULL, SLIDING})
+    if odd:
+        raise UnsupportedModelError(
+            f"{text.model_type} has layers of type {', '.join(odd)}; Jacobi decoding needs {FULL} or {SLIDING}"
+        )
+    return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError where a cache cannot be rolled back or explicit masks and positions cannot be given."""
+    config = model.config
+    name = getattr(config, "model_type", type(model).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; Jacobi decoding needs a decoder-only causal model")
+    text = config.get_text_config(decoder=True)
+    if getattr(model, "_is_stateful", False) or not DynamicCache(config=text).is_croppable:
+        raise UnsupportedModelError(f"the cache of {name} cannot be rolled back (recurrent state), which Jacobi decoding needs")
+    attention_windows(config)
+    if config._attn_implementation not in MASKABLE:
+        raise UnsupportedModelError(
+            f"attn_implementation is {config._attn_implementation!r}; explicit masks need one of {', '.join(MASKABLE)}"
+        )
+
+
+def model_mask(
+    config: PretrainedConfig,
+    visible_BTL: torch.Tensor,
+    query_positions_BT: torch.Tensor,
+    key_positions_BL: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Turn plain visibility into the ``attention_mask`` argument of ``model(...)``.
+
+    ``visible_BTL`` is boolean. Layers with a sliding window additionally lose what lies ``window`` or more positions back.
+    SDPA gets booleans, eager attention an additive mask of ``dtype``. A model that mixes layer types gets a dict by type.
+    """
+
+    def finish(mask_BTL: torch.Tensor) -> torch.Tensor:
+        mask = mask_BTL[:, None]
+        if config._attn_implementation == "eager":
+            return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        return mask
+
+    masks = {}
+    for kind, window in attention_windows(config).items():
+        mask = visible_BTL
+        if window is not None:
+            mask = mask & (query_positions_BT[:, :, None] - key_positions_BL[:, None, :] < window)
+        masks[kind] = finish(mask)
+    return masks if len(masks) > 1 else next(iter(masks.values()))

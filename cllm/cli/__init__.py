@@ -1,0 +1,1 @@
+"""Thin commands: they read options, call the library and print."""

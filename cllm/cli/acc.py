@@ -1,0 +1,235 @@
+"""Measure accuracy on a task."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cllm.cli.command import add_model_options, add_task_option, command, parser, positive
+from cllm.errors import UsageError
+
+DEFAULT_BLOCK_SIZE = 16
+MATH_SINGLE = "math-single"
+
+logger = logging.getLogger(__name__)
+
+
+def options(task: str | None) -> argparse.ArgumentParser:
+    result = parser(
+        "Answer a task's questions greedily and score the replies. Run again, it goes on where it was stopped.",
+        "cllm acc" if task is None else "acc.py",
+    )
+    add_task_option(result, task)
+    add_model_options(result, "--model_dir")
+    result.add_argument(
+        "--use_consistency_decoding", action="store_true", help="Jacobi decoding; without it, autoregressive decoding"
+    )
+    result.add_argument(
+        "--max_new_tokens_for_consistency", type=positive, help="block size; default: the checkpoint's own, else 16"
+    )
+    result.add_argument("--max_tokens", type=positive, default=1024, help="new tokens per reply at most")
+    result.add_argument("--temperature", type=float, default=0.0, help="only 0 (greedy) so far")
+    result.add_argument("--top_p", type=float, default=1.0, help="without meaning at temperature 0")
+    result.add_argument(
+        "--prompt_type",
+        choices=(MATH_SINGLE,),
+        help="the task's plain text prompt (Question: ... Answer: Let's think step by step.) in the place of the "
+        "tokenizer's chat template. Weaker than --prompt_template and than the template that a CLLM was trained with",
+    )
+    result.add_argument(
+        "--dev_set", default="all", help="only rows with this `source`, upper or lower case; all for every row"
+    )
+    result.add_argument(
+        "--filename",
+        help="rows to answer; default: ./test.jsonl or ./test.jsonl.gz if there, else the hub's test split",
+    )
+    result.add_argument("--data_size", type=positive, help="questions at most")
+    result.add_argument("--batch_size", type=positive, default=8, help="questions answered together")
+    result.add_argument("--seed", type=int, default=0, help="of the fresh guesses and of the bootstrap")
+    result.add_argument("--output_file_name", help="JSONL file of answers; default: cllm_generated_TASK.jsonl")
+    result.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="keep the answers of an earlier run"
+    )
+    result.add_argument("--eval_only", action="store_true", help="score the answers there are, without the model")
+    result.add_argument("--results", help="JSON file of scores; default: OUTPUT_FILE_NAME's name with .accuracy.json")
+    return result
+
+
+@command
+def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
+    args = options(task).parse_args(argv)
+    if args.temperature != 0:
+        raise UsageError(f"temperature must be 0 (greedy): sampling is not available yet, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise UsageError(f"top_p must be above 0 and at most 1, got {args.top_p}")
+    import torch
+
+    from cllm.files import write_json
+
+    args.output_file_name = Path(args.output_file_name or f"cllm_generated_{args.task}.jsonl")
+    args.results = args.results or args.output_file_name.with_suffix(".accuracy.json")
+    try:
+        report = rescore(args) if args.eval_only else run(args)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"out of memory at --batch_size {args.batch_size}; run again with a smaller one, finished answers are kept"
+        ) from error
+    write_json(args.results, report)
+    print(render(report))
+    print(f"\nAnswers: {args.output_file_name}\nScores:  {args.results}")
+
+
+def rescore(args: argparse.Namespace) -> dict[str, Any]:
+    """Score an answer file as it is."""
+    from cllm.evaluation import accuracy
+    from cllm.evaluation.environment import environment
+    from cllm.tasks import get_task
+
+    if args.data_size:
+        raise UsageError("--eval_only scores every answer there is; leave out --data_size")
+    task = get_task(args.task)
+    rows = {row["id"]: row for row in accuracy.read_answers(args.output_file_name)}
+    if not rows:
+        raise UsageError(f"no answers in {args.output_file_name}")
+    chosen = accuracy.select(map(accuracy.example_of, rows.values()), task, args.dev_set, None)
+    settings = accuracy.read_settings(args.output_file_name) or {"task": task.name, "model": args.model}
+    summary = accuracy.summarise(task, accuracy.rescore(task, [rows[e.id] for e in chosen]), seed=args.seed)
+    return {"settings": settings | {"dev_set": args.dev_set}, "environment": environment("cpu"), "summary": summary}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Answer what is not answered yet, and score everything asked for."""
+    from tqdm import tqdm
+
+    from cllm.decoding import JacobiDecoder
+    from cllm.evaluation import accuracy
+    from cllm.evaluation.environment import check_writable, environment
+    from cllm.evaluation.prompt import default_file, encode
+    from cllm.models import context_length, load_model, load_tokenizer, read_record, stop_token_ids
+    from cllm.tasks import get_task
+    from cllm.tasks.source import load_examples
+
+    check_writable(args.results)
+    check_writable(args.output_file_name)
+    task = get_task(args.task)
+    filename = default_file(args.filename, Path.cwd())
+    stream = load_examples(task, filename, "test", None)
+    examples = accuracy.select(stream, task, args.dev_set, args.data_size)
+
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation)
+    record = read_record(model.config)
+    block_size = 1
+    if args.use_consistency_decoding:
+        block_size = args.max_new_tokens_for_consistency or record.get("block_size") or DEFAULT_BLOCK_SIZE
+    template = choose_prompt(args.prompt_template, args.prompt_type, task.plain_template, tokenizer, record)
+    decoder = JacobiDecoder(model, block_size, eos_token_ids=stop_token_ids(model, tokenizer), seed=args.seed)
+    settings = {
+        "task": task.name,
+        "model": args.model,
+        "weights": accuracy.weights_stamp(args.model),
+        "prompt_template": template.text,
+        "block_size": block_size,
+        "max_tokens": args.max_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": model.config._attn_implementation,
+        "seed": args.seed,
+    }
+    answers = accuracy.AnswerFile(args.output_file_name, settings, args.resume)
+    kept = sum(map(answers.has, examples))
+    if kept:
+        logger.info("%d of %d answers are there already, in %s", kept, len(examples), args.output_file_name)
+    context = context_length(model.config)
+    prompts, too_long = encode((e for e in examples if not answers.has(e)), template, tokenizer, context)
+    if too_long:
+        answers.append([accuracy.too_long_row(task, prompt) for prompt in too_long])
+    with tqdm(total=len(prompts), desc="answers", unit="answer", file=sys.stderr, disable=None) as bar:
+        for rows in accuracy.answer(
+            decoder, tokenizer, task, prompts, max_new_tokens=args.max_tokens, batch_size=args.batch_size
+        ):
+            answers.append(rows)
+            bar.update(len(rows))
+    scored = accuracy.rescore(task, [answers.rows[e.id] for e in examples])
+    return {
+        "settings": settings | {"filename": filename or "hub", "dev_set": args.dev_set, "batch_size": args.batch_size},
+        "environment": environment(model.device),
+        "record": record,
+        "bad_rows": dict(stream.bad),
+        "summary": accuracy.summarise(task, scored, seed=args.seed),
+    }
+
+
+def choose_prompt(
+    option: str | None, prompt_type: str | None, plain: str, tokenizer: Any, record: dict[str, Any]
+) -> Any:
+    """``--prompt_template``, else what the checkpoint was trained with, else ``--prompt_type``, else the tokenizer's.
+
+    The checkpoint's own template is stronger than ``--prompt_type``, since the paper's command always gives that
+    one, and a CLLM asked in a form it was not trained on answers worse and slower.
+    """
+    from cllm.prompts import CHAT, PLAIN, choose_template
+
+    trained_with = record.get("prompt_template")
+    if prompt_type and not option and not trained_with:
+        if tokenizer.chat_template:
+            logger.info("--prompt_type %s: plain prompts; --prompt_template chat uses the chat template", prompt_type)
+        option = PLAIN
+    template = choose_template(option, plain, tokenizer, record)
+    if prompt_type and not option and template.text != plain:
+        name = "the chat template" if template.text == CHAT else repr(template.text)
+        logger.info(
+            "the model was trained with %s, which is used; --prompt_type %s is not (--prompt_template plain forces it)",
+            name,
+            prompt_type,
+        )
+    return template
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text for people."""
+    from cllm.prompts import CHAT
+
+    settings, summary = report["settings"], report["summary"]
+    head = [
+        f"{settings.get('model')} on {settings.get('task')}, {summary['answers']} questions; brackets: 95% intervals"
+    ]
+    if "block_size" in settings:
+        width = settings["block_size"]
+        decoding = f"Jacobi decoding, block size {width}" if width > 1 else "autoregressive decoding"
+        prompts = "chat template" if settings["prompt_template"] == CHAT else "plain text template"
+        head.append(f"{decoding}, greedy, {settings['dtype']}, {prompts}, up to {settings['max_tokens']} new tokens")
+    return "\n".join([*head, "", _table(summary), *_notes(report)])
+
+
+def _table(summary: dict[str, Any]) -> str:
+    from cllm.evaluation.table import format_table, number, percent_with_interval, with_interval
+
+    names = list(summary["scores"])
+    rows = []
+    for title, part in {"all": summary, **summary["groups"]}.items():
+        rows.append(
+            [
+                title,
+                str(part["answers"]),
+                *(percent_with_interval(part["scores"][n]["mean"], part["scores"][n]["interval"]) for n in names),
+                with_interval(part["tokens_per_forward"], part["tokens_per_forward_interval"]),
+                number(part["mean_tokens"], 1),
+                str(part["unfinished"]),
+            ]
+        )
+    return format_table(["", "questions", *names, "tokens per\nforward", "mean\ntokens", "cut at\nthe limit"], rows)
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    notes = []
+    too_long = report["summary"]["too_long"]
+    if too_long:
+        some = ", ".join(too_long[:10])
+        notes.append(f"{len(too_long)} prompts fill the model's context and count as wrong: {some}")
+    if report.get("bad_rows"):
+        notes.append("bad rows passed over: " + ", ".join(f"{why}: {n}" for why, n in report["bad_rows"].items()))
+    return notes

@@ -1,0 +1,145 @@
+"""``cllm collect`` and ``data/generate_trajectory_*.py``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cllm.cli.command import add_model_options, add_task_option, command, parser, positive
+from cllm.errors import UsageError
+
+DATA_FOLDER = Path(__file__).parents[2] / "data"
+OUTPUT_FOLDER = "collected_jacobi_trajectory"
+
+
+def build_parser(task: str | None) -> argparse.ArgumentParser:
+    options = parser("Drive a target model with Jacobi iteration and store the trajectories.", "cllm collect")
+    add_task_option(options, task)
+    add_model_options(options, "--model")
+    options.add_argument("--filename", help="local data, plain or .gz; default: the hub dataset")
+    options.add_argument("--max_new_tokens", type=int, default=16, help="block size n")
+    options.add_argument("--max_new_seq_len", type=int, default=512, help="longest response, in tokens")
+    options.add_argument("--use_aug", action="store_true", help="add states with some wrong guesses set right")
+    options.add_argument("--use_labels", action="store_true", help="store the dataset's own answers as well")
+    options.add_argument("--data_size", type=positive, help="use only the first so many examples")
+    options.add_argument("--batch_size", type=positive, default=16, help="prompts decoded together")
+    options.add_argument("--output", help=f"folder to write; default: one named after the settings in data/{OUTPUT_FOLDER}")
+    options.add_argument("--published", metavar="FILE", help="also write the paper's JSON form; blocks then start at 0")
+    options.add_argument("--seed", type=int, default=0, help="of starting guesses and block boundaries")
+    options.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on with what the folder holds"
+    )
+    return options
+
+
+@command
+def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
+    args = build_parser(task).parse_args(argv)
+    if args.max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens (the block size) must be >= 1, got {args.max_new_tokens}")
+    from cllm.tasks import get_task
+    from cllm.tasks.source import load_examples
+
+    chosen = get_task(args.task)
+    examples = load_examples(chosen, args.filename, "train", args.data_size)
+    next(iter(examples))  # a file that cannot be used is refused before a model is loaded
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    collector, settings = _collector(args, chosen)
+    folder = Path(args.output) if args.output else _default_folder(args)
+
+    state = _process_group(processes)
+    from cllm.trajectory.store import TrajectoryWriter, stored_counts
+
+    with state.main_process_first() if state else nullcontext():
+        writer = TrajectoryWriter(folder, settings.as_dict(), resume=args.resume or rank > 0)
+    if rank == 0:
+        print(f"collecting into {folder} ({len(writer.done_ids)} examples there already)", file=sys.stderr)
+    total = _expected(args, chosen)
+    with tqdm(total=total and total // processes, unit="example", disable=rank > 0, smoothing=0.1) as bar:
+        for size in collector.run(
+            examples, writer, batch_size=args.batch_size, rank=rank, processes=processes
+        ):
+            bar.update(size)
+            bar.set_postfix(stored=writer.counts()["kept"])
+    if state:
+        state.wait_for_everyone()
+    if rank == 0:
+        if args.published:
+            _publish(args.published, folder, collector)
+        _report(folder, stored_counts(folder), examples.bad)
+
+
+def _collector(args: argparse.Namespace, task):
+    from cllm.models import load_model, load_tokenizer, read_record
+    from cllm.prompts import choose_template
+    from cllm.trajectory.collect import CollectionSettings, Collector
+
+    device = args.device
+    if device is None and "LOCAL_RANK" in os.environ:
+        import torch
+
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, dtype=args.dtype, device=device, attn_implementation=args.attn_implementation)
+    template = choose_template(args.prompt_template, task.plain_template, tokenizer, read_record(model.config))
+    settings = CollectionSettings(
+        model=args.model,
+        task=args.task,
+        prompt_template=template.text,
+        block_size=args.max_new_tokens,
+        max_new_seq_len=args.max_new_seq_len,
+        use_aug=args.use_aug,
+        use_labels=args.use_labels,
+        aligned=args.published is not None,
+        seed=args.seed,
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.config.get_text_config(decoder=True).vocab_size,
+    )
+    return Collector(model, tokenizer, settings), settings
+
+
+def _process_group(processes: int):
+    if processes == 1:
+        return None
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+
+
+def _default_folder(args: argparse.Namespace) -> Path:
+    base = DATA_FOLDER if DATA_FOLDER.is_dir() else Path.cwd()
+    name = f"{args.task}_{Path(args.model).name}_n{args.max_new_tokens}_len{args.max_new_seq_len}"
+    name += "_aug" * args.use_aug + "_labels" * args.use_labels
+    return base / OUTPUT_FOLDER / name
+
+
+def _expected(args: argparse.Namespace, task) -> int | None:
+    if args.filename is None:
+        return args.data_size
+    rows = sum(1 for _ in task.open(Path(args.filename), "train"))
+    return min(rows, args.data_size or rows)
+
+
+def _publish(path: str, folder: Path, collector) -> None:
+    from cllm.trajectory.published import write_published
+    from cllm.trajectory.store import read_rows
+
+    write_published(path, read_rows(folder), collector.settings.block_size, collector.tokenizer.pad_token_id)
+
+
+def _report(folder: Path, counts: dict, bad) -> None:
+    print(f"{counts['kept']} responses stored in {folder}")
+    for reason, count in sorted(counts["dropped"].items()):
+        print(f"  {count} left out: {reason}")
+    for reason, count in sorted(bad.items()):
+        print(f"  {count} rows passed over: {reason}")
+    if not counts["kept"]:
+        raise UsageError(f"no response was kept; the reasons are above, and nothing can be trained from {folder}")

@@ -1,0 +1,28 @@
+"""The ``cllm`` command."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "collect": "store the Jacobi trajectories of a target model",
+    "train": "fine-tune the target model into a CLLM",
+    "speedup": "measure tokens per forward and tokens per second against AR decoding",
+    "acc": "measure accuracy on a task",
+    "chat": "talk to a model",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Dispatch ``cllm COMMAND ...``; each command module has its own ``main(argv)``."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    usage = "usage: cllm COMMAND [options]\n\n" + "\n".join(f"  {n:<10}{t}" for n, t in COMMANDS.items())
+    if not words or words[0] in ("-h", "--help"):
+        print(usage + "\n\n`cllm COMMAND --help` lists a command's options.")
+        return
+    if words[0] not in COMMANDS:
+        print(f"error: unknown command {words[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    importlib.import_module(f"cllm.cli.{words[0]}").main(words[1:])

@@ -1,0 +1,316 @@
+"""Measure decoding speed, and the quality of the text beside it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cllm.cli.command import add_model_options, add_task_option, command, parser, positive
+from cllm.errors import UsageError
+
+DEFAULT_BLOCK_SIZE = 16
+SHOWN_DIVERGENCES = 5
+
+
+def options(task: str | None) -> argparse.ArgumentParser:
+    from cllm.evaluation.method import BASELINES
+
+    result = parser(
+        "Tokens per forward and per second of Jacobi decoding against autoregressive (AR) decoding of the same model.",
+        "cllm speedup" if task is None else "speedup.py",
+    )
+    add_task_option(result, task)
+    add_model_options(result, "--test_model")
+    result.add_argument("--max_new_tokens", type=positive, help="block size; default: the checkpoint's own, else 16")
+    result.add_argument(
+        "--filename", help="rows to take prompts from; default: ./test.jsonl or ./test.jsonl.gz if there, else the hub"
+    )
+    result.add_argument("--data_size", type=positive, default=500, help="prompts at most")
+    result.add_argument("--max_new_seq_len", type=positive, default=512, help="new tokens per response at most")
+    result.add_argument("--batch_size", type=positive, default=1, help="prompts decoded together")
+    result.add_argument(
+        "--baseline",
+        action="extend",
+        nargs="+",
+        choices=BASELINES,
+        default=[],
+        help="more to compare with, may be repeated; generate and prompt_lookup are Hugging Face's, ar is always there",
+    )
+    result.add_argument(
+        "--window", choices=("sliding", "block"), default="sliding", help="block: the paper's procedure"
+    )
+    result.add_argument(
+        "--target_model", metavar="PATH", help="the model before training: adds its text's quality, side by side"
+    )
+    result.add_argument("--seed", type=int, default=0, help="of the fresh guesses and of the bootstrap")
+    result.add_argument("--output", default="speedup.json", help="where the results go")
+    return result
+
+
+@command
+def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
+    args = options(task).parse_args(argv)
+    import torch
+
+    try:
+        report = run(args)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"out of memory at --batch_size {args.batch_size}; try a smaller one") from error
+    from cllm.files import write_json
+
+    write_json(args.output, report)
+    print(render(report))
+    print(f"\nAll figures, settings and responses: {args.output}")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure; returns what goes into the JSON file."""
+    from cllm.evaluation import method, prompt, quality, speed
+    from cllm.evaluation.environment import check_writable, environment
+    from cllm.models import context_length, load_model, load_tokenizer, read_record, stop_token_ids
+    from cllm.prompts import choose_template
+    from cllm.tasks import get_task
+    from cllm.tasks.source import load_examples
+
+    check_writable(args.output)
+    task = get_task(args.task)
+    filename = prompt.default_file(args.filename, Path.cwd())
+    stream = load_examples(task, filename, "test", args.data_size)
+    examples = list(stream)
+
+    tokenizer = load_tokenizer(args.model)
+    model = _load(load_model, args, args.model)
+    record = read_record(model.config)
+    block_size = args.max_new_tokens or record.get("block_size") or DEFAULT_BLOCK_SIZE
+    template = choose_template(args.prompt_template, task.plain_template, tokenizer, record)
+    target = _load(load_model, args, args.target_model) if args.target_model else None
+    if target is not None and load_tokenizer(args.target_model).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(
+            f"{args.target_model} and {args.model} have different vocabularies, so they cannot be compared"
+        )
+    contexts = [length for m in (model, target) if m is not None and (length := context_length(m.config))]
+    context = min(contexts, default=None)
+    prompts, too_long = prompt.encode(examples, template, tokenizer, context)
+    if not prompts:
+        raise UsageError(f"all {len(too_long)} prompts fill the model's context of {context} tokens")
+
+    eos_ids = stop_token_ids(model, tokenizer)
+    methods = method.build_methods(
+        model, args.baseline, block_size=block_size, window=args.window, eos_ids=eos_ids, seed=args.seed
+    )
+    batches = [[p.ids for p in batch] for batch in prompt.batches(prompts, args.batch_size)]
+    measured = speed.measure(methods, batches, args.max_new_seq_len, context=context, progress=_bar("speed"))
+    figures = speed.summarise(measured, seed=args.seed)
+    ids = {p.example.id: p.ids for p in prompts}
+    parted = speed.divergences(model, measured, ids)
+
+    chosen, own = [p.example for p in prompts], {name: _ids(measured, name) for name in measured.runs}
+    texts = {"jacobi": own[method.JACOBI]}
+    if target is not None:
+        texts["target"] = _target_texts(target, batches, args.max_new_seq_len, context, eos_ids)
+    qualities = {}
+    for name, responses in texts.items():
+        qualities[name] = quality.quality(
+            responses,
+            eos_ids=eos_ids,
+            scores=quality.score_replies(task, chosen, responses, tokenizer),
+            nlls=quality.response_nlls(target, list(ids.values()), responses) if target is not None else None,
+            own_ar=own[method.AR] if name == "jacobi" else None,
+            target=texts["target"] if name == "jacobi" and target is not None else None,
+            seed=args.seed,
+        )
+    return {
+        "settings": {
+            **_settings(args),
+            "block_size": block_size,
+            "filename": filename or f"hub: {task.hub.path}" if task.hub else filename,
+            "prompt_template": template.text,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attn_implementation": model.config._attn_implementation,
+            "eos_token_ids": eos_ids,
+            "metric": task.metric,
+        },
+        "environment": environment(model.device),
+        "record": record,
+        "data": {
+            "prompts": len(prompts),
+            "too_long": [p.example.id for p in too_long],
+            "bad_rows": dict(stream.bad),
+            "context": context,
+        },
+        "labels": {m.name: m.label for m in methods},
+        "methods": figures,
+        "divergences": parted,
+        "quality": {name: asdict(value) for name, value in qualities.items()},
+        "batches": [
+            {
+                name: {"seconds": runs[at].seconds, "prefill_seconds": runs[at].prefill_seconds}
+                for name, runs in measured.runs.items()
+            }
+            for at in range(len(batches))
+        ],
+        "prompts": _prompt_rows(prompts, measured, texts, tokenizer, args.batch_size),
+    }
+
+
+def _load(load_model: Any, args: argparse.Namespace, path: str) -> Any:
+    return load_model(path, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options under their own names; the block size is reported as what it came to."""
+    given = {key: value for key, value in vars(args).items() if key not in ("model", "max_new_tokens")}
+    return {"test_model": args.model} | given
+
+
+def _bar(title: str) -> Any:
+    from tqdm import tqdm
+
+    return lambda items: tqdm(items, desc=title, unit="batch", file=sys.stderr, disable=None)
+
+
+def _ids(measured: Any, name: str) -> list[list[int]]:
+    return [response.token_ids for response in measured.responses(name)]
+
+
+def _target_texts(
+    target: Any, batches: list, max_new_tokens: int, context: int | None, eos_ids: list
+) -> list[list[int]]:
+    """The target model's own AR responses, under the budget that the test model had."""
+    from cllm.decoding import JacobiDecoder
+    from cllm.evaluation.speed import budget
+
+    decoder = JacobiDecoder(target, 1, eos_token_ids=eos_ids)
+    texts = []
+    for batch in _bar("target model")(batches):
+        results = decoder.generate(batch, max_new_tokens=budget(batch, max_new_tokens, context))
+        texts += [result.token_ids for result in results]
+    return texts
+
+
+def _prompt_rows(prompts: Any, measured: Any, texts: dict, tokenizer: Any, batch_size: int) -> list[dict[str, Any]]:
+    from cllm.evaluation.method import AR
+
+    rows = []
+    for at, prompt in enumerate(prompts):
+        row: dict[str, Any] = {"id": prompt.example.id, "prompt_tokens": len(prompt.ids), "batch": at // batch_size}
+        row["methods"] = {}
+        expected = measured.responses(AR)[at].token_ids
+        for name in measured.runs:
+            response = measured.responses(name)[at]
+            facts = {key: value for key, value in asdict(response).items() if key != "token_ids" and value is not None}
+            row["methods"][name] = {
+                "tokens": len(response.token_ids),
+                **facts,
+                "same_as_ar": response.token_ids == expected,
+            }
+        row["responses"] = {
+            name: tokenizer.decode(responses[at], skip_special_tokens=True) for name, responses in texts.items()
+        }
+        rows.append(row)
+    return rows
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text for people."""
+    parts = [_head(report), _speed_table(report), _gain_table(report), *_notes(report), _quality_table(report)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _head(report: dict[str, Any]) -> str:
+    settings, data, on = report["settings"], report["data"], report["environment"]
+    from cllm.prompts import CHAT
+
+    prompts = "chat template" if settings["prompt_template"] == CHAT else "plain text template"
+    precision = f"{settings['dtype']}, {settings['attn_implementation']} attention"
+    machine = f"{on['device']} ({on['device_name']}, {on['threads']} threads)"
+    limits = f"up to {settings['max_new_seq_len']} new tokens, batch size {settings['batch_size']}"
+    lines = [
+        f"{settings['test_model']}: {precision}, on {machine}",
+        f"{data['prompts']} prompts of {settings['task']} ({settings['filename']}), {prompts}",
+        f"{limits}; brackets: 95% intervals",
+    ]
+    if data["too_long"]:
+        lines.append(
+            f"left out: {len(data['too_long'])} prompts that fill the context of {data['context']} tokens: "
+            + ", ".join(data["too_long"][:10])
+        )
+    if data["bad_rows"]:
+        lines.append("bad rows passed over: " + ", ".join(f"{why}: {n}" for why, n in data["bad_rows"].items()))
+    return "\n".join(lines)
+
+
+def _speed_table(report: dict[str, Any]) -> str:
+    from cllm.evaluation.table import format_table, number, percent, with_interval
+
+    header = ["method", "tokens per\nforward", "tokens/s", "speedup\nover AR", "seconds", "of which\nprefill"]
+    rows = []
+    for name, of in report["methods"].items():
+        cells = [
+            report["labels"][name],
+            with_interval(of["tokens_per_forward"], of["tokens_per_forward_interval"]),
+            number(of["tokens_per_second"], 1),
+            with_interval(of["speedup"], of["speedup_interval"]),
+            number(of["seconds"], 1),
+            number(of["prefill_seconds"], 1),
+            percent(of["same_as_ar"]),
+        ]
+        rows.append(cells)
+    return format_table([*header, "same text\nas AR"], rows)
+
+
+def _gain_table(report: dict[str, Any]) -> str:
+    """Where Jacobi decoding's tokens came from."""
+    from cllm.evaluation.method import JACOBI
+    from cllm.evaluation.table import format_table, number
+
+    of, kinds = report["methods"][JACOBI], ("fast_forwarded", "stationary")
+    rows = [
+        [f"{kind.replace('_', '-')} tokens", *(number(of[f"{kind}_per_{per}"]) for per in ("response", "forward"))]
+        for kind in kinds
+    ]
+    return format_table([report["labels"][JACOBI], "per response", "per forward"], rows)
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    from cllm.evaluation.method import JACOBI
+
+    notes = []
+    if "prompt_lookup" in report["methods"] and report["settings"]["batch_size"] > 1:
+        notes.append("Hugging Face's prompt lookup takes one prompt at a time; it was run so.")
+    parted = report["divergences"]
+    if parted:
+        lines = [f"{len(parted)} responses part from AR's (token counted from 0; margin in logits):"]
+        for d in parted[:SHOWN_DIVERGENCES]:
+            where = f"  {report['labels'][d['method']]}, {d['id']}, token {d['token']}: "
+            lines.append(where + _margin(d))
+        if len(parted) > SHOWN_DIVERGENCES:
+            lines.append(f"  ... and {len(parted) - SHOWN_DIVERGENCES} more in the JSON file")
+        notes.append("\n".join(lines))
+    if report["settings"]["dtype"] == "float32" and any(d["method"] == JACOBI for d in parted):
+        notes.append(
+            "WARNING: in float32 Jacobi decoding must write what AR decoding writes. Unless a margin above is tiny "
+            "(a tie), this is a defect: please report it."
+        )
+    return notes
+
+
+def _margin(where: dict[str, Any]) -> str:
+    if where["margin"] is None:
+        return "one ends where the other goes on"
+    return f"id {where['other_choice']} for {where['ar_choice']}, margin {where['margin']:.2g}"
+
+
+def _quality_table(report: dict[str, Any]) -> str:
+    from cllm.evaluation.quality import Quality, quality_table
+
+    titles = {"jacobi": "test model", "target": "target model"}
+    columns = {titles[name]: Quality(**value) for name, value in report["quality"].items()}
+    table = quality_table(columns, report["settings"]["metric"])
+    if "target" not in report["quality"]:
+        table += "\nPass --target_model to see the model before training beside it."
+    return table

@@ -1,0 +1,84 @@
+"""A key-value cache whose rows advance independently and that is never cropped.
+
+Shapes: B rows, H key-value heads, T tokens of a forward, S slots, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+GROWTH = 256  # slots added at least when a layer runs out of them
+
+
+class RowCache(Cache):
+    """Every token's keys and values go to the slot that the caller names before the forward.
+
+    A slot may be written again and again: decoding places a window at its positions, so a later window overwrites what
+    wrong guesses left behind before any mask lets a query see it. Hence no cropping, and no common length of the rows.
+    Slot -1 takes the padding: it can be written and is never returned.
+    """
+
+    def __init__(self) -> None:
+        self.rows_slots_BT = torch.empty(0)
+        self.length = 0
+        super().__init__(layer_class_to_replicate=lambda: RowCacheLayer(self))
+
+    def place(self, slots_BT: torch.Tensor, length: int) -> None:
+        """Say where the next forward writes (``slots_BT``, int64, -1 = nowhere) and that it sees slots 0 .. length - 1."""
+        stride = -(-(length + 1) // GROWTH) * GROWTH
+        if self.layers and self.layers[0].is_initialized:
+            stride = max(stride, self.layers[0].keys.shape[1])
+        rows = torch.arange(len(slots_BT), device=slots_BT.device)[:, None]
+        self.stride, self.length = stride, length
+        self.flat_slots = (rows * stride + slots_BT + 1).flatten()
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only the given rows (int64 indices), in that order."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """No common length exists; positions are always passed explicitly."""
+        return 0
+
+
+class RowCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer as [B, 1 + S, H, D]; element 0 of the second axis is slot -1."""
+
+    is_sliding = False
+
+    def __init__(self, cache: RowCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        B, H, _, D = key_states.shape
+        self.keys = key_states.new_zeros(B, 0, H, D)
+        self.values = value_states.new_zeros(B, 0, H, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write [B, H, T, D] at the placed slots and return the visible slots as [B, H, length, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._write(self.keys, key_states)
+        self.values = self._write(self.values, value_states)
+        visible = slice(1, 1 + self.cache.length)
+        return self.keys[:, visible].transpose(1, 2), self.values[:, visible].transpose(1, 2)
+
+    def _write(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        missing = self.cache.stride - store.shape[1]
+        if missing > 0:
+            store = torch.cat([store, store.new_zeros(store.shape[0], missing, *store.shape[2:])], dim=1)
+        store.view(-1, *store.shape[2:]).index_copy_(0, self.cache.flat_slots, states.transpose(1, 2).flatten(0, 1))
+        return store
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1

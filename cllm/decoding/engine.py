@@ -1,0 +1,342 @@
+"""Jacobi decoding: several tokens per forward pass, the same tokens as autoregressive (AR) decoding.
+
+Paper: arXiv 2403.00835, section 3.1 and Algorithm 1. The engine knows tokens, not text.
+Shapes: B rows, W window width, P longest prompt, T tokens of a forward, S positions of the text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from cllm.attention import check_model, model_mask
+from cllm.decoding.cache import RowCache
+from cllm.decoding.guess import FreshGuess, context_tokens
+from cllm.errors import UsageError
+from cllm.models import context_length
+
+Window = Literal["sliding", "block"]
+Prompts = Sequence[Sequence[int]]
+SLOT_BUCKET = 32  # attention sees a multiple of this many slots, so shapes repeat
+CUDA_SYNC_INTERVAL = 8  # iterations between two looks of the host at a GPU's state
+
+
+class Streamer(Protocol):
+    """What ``transformers.TextStreamer`` offers; ``put`` gets one or more token ids at a time."""
+
+    def put(self, value: torch.Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One forward pass, seen by whoever drives the loop. All tensors live on the model's device."""
+
+    rows_B: torch.Tensor  # which prompt each row belongs to
+    start_B: torch.Tensor  # position of the window's first token, which is verified
+    window_BW: torch.Tensor  # the state that went in
+    choices_BW: torch.Tensor  # the model's choice for the position after each window token
+    emitted_B: torch.Tensor  # how many leading choices joined the output
+    fast_forwarded_B: torch.Tensor  # tokens verified beyond the one that AR would have gained
+    stationary_B: torch.Tensor  # of those, guesses that had stood right behind a wrong one
+    running_B: torch.Tensor  # False for rows that were finished before
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """The response to one prompt and what it cost."""
+
+    token_ids: list[int]  # the end-of-sequence token included where one was reached
+    forwards: int  # prefill counted as one
+    accepted: list[int]  # tokens gained by each forward; sums to len(token_ids)
+    fast_forwarded: int
+    stationary: int
+    stop: Literal["eos", "length", "context"]
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return len(self.token_ids) / self.forwards if self.forwards else 0.0
+
+
+@dataclass
+class _Rows:
+    """The state of the rows still in the batch."""
+
+    ids_B: torch.Tensor
+    seed_B: torch.Tensor
+    text_BS: torch.Tensor
+    start_B: torch.Tensor
+    end_B: torch.Tensor  # first position that the row may not fill
+    window_BW: torch.Tensor
+    stayed_BW: torch.Tensor  # the guess was there, unchanged, one iteration ago
+    held_B: torch.Tensor  # tokens of the present block verified so far (block mode)
+    done_B: torch.Tensor
+
+    def select(self, rows: torch.Tensor) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, value[rows])
+
+
+class JacobiDecoder:
+    """Greedy Jacobi decoding of any causal language model with full or sliding-window attention.
+
+    ``block_size`` n: with ``window="sliding"`` the window holds the last verified token and n - 1 guesses, and slides on by
+    what each iteration verifies; with ``window="block"`` (the paper's procedure) n guesses behind the verified text are
+    iterated until nothing changes, then the next n follow. ``block_size=1`` with a sliding window is AR decoding.
+
+    Raises UsageError for a block size below 1 or beyond the model's context, UnsupportedModelError for models whose cache
+    cannot be rolled back.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        block_size: int = 16,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        window: Window = "sliding",
+        guess: FreshGuess = context_tokens,
+        seed: int = 0,
+    ) -> None:
+        check_model(model)
+        self.context = context_length(model.config)
+        if not 1 <= block_size <= (self.context or block_size):
+            raise UsageError(f"block_size must be between 1 and the context length {self.context}, got {block_size}")
+        if window not in ("sliding", "block"):
+            raise UsageError(f"window must be 'sliding' or 'block', got {window!r}")
+        self.model, self.block_size, self.window, self.guess, self.seed = model, block_size, window, guess, seed
+        self.width = block_size + (window == "block")
+        self.device = model.get_input_embeddings().weight.device
+        self.eos_ids = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=self.device)
+        self.sync_interval = 1 if self.device.type == "cpu" else CUDA_SYNC_INTERVAL
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    # ---------------------------------------------------------------- public
+
+    def generate(
+        self,
+        input_ids: torch.Tensor | Prompts,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        streamer: Streamer | None = None,
+    ) -> list[RowResult]:
+        """Decode a batch; the results are in the order of the prompts.
+
+        ``input_ids``: a list of prompts, or [B, P] padded on either side with its ``attention_mask``.
+        ``max_new_tokens``: per row; a row also stops at an end-of-sequence id or at the end of the model's context.
+        """
+        prompts = unpad(input_ids, attention_mask)
+        if streamer is not None:
+            if len(prompts) != 1:
+                raise UsageError(f"a streamer takes one prompt at a time, got {len(prompts)}")
+            streamer.put(torch.tensor(prompts[0]))
+        history = []
+        for iteration in self.iterate(prompts, max_new_tokens=max_new_tokens):
+            history.append(iteration)
+            if streamer is not None and (emitted := int(iteration.emitted_B[0])):
+                streamer.put(iteration.choices_BW[0, :emitted].cpu())
+        if streamer is not None:
+            streamer.end()
+        return self._collect(prompts, history, max_new_tokens)
+
+    @torch.inference_mode()
+    def iterate(self, prompts: Prompts, *, max_new_tokens: int) -> Iterator[Iteration]:
+        """The loop itself: one :class:`Iteration` per forward, until every row is finished.
+
+        Raises UsageError for an empty prompt, or one that leaves no room in the model's context.
+        """
+        self._check(prompts, max_new_tokens)
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield from self._loop(prompts, max_new_tokens)
+        finally:
+            self.model.train(training)
+
+    # ------------------------------------------------------------- internals
+
+    def _check(self, prompts: Prompts, max_new_tokens: int) -> None:
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+        for index, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise UsageError(f"prompt {index} is empty; decoding needs at least one token to start from")
+            if self.context is not None and len(prompt) >= self.context:
+                raise UsageError(
+                    f"prompt {index} has {len(prompt)} tokens, which leaves no room in the model's context of {self.context}"
+                )
+
+    def _loop(self, prompts: Prompts, max_new_tokens: int) -> Iterator[Iteration]:
+        rows, prefix_BT = self._start(prompts, max_new_tokens)
+        cache = RowCache()
+        longest = max(map(len, prompts), default=0)
+        reach = longest - 1 + self.width  # no row's window ends beyond this
+        step = 0
+        while len(rows.ids_B):
+            tokens, positions = rows.window_BW, rows.start_B[:, None] + torch.arange(self.width, device=self.device)
+            if step == 0:  # the prefill is the first iteration: the prompt goes in front of the window
+                ahead = torch.arange(1 - longest, 0, device=self.device)
+                tokens = torch.cat([prefix_BT, tokens], dim=1)
+                positions = torch.cat([(rows.start_B[:, None] + ahead).clamp(min=-1), positions], dim=1)
+            choices = self._choose(tokens, positions, cache, reach)
+            yield self._advance(rows, choices)
+            step += 1
+            reach += self.width
+            if step % self.sync_interval == 0:
+                running = (~rows.done_B).nonzero().flatten()
+                if len(running) < len(rows.ids_B):
+                    rows.select(running)
+                    cache.select(running)
+                if len(running):
+                    reach = int(rows.start_B.max()) + self.width
+
+    def _start(self, prompts: Prompts, max_new_tokens: int) -> tuple[_Rows, torch.Tensor]:
+        """The rows before the first forward, and what precedes their windows: [B, P - 1], padded on the left."""
+        B, longest = len(prompts), max(map(len, prompts), default=0)
+        text = torch.zeros(B, longest + max_new_tokens + 2 * self.width, dtype=torch.long)
+        prefix = torch.zeros(B, max(longest - 1, 0), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids = torch.as_tensor(prompt, dtype=torch.long)
+            text[row, : len(ids)] = ids
+            prefix[row, longest - len(ids) :] = ids[:-1]
+        text = text.to(self.device)
+        length = torch.tensor([len(p) for p in prompts], dtype=torch.long, device=self.device)
+        seed = torch.full_like(length, self.seed)
+        end = length + max_new_tokens
+        if self.context is not None:
+            end = end.clamp(max=self.context)
+        rows = _Rows(
+            ids_B=torch.arange(B, device=self.device),
+            seed_B=seed,
+            text_BS=text,
+            start_B=length - 1,
+            end_B=end,
+            window_BW=torch.empty(0),
+            stayed_BW=torch.zeros(B, self.width, dtype=torch.bool, device=self.device),
+            held_B=torch.zeros_like(length),
+            done_B=torch.zeros(B, dtype=torch.bool, device=self.device),
+        )
+        if B:
+            positions = rows.start_B[:, None] + torch.arange(self.width, device=self.device)
+            guesses = self.guess(text, length, positions, seed)
+            guesses[:, 0] = text.gather(1, rows.start_B[:, None])[:, 0]
+            rows.window_BW = guesses
+        return rows, prefix.to(self.device)
+
+    def _choose(
+        self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, cache: RowCache, reach: int
+    ) -> torch.Tensor:
+        """One forward; the model's choices [B, W] behind the last W tokens. Position -1 marks padding."""
+        length = -(-reach // SLOT_BUCKET) * SLOT_BUCKET
+        cache.place(positions_BT, length)
+        seen_BT = positions_BT.clamp(min=0)
+        slots_1L = torch.arange(length, device=self.device)[None]
+        visible_BTL = slots_1L[:, None, :] <= seen_BT[:, :, None]
+        position_ids = seen_BT if self.context is None else seen_BT.clamp(max=self.context - 1)
+        keep = {"logits_to_keep": self.width} if self._keeps_logits else {}
+        output = self.model(
+            input_ids=tokens_BT,
+            attention_mask=model_mask(self.model.config, visible_BTL, seen_BT, slots_1L, self.model.dtype),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            **keep,
+        )
+        return output.logits[:, -self.width :].argmax(dim=-1)
+
+    def _advance(self, rows: _Rows, choices_BW: torch.Tensor) -> Iteration:
+        """Accept what the forward verified, move the windows on, fill them up. No value leaves the device."""
+        W, window = self.width, rows.window_BW
+        right = window[:, 1:] == choices_BW[:, :-1]
+        matched_B = right.long().cumprod(dim=1).sum(dim=1)
+        verified_B, advance_B, ends_B = self._accept(rows, choices_BW, matched_B)
+
+        gained_B = verified_B - rows.held_B
+        order_W = torch.arange(W, device=self.device)
+        newly_BW = (order_W > rows.held_B[:, None]) & (order_W < verified_B[:, None])
+        iteration = Iteration(
+            rows_B=rows.ids_B,
+            start_B=rows.start_B,
+            window_BW=window,
+            choices_BW=choices_BW,
+            emitted_B=advance_B,
+            fast_forwarded_B=(gained_B - 1).clamp(min=0),
+            stationary_B=(newly_BW & rows.stayed_BW).sum(dim=1),
+            running_B=~rows.done_B,
+        )
+        # The text gets all choices; those not verified are overwritten later, like stale cache entries.
+        rows.text_BS.scatter_(1, rows.start_B[:, None] + 1 + order_W, choices_BW)
+        rows.start_B = rows.start_B + advance_B
+        moved_B = advance_B > 0
+        rows.held_B = torch.zeros_like(rows.held_B) if self.window == "sliding" else verified_B * ~moved_B
+        rows.done_B = rows.done_B | ends_B
+
+        source_BW = advance_B[:, None] + order_W
+        kept = W + (self.window == "sliding")  # block mode starts every block from fresh guesses only
+        shifted = torch.cat([window[:, :1], choices_BW], dim=1).gather(1, source_BW.clamp(max=W))
+        fresh = self.guess(rows.text_BS, rows.start_B + 1, rows.start_B[:, None] + order_W, rows.seed_B)
+        rows.window_BW = torch.where(source_BW < kept, shifted, fresh)
+        stood = torch.nn.functional.pad(right, (1, 1)).gather(1, source_BW.clamp(max=W))
+        rows.stayed_BW = stood & (source_BW < W)
+        return iteration
+
+    def _accept(
+        self, rows: _Rows, choices_BW: torch.Tensor, matched_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """How many choices are verified, how many join the output, and whether the row ends with them."""
+        room_B = rows.end_B - rows.start_B - 1
+        order_W = torch.arange(self.width, device=self.device)
+        eos_BW = torch.isin(choices_BW, self.eos_ids)
+        first_eos_B = torch.where(eos_BW, order_W, self.width).amin(dim=1)
+        last_B = torch.minimum(room_B, first_eos_B + 1)  # no more choices than this belong to the row
+        verified_B = (matched_B + 1).clamp(max=self.block_size)
+        if self.window == "block":
+            fixed = matched_B == self.block_size
+            advance_B = torch.minimum(torch.where(fixed, self.block_size, 0), last_B)
+        else:
+            advance_B = torch.minimum(verified_B, last_B)
+        verified_B = torch.minimum(verified_B, last_B)
+        running = ~rows.done_B
+        ends_B = running & (advance_B > 0) & (advance_B == last_B)
+        return verified_B * running, advance_B * running, ends_B
+
+    def _collect(self, prompts: Prompts, history: list[Iteration], max_new_tokens: int) -> list[RowResult]:
+        tokens: list[list[int]] = [[] for _ in prompts]
+        accepted: list[list[int]] = [[] for _ in prompts]
+        fast, stationary = [0] * len(prompts), [0] * len(prompts)
+        for it in history:
+            columns = (it.rows_B, it.emitted_B, it.fast_forwarded_B, it.stationary_B, it.running_B)
+            choices = it.choices_BW.tolist()
+            for index, (row, emitted, ff, st, running) in enumerate(torch.stack(columns, dim=1).tolist()):
+                if running:
+                    tokens[row] += choices[index][:emitted]
+                    accepted[row].append(emitted)
+                    fast[row] += ff
+                    stationary[row] += st
+        eos = set(self.eos_ids.tolist())
+        results = []
+        for row, ids in enumerate(tokens):
+            cut = "length" if len(ids) == max_new_tokens else "context"
+            stop = "eos" if ids and ids[-1] in eos else cut
+            results.append(RowResult(ids, len(accepted[row]), accepted[row], fast[row], stationary[row], stop))
+        return results
+
+
+def unpad(input_ids: torch.Tensor | Prompts, attention_mask: torch.Tensor | None = None) -> list[list[int]]:
+    """A batch as plain lists of token ids, whichever side it was padded on."""
+    if not isinstance(input_ids, torch.Tensor):
+        return [[int(token) for token in prompt] for prompt in input_ids]
+    if input_ids.dim() != 2:
+        raise UsageError(f"input_ids must have shape [B, P], got {list(input_ids.shape)}")
+    if attention_mask is None:
+        return input_ids.tolist()
+    if attention_mask.shape != input_ids.shape:
+        raise UsageError(f"attention_mask {list(attention_mask.shape)} does not fit input_ids {list(input_ids.shape)}")
+    return [ids[keep].tolist() for ids, keep in zip(input_ids, attention_mask.bool())]

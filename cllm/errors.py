@@ -1,0 +1,12 @@
+"""The errors that a user can cause, told apart from defects of the program."""
+
+
+class UsageError(ValueError):
+    """Input that cannot be worked with. The message says what was got and what is allowed.
+
+    Commands print the message without a traceback and exit with status 2 (:func:`cllm.cli.main.run`).
+    """
+
+
+class UnsupportedModelError(UsageError):
+    """A model whose cache cannot be rolled back, or whose attention cannot take the masks that decoding needs."""

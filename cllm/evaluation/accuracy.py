@@ -1,0 +1,230 @@
+"""Accuracy on a task: answers go to a JSONL file batch by batch, are picked up again after a stop, and get scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from cllm.decoding import JacobiDecoder, RowResult
+from cllm.errors import UsageError
+from cllm.evaluation.interval import ratio_interval
+from cllm.evaluation.prompt import Prompt, batches
+from cllm.evaluation.quality import mean_interval
+from cllm.files import append_jsonl, read_jsonl_tolerant, write_json
+from cllm.tasks.base import Example, Task
+
+Row = dict[str, Any]  # one line of the answer file
+TOO_LONG = "prompt too long"
+MOST_GROUPS = 20  # values of a tag; one with more is no grouping
+NEEDED = ("id", "question", "target", "reply")
+
+
+class AnswerFile:
+    """An append-only JSONL file of answers, and beside it the settings that made them.
+
+    Opened for an earlier run's file it takes that run's answers over, by example id. Raises UsageError, naming each
+    difference, if the settings are not the same, and if the file is there without its settings.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], resume: bool = True) -> None:
+        self.path = Path(path)
+        self.settings_path = settings_path(self.path)
+        self.rows: dict[str, Row] = {}
+        if not resume:
+            self.path.unlink(missing_ok=True)
+        if self.path.exists() and self.path.stat().st_size:
+            self._check(settings)
+            self.rows = {row["id"]: row for row in read_answers(self.path)}
+        write_json(self.settings_path, dict(settings))
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Store rows; they are on the disk when this returns."""
+        append_jsonl(self.path, rows)
+        self.rows.update((row["id"], row) for row in rows)
+
+    def has(self, example: Example) -> bool:
+        """Whether the example was answered. Raises UsageError if the file answers another question under its id."""
+        row = self.rows.get(example.id)
+        if row is None:
+            return False
+        if row["question"] != question_of(example) or row["target"] != _plain(example.target):
+            raise UsageError(
+                f"{self.path} answers another question as {example.id}; it belongs to another --filename. "
+                "Choose another --output_file_name, or pass --no-resume to start anew"
+            )
+        return True
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        earlier = read_settings(self.path)
+        if earlier is None:
+            raise UsageError(
+                f"{self.path} exists, but not {self.settings_path.name}, which would say how it was made; "
+                "choose another --output_file_name, or pass --no-resume to overwrite it"
+            )
+        now = _plain(dict(settings))
+        keys = [key for key in {**earlier, **now} if earlier.get(key) != now.get(key)]
+        if keys:
+            differences = "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in keys)
+            raise UsageError(
+                f"{self.path} was made with other settings: {differences}. "
+                "Choose another --output_file_name, or pass --no-resume to overwrite it"
+            )
+
+
+def settings_path(answers: Path) -> Path:
+    return answers.with_name(answers.name + ".settings.json")
+
+
+def read_settings(answers: Path) -> dict[str, Any] | None:
+    """The settings that made an answer file, None where they are missing or damaged."""
+    try:
+        value = json.loads(settings_path(answers).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_answers(path: str | Path) -> list[Row]:
+    """The rows of an answer file. Raises UsageError if there are none, or one is no answer."""
+    rows = read_jsonl_tolerant(path)
+    for row in rows:
+        missing = [name for name in NEEDED if name not in row]
+        if missing:
+            raise UsageError(f"{path} is not a file of answers: a row has no {', '.join(missing)}")
+    return rows
+
+
+def answer(
+    decoder: JacobiDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[list[Row]]:
+    """Decode prompts, the shortest first so that batches have little padding, and yield the rows of each batch."""
+    for batch in batches(sorted(prompts, key=lambda prompt: len(prompt.ids)), batch_size):
+        results = decoder.generate([prompt.ids for prompt in batch], max_new_tokens=max_new_tokens)
+        yield [_row(task, prompt, result, tokenizer) for prompt, result in zip(batch, results, strict=True)]
+
+
+def too_long_row(task: Task, prompt: Prompt) -> Row:
+    """A prompt that leaves no room in the model's context: an empty reply, which counts as wrong."""
+    return _scored(task, prompt, "", {"tokens": 0, "forwards": 0, "stop": TOO_LONG})
+
+
+def _row(task: Task, prompt: Prompt, result: RowResult, tokenizer: PreTrainedTokenizerBase) -> Row:
+    reply = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
+    counts = {"tokens": len(result.token_ids), "forwards": result.forwards, "stop": result.stop}
+    return _scored(task, prompt, reply, counts)
+
+
+def _scored(task: Task, prompt: Prompt, reply: str, counts: Row) -> Row:
+    example = prompt.example
+    row = {"id": example.id, "question": question_of(example), "target": _plain(example.target), "reply": reply}
+    return row | {"tags": dict(example.tags)} | task.score(reply, example) | {"prompt_tokens": len(prompt.ids)} | counts
+
+
+def question_of(example: Example) -> str:
+    return example.messages[-1]["content"]
+
+
+def source_of(example: Example, task: Task) -> str:
+    """What ``--dev_set`` looks at: the row's ``source``, or the task's name where rows have none."""
+    return example.tags.get("source", task.name).lower()
+
+
+def select(examples: Iterable[Example], task: Task, dev_set: str, limit: int | None) -> list[Example]:
+    """The examples of one source (``all`` for every one), at most ``limit``. Raises UsageError when there is none."""
+    chosen: list[Example] = []
+    sources: dict[str, None] = {}
+    for example in examples:
+        sources[source_of(example, task)] = None
+        if dev_set.lower() in ("all", source_of(example, task)):
+            chosen.append(example)
+            if limit is not None and len(chosen) == limit:
+                break
+    if not chosen:
+        raise UsageError(
+            f"no row has the source {dev_set!r}; choose from all, {', '.join(list(sources)[:MOST_GROUPS])}"
+        )
+    return chosen
+
+
+def rescore(task: Task, rows: Iterable[Row]) -> list[Row]:
+    """The rows with fresh scores, from their own question, target and reply."""
+    return [row | task.score(row["reply"], example_of(row)) for row in rows]
+
+
+def example_of(row: Row) -> Example:
+    """The example that a row answers, as far as scoring needs it."""
+    message = {"role": "user", "content": row["question"]}
+    return Example(row["id"], (message,), None, row["target"], row.get("tags") or {})  # type: ignore[arg-type]
+
+
+def summarise(task: Task, rows: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:
+    """Scores with 95% intervals, TPF and length, of all rows and of each group of them. Rows must have been scored."""
+    summary = _summary(task, rows, seed)
+    summary["groups"] = {name: _summary(task, group, seed) for name, group in groups(rows).items()}
+    return summary
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by ``tag=value``, for tags that have between 2 and 20 values."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        for tag, value in (row.get("tags") or {}).items():
+            found.setdefault(tag, {}).setdefault(str(value), []).append(row)
+    useful = {tag: values for tag, values in found.items() if 2 <= len(values) <= MOST_GROUPS}
+    return {f"{tag}={value}": group for tag, values in useful.items() for value, group in sorted(values.items())}
+
+
+def _summary(task: Task, rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    answered = [row for row in rows if row.get("stop") != TOO_LONG]
+    tokens, forwards = [[row.get(key, 0) for row in answered] for key in ("tokens", "forwards")]
+    return {
+        "answers": len(rows),
+        "scores": {name: _score(rows, name, seed) for name in score_names(task, rows)},
+        "tokens_per_forward": sum(tokens) / sum(forwards) if sum(forwards) else None,
+        "tokens_per_forward_interval": ratio_interval(tokens, forwards, seed=seed) if sum(forwards) else None,
+        "mean_tokens": sum(tokens) / len(tokens) if tokens else None,
+        "unfinished": sum(row.get("stop") in ("length", "context") for row in answered),
+        "too_long": [row["id"] for row in rows if row.get("stop") == TOO_LONG],
+    }
+
+
+def _score(rows: Sequence[Row], name: str, seed: int) -> dict[str, Any]:
+    values = [row[name] for row in rows]
+    return {"mean": sum(values) / len(values), "interval": mean_interval(values, seed=seed), "sum": sum(values)}
+
+
+def score_names(task: Task, rows: Sequence[Row]) -> list[str]:
+    """What the task scores, its main metric first."""
+    if not rows:
+        return [task.metric]
+    names = list(task.score("", example_of(rows[0])))
+    return sorted(names, key=lambda name: name != task.metric)
+
+
+def weights_stamp(path: str | Path) -> str | None:
+    """Changes when the files of a checkpoint folder do, so that answers of two models never end up in one file."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
+            facts = file.stat()
+            digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON makes of a value."""
+    return json.loads(json.dumps(value))

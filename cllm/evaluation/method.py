@@ -1,0 +1,139 @@
+"""Ways to decode greedily that are measured against each other: our engine, and Hugging Face ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from cllm.decoding import JacobiDecoder
+from cllm.errors import UsageError
+from cllm.trajectory.hygiene import cut_at_eos
+
+JACOBI, AR, GENERATE, PROMPT_LOOKUP = "jacobi", "ar", "generate", "prompt_lookup"
+BASELINES = (AR, GENERATE, PROMPT_LOOKUP)
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a method wrote for one prompt. Statistics that only our engine has are None elsewhere."""
+
+    token_ids: list[int]
+    forwards: int  # prefill counted as one
+    fast_forwarded: int | None = None
+    stationary: int | None = None
+    accepted: list[int] | None = None  # tokens gained by each forward
+
+
+class Method(Protocol):
+    """A way to decode a batch of prompts greedily."""
+
+    name: str
+    label: str
+    model: PreTrainedModel
+    one_by_one: bool  # takes a single prompt per call
+
+    def decode(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Response]: ...
+
+
+class Engine:
+    """Our engine, at any width."""
+
+    one_by_one = False
+
+    def __init__(self, decoder: JacobiDecoder, name: str, label: str) -> None:
+        self.decoder, self.name, self.label, self.model = decoder, name, label, decoder.model
+
+    def decode(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Response]:
+        results = self.decoder.generate(prompts, max_new_tokens=max_new_tokens)
+        return [Response(r.token_ids, r.forwards, r.fast_forwarded, r.stationary, r.accepted) for r in results]
+
+
+class HuggingFace:
+    """``model.generate``, greedy; with ``lookup`` tokens drafted from the text so far (prompt lookup, batch 1)."""
+
+    def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int], lookup: int | None = None) -> None:
+        self.model, self.eos_ids, self.lookup = model, list(eos_ids), lookup
+        self.name, self.one_by_one = (PROMPT_LOOKUP, True) if lookup else (GENERATE, False)
+        self.label = f"HF prompt lookup {lookup}" if lookup else "HF generate"
+
+    def decode(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Response]:
+        ids_BP, mask_BP = pad_left(prompts, self.eos_ids[0], self.model.device)
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.eos_ids[0],
+            prompt_lookup_num_tokens=self.lookup,
+        )
+        try:
+            with _no_defaults(self.model), count_forwards(self.model) as forwards, torch.inference_mode():
+                generate: Any = self.model.generate
+                output_BT = generate(ids_BP, attention_mask=mask_BP, generation_config=settings)
+        except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
+            raise UsageError(f"{self.label} does not work with this model: {error}") from error
+        responses = [cut_at_eos(row, set(self.eos_ids)) for row in output_BT[:, ids_BP.shape[1] :].tolist()]
+        if self.lookup:
+            return [Response(responses[0], len(forwards))]
+        return [Response(ids, len(ids)) for ids in responses]
+
+
+def build_methods(
+    model: PreTrainedModel,
+    names: Collection[str],
+    *,
+    block_size: int,
+    window: str = "sliding",
+    eos_ids: Sequence[int],
+    seed: int = 0,
+) -> list[Method]:
+    """The Jacobi engine, the engine at width 1, and the Hugging Face baselines among ``names``.
+
+    Prompt lookup drafts block_size - 1 tokens (at least one), so a forward covers as many positions as our window does.
+    """
+    jacobi = JacobiDecoder(model, block_size, eos_token_ids=eos_ids, window=window, seed=seed)  # type: ignore[arg-type]
+    methods: list[Method] = [
+        Engine(jacobi, JACOBI, f"Jacobi {block_size} {window}"),
+        Engine(JacobiDecoder(model, 1, eos_token_ids=eos_ids), AR, "AR"),
+    ]
+    if GENERATE in names:
+        methods.append(HuggingFace(model, eos_ids))
+    if PROMPT_LOOKUP in names:
+        methods.append(HuggingFace(model, eos_ids, lookup=max(1, block_size - 1)))
+    return methods
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both [B, P], the padding on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+@contextmanager
+def count_forwards(model: PreTrainedModel) -> Iterator[list[None]]:
+    """A list that gets one item with every forward pass of ``model``."""
+    calls: list[None] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _no_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the checkpoint's own sampling and penalty settings out: the baseline must be plain greedy decoding."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,79 @@
+"""The paper's procedure written out plainly: the oracle of the tests and the slow side of the benchmarks.
+
+No cache, no packing, no batching: one block of one response after the other, the whole text in every forward, as arXiv
+2403.00835 (Algorithm 1, equations 2 to 4) and its published code have it. Use it to check, not to work with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy, log_softmax, softmax
+from transformers import PreTrainedModel
+
+StartGuess = Callable[[Sequence[int], int], list[int]]
+
+
+@dataclass(frozen=True)
+class ReferenceBlock:
+    """One block: the text before it and its states, from the random start to the fixed point."""
+
+    prefix: list[int]
+    states: list[list[int]]
+
+
+@torch.inference_mode()
+def collect(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    block_size: int,
+    max_new_tokens: int,
+    start_guess: StartGuess,
+    eos_token_ids: Sequence[int] = (),
+) -> tuple[list[ReferenceBlock], int]:
+    """Jacobi trajectories of one response, and how many tokens went through the model.
+
+    ``start_guess(prefix, size)`` gives a block's first state. Stops behind the block that holds an end-of-sequence id.
+    """
+    prefix, blocks, forwarded = list(prompt), [], 0
+    while len(prefix) - len(prompt) < max_new_tokens:
+        size = min(block_size, max_new_tokens - (len(prefix) - len(prompt)))
+        states = [start_guess(prefix, size)]
+        while True:
+            text = torch.tensor([prefix + states[-1]], device=model.device)
+            forwarded += text.shape[1]
+            following = model(text).logits[0, len(prefix) - 1 : -1].argmax(dim=-1).tolist()
+            if following == states[-1]:
+                break
+            states.append(following)
+        blocks.append(ReferenceBlock(prefix, states))
+        prefix = prefix + states[-1]
+        if set(states[-1]) & set(eos_token_ids):
+            break
+    return blocks, forwarded
+
+
+def training_losses(
+    model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int], block: ReferenceBlock, state: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Consistency and AR loss of one block as sums over tokens, and how many tokens went through the model.
+
+    Three forwards, as in the published trainer: the whole response for the AR loss, the prefix with the fixed point (detached)
+    and the prefix with the chosen state for the consistency loss.
+    """
+    whole = torch.tensor([[*prompt, *response]], device=model.device)
+    ar_logits = model(whole).logits[0, len(prompt) - 1 : -1].float()
+    ar = cross_entropy(ar_logits, whole[0, len(prompt) :], reduction="sum")
+
+    fixed, guess = block.states[-1], block.states[state]
+    at = len(block.prefix)
+    with torch.no_grad():
+        teacher = softmax(model(torch.tensor([block.prefix + fixed], device=model.device)).logits[0, at:].float(), dim=-1)
+    student = log_softmax(model(torch.tensor([block.prefix + guess], device=model.device)).logits[0, at:].float(), dim=-1)
+    first = next((i for i, (a, b) in enumerate(zip(guess, fixed)) if a != b), len(fixed))
+    last = len(prompt) + len(response) - at - 1  # the final token of the response predicts nothing
+    teacher, student = teacher[first:last], student[first:last]
+    consistency = (teacher * (teacher.clamp_min(1e-38).log() - student)).sum()
+    return consistency, ar, whole.shape[1] + 2 * (at + len(fixed))

@@ -1,0 +1,98 @@
+"""What a task is: rows of a dataset become examples, and replies to them get scores.
+
+A task is one file of this folder that ends in ``TASK = SomeTask()``. It knows text only: no tokens, no tensors.
+"""
+
+from abc import ABC, abstractmethod
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypedDict
+
+from cllm.files import BadRow, read_rows
+
+__all__ = ["BadField", "BadRow", "Example", "HubDataset", "Message", "NumberedRow", "Task", "text_field"]
+
+NumberedRow = tuple[int, dict[str, Any] | BadRow]
+
+
+class Message(TypedDict):
+    """One turn of a conversation; ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One reply to ask for."""
+
+    id: str  # stable and unique within the file: gsm8k-train-17
+    messages: tuple[Message, ...]  # the conversation up to the reply
+    reference: str | None = None  # the dataset's own reply
+    target: Any = None  # what Task.score compares with
+    tags: Mapping[str, str] = field(default_factory=dict)  # groups to report apart
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """Where the dataset is on the hub. ``splits`` maps our names (train, test) to the hub's."""
+
+    path: str
+    config: str | None
+    splits: Mapping[str, str]
+
+
+class Task(ABC):
+    """One dataset: how its rows become prompts, and how replies are scored."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    fields: ClassVar[str]  # the fields a row needs, for error messages
+    metric: ClassVar[str]  # the key of score() that is reported as the task's accuracy
+    hub: ClassVar[HubDataset | None] = None
+    plain_template: ClassVar[str]  # for tokenizers without a chat template; contains "{question}"
+    default_question: ClassVar[str]  # for a first try in a chat
+
+    def open(self, path: Path, split: str) -> Iterator[NumberedRow]:
+        """The numbered rows of a local file. A task whose data is a folder overrides this and looks at ``split``."""
+        return read_rows(path)
+
+    @abstractmethod
+    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
+        """Turn rows into examples, lazily; a row may give any number. Bad rows are passed on or made, never raised.
+
+        ``split`` goes into the examples' ids.
+        """
+
+    @abstractmethod
+    def score(self, reply: str, example: Example) -> dict[str, bool | float]:
+        """Score one reply. Never raises, whatever the reply; has ``metric`` among its keys."""
+
+    def add_options(self, options: ArgumentParser, command: str) -> None:
+        """Add command-line options of the task's own; ``command`` is collect, speedup or acc."""
+
+    def configure(self, args: Namespace) -> Self:
+        """The task as the parsed options of :meth:`add_options` want it. Raises UsageError where they do not fit."""
+        return self
+
+
+class BadField(ValueError):
+    """A field of a row that cannot be used; the message is a reason that can be counted."""
+
+
+def text_field(row: Mapping[str, Any], name: str) -> str:
+    """The text in ``row[name]``. Raises BadField when it is missing, no text, blank, or not valid Unicode."""
+    if name not in row:
+        raise BadField(f"no field '{name}'")
+    text = row[name]
+    if not isinstance(text, str):
+        raise BadField(f"field '{name}' is not text")
+    if not text.strip():
+        raise BadField(f"empty {name}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadField(f"field '{name}' is not valid Unicode") from None
+    return text

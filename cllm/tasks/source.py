@@ -1,0 +1,121 @@
+"""Where examples come from: a local file, or the task's dataset on the hub, read lazily."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from cllm.errors import UsageError
+from cllm.files import StrPath
+from cllm.tasks.base import BadRow, Example, HubDataset, NumberedRow, Task
+
+logger = logging.getLogger(__name__)
+
+LOGGED_BAD_ROWS = 10
+
+
+class ExampleStream:
+    """The examples of a source, in order. Every iteration reads the source anew, in constant memory.
+
+    ``bad`` counts the rows passed over so far in the latest iteration, by reason.
+    """
+
+    def __init__(self, task: Task, filename: StrPath | None, split: str, limit: int | None) -> None:
+        self.bad: Counter[str] = Counter()
+        self._task, self._filename, self._split, self._limit = task, filename, split, limit
+        self._found: list[str] = []
+
+    def __iter__(self) -> Iterator[Example]:
+        self.bad.clear()
+        self._found.clear()
+        count = 0
+        for example in islice(self._good(), self._limit):
+            count += 1
+            yield example
+        if not count:
+            raise UsageError(self._nothing())
+        if self.bad:
+            logger.warning("%s: %d bad rows passed over", self._where(), self.bad.total())
+
+    def _good(self) -> Iterator[Example]:
+        for item in self._task.read(self._rows(), self._split):
+            if isinstance(item, Example):
+                yield item
+                continue
+            self.bad[item.reason] += 1
+            if self.bad.total() <= LOGGED_BAD_ROWS:
+                logger.warning("%s: passed over %s", self._where(), item)
+
+    def _rows(self) -> Iterator[NumberedRow]:
+        if self._filename is not None:
+            rows = self._task.open(Path(self._filename), self._split)
+        else:
+            rows = _hub_rows(self._task, self._split)
+        for number, row in rows:
+            if not self._found and isinstance(row, dict):
+                self._found.extend(map(str, row))
+            yield number, row
+
+    def _where(self) -> str:
+        return str(self._filename) if self._filename is not None else f"hub dataset of {self._task.name}"
+
+    def _nothing(self) -> str:
+        found = f"found the fields {', '.join(self._found[:20])}" if self._found else "found no JSON object"
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.bad.most_common(3)) or "no rows"
+        return (
+            f"no usable row for task {self._task.name!r} in {self._where()}: "
+            f"expected rows with {self._task.fields}; {found} ({reasons})"
+        )
+
+
+def load_examples(task: Task, filename: StrPath | None, split: str, limit: int | None = None) -> ExampleStream:
+    """The examples of a local file or, when ``filename`` is None, of the task's hub dataset.
+
+    Args:
+        task: says how rows are read (:func:`cllm.tasks.get_task`).
+        filename: JSONL or a JSON list, plain or ``.gz``; what else a task takes is its own affair.
+        split: train or test; goes into the examples' ids and chooses the split of the hub dataset.
+        limit: how many examples at most; None for all.
+
+    Raises:
+        UsageError: here or while iterating, when the source cannot be read or holds no usable row.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"the number of examples must be >= 1, got {limit}")
+    if filename is None:
+        _hub_split(task, split)
+    return ExampleStream(task, filename, split, limit)
+
+
+def _hub_split(task: Task, split: str) -> tuple[HubDataset, str]:
+    if task.hub is None:
+        raise UsageError(f"task {task.name!r} has no hub dataset; pass --filename")
+    if split not in task.hub.splits:
+        raise UsageError(f"unknown split {split!r} of {task.hub.path}; choose from {', '.join(task.hub.splits)}")
+    return task.hub, task.hub.splits[split]
+
+
+def _hub_rows(task: Task, split: str) -> Iterator[NumberedRow]:
+    hub, hub_split = _hub_split(task, split)
+    try:
+        from datasets import load_dataset
+
+        rows = iter(load_dataset(hub.path, hub.config, split=hub_split, streaming=True))
+    except Exception as error:
+        raise _hub_error(hub, error) from error
+    number = 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _hub_error(hub, error) from error
+        number += 1
+        yield number, dict(row) if isinstance(row, dict) else BadRow(number, "not a JSON object")
+
+
+def _hub_error(hub: HubDataset, error: Exception) -> UsageError:
+    first_line = (str(error).splitlines() or [""])[0]
+    return UsageError(f"cannot read {hub.path} from the hub ({type(error).__name__}: {first_line}); pass --filename")

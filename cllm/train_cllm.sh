@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Fine-tune a target model into a CLLM.
+#
+#   bash train_cllm.sh MODEL TRAJECTORIES OUTPUT BLOCK_SIZE [more flags]
+#
+# More flags are those of `cllm train --help`: all of transformers.TrainingArguments and the objective's own.
+# NUM_PROCESSES=8 trains on eight GPUs of this machine through `accelerate launch`; ACCELERATE_ARGS is passed on to it.
+set -euo pipefail
+
+if [ $# -lt 4 ]; then
+  echo "usage: bash train_cllm.sh MODEL TRAJECTORIES OUTPUT BLOCK_SIZE [more flags]" >&2
+  exit 2
+fi
+model=$1 trajectories=$2 output=$3 block_size=$4
+shift 4
+
+launch=(python)
+if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
+  # shellcheck disable=SC2206
+  launch=(accelerate launch --num_processes "$NUM_PROCESSES" ${ACCELERATE_ARGS:-})
+fi
+exec "${launch[@]}" -m cllm train \
+  --model "$model" --trajectories "$trajectories" --output_dir "$output" --block_size "$block_size" "$@"

@@ -1,0 +1,165 @@
+"""From stored trajectories to packed training examples: which state of each block, and what is learned where.
+
+Shapes: N response tokens. Indices are columns of the packed row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from cllm.errors import UsageError
+from cllm.packing import Block, Layout, PackedRow, pack
+from cllm.trajectory.record import TrajectoryRow
+from cllm.trajectory.store import TrajectoryDataset
+
+Consistency = Literal["global", "local"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One packed row and its losses. The three lists of consistency have equal length, and so do the two of AR."""
+
+    row: PackedRow
+    student: list[int]  # where the model looks at a state ...
+    teacher: list[int]  # ... and where it looks at what that state should have led to
+    distance: list[int]  # how far behind the first wrong guess
+    ar_index: list[int]  # columns whose prediction the AR loss is taken of
+    ar_target: list[int]
+
+
+@dataclass
+class _Builder:
+    """Collects the blocks of a row and remembers their columns."""
+
+    clean: list[int]
+    blocks: list[Block]
+    width: int
+
+    def add(self, start: int, tokens: Sequence[int]) -> int:
+        column = self.width
+        self.blocks.append(Block(start, tokens))
+        self.width += len(tokens)
+        return column
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How states are drawn from trajectories."""
+
+    consistency: Consistency = "global"
+    states_per_block: int = 1  # more of them share the cost of the clean text
+    use_labels: bool = False
+
+
+def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) -> Example:
+    """Draw states of every block, drop the part of each that is right, and pack the rest behind the clean text.
+
+    Everything before a state's first wrong guess equals the clean text, so it is not repeated: what is packed is exactly what
+    the loss is taken at (strictly behind the first wrong guess; paper, section 3.2). A state at its fixed point packs nothing.
+    """
+    prompt, response = row.prompt_ids, row.response_ids
+    builder = _Builder([*prompt, *response], [], len(prompt) + len(response))
+    student: list[int] = []
+    teacher: list[int] = []
+    distance: list[int] = []
+    for block, (start, _) in enumerate(row.spans()):
+        last = len(response) - 1 - start  # the response's final token predicts nothing
+        for state, goal in _draw_states(row, block, rng, sampling):
+            wrong = _first_wrong(state, row.trajectories[block][-1])
+            tokens = state[wrong:last]
+            if not tokens:
+                continue
+            at = len(prompt) + start
+            column = builder.add(at + wrong, tokens)
+            student += range(column, column + len(tokens))
+            distance += range(len(tokens))
+            clean = range(at + wrong, at + wrong + len(tokens))
+            if sampling.consistency == "global":
+                teacher += clean
+            else:
+                behind = _first_wrong(goal, row.trajectories[block][-1])
+                column = builder.add(at + behind, goal[behind:last])
+                teacher += [c if c < at + behind else column + c - at - behind for c in clean]
+    ar_index = list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
+    ar_target = list(response)
+    if sampling.use_labels:
+        ar_target = row.label_ids or []
+        column = builder.add(len(prompt), ar_target[:-1])
+        ar_index = [len(prompt) - 1, *range(column, column + len(ar_target) - 1)]
+    return Example(PackedRow(builder.clean, builder.blocks), student, teacher, distance, ar_index, ar_target)
+
+
+def _draw_states(
+    row: TrajectoryRow, block: int, rng: random.Random, sampling: Sampling
+) -> list[tuple[list[int], list[int]]]:
+    """States of a block, uniformly and without repetition, each with what it should lead to."""
+    states = row.trajectories[block]
+    if sampling.consistency == "global":
+        choices = [(state, states[-1]) for state in states[:-1] + row.extra_states(block)]
+    else:
+        choices = list(zip(states, states[1:]))
+    return rng.sample(choices, min(sampling.states_per_block, len(choices)))
+
+
+def _first_wrong(state: Sequence[int], fixed: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(state, fixed)) if a != b), len(fixed))
+
+
+class ExampleDataset(Dataset):
+    """Training examples over stored trajectories. The choice of states depends on seed, epoch and row only."""
+
+    def __init__(self, rows: TrajectoryDataset, sampling: Sampling, seed: int = 0) -> None:
+        if sampling.use_labels and rows[0].label_ids is None:
+            raise UsageError("use_gt_labels needs the dataset's answers; collect the trajectories with --use_labels")
+        self.rows, self.sampling, self.seed, self.epoch = rows, sampling, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called at the start of each epoch, so that it sees other states than the one before."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        rng = random.Random(f"{self.seed} {self.epoch} {index}")
+        return build_example(self.rows[index], rng, self.sampling)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Stacks examples into the tensors that :class:`cllm.training.trainer.CllmTrainer` takes."""
+
+    pad_token_id: int
+    distance_decay: float = 1.0  # a token's weight is this to the power of its distance
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """input_ids and layout [B, T]; index pairs (row, column) [M, 2] with weights [M]; AR pairs [A, 2], targets [A]."""
+        input_ids, layout = pack([e.row for e in examples], self.pad_token_id)
+        distance = torch.tensor([d for e in examples for d in e.distance], dtype=torch.float32)
+        return {
+            "input_ids": input_ids,
+            "position": layout.position_BT,
+            "horizon": layout.horizon_BT,
+            "block": layout.block_BT,
+            "student": _pairs([e.student for e in examples]),
+            "teacher": _pairs([e.teacher for e in examples]),
+            "weight": self.distance_decay**distance,
+            "ar_index": _pairs([e.ar_index for e in examples]),
+            "ar_target": torch.tensor([t for e in examples for t in e.ar_target], dtype=torch.long),
+        }
+
+
+def _pairs(columns: Sequence[Sequence[int]]) -> torch.Tensor:
+    pairs = [(row, column) for row, indices in enumerate(columns) for column in indices]
+    return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+
+
+def batch_layout(batch: dict[str, torch.Tensor]) -> Layout:
+    """The layout of a collated batch."""
+    return Layout(batch["position"], batch["horizon"], batch["block"])

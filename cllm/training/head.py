@@ -1,0 +1,37 @@
+"""From hidden states to logits, outside the model's forward, so that logits exist only where a loss needs them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from cllm.errors import UnsupportedModelError
+
+
+class LanguageHead:
+    """The output layer of a causal language model: hidden states [..., H] to float32 logits [..., V].
+
+    Knows the final soft-capping of Gemma models. Any other step that a model takes behind its output layer shows in
+    :meth:`verify`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.layer = model.get_output_embeddings()
+        self.name = model.config.model_type
+        self.cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.layer(hidden)
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits.float()
+
+    @torch.no_grad()
+    def verify(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """Raise UnsupportedModelError unless ``hidden`` gives the ``logits`` that the model's own forward gave."""
+        tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+        own = self(hidden)
+        if not torch.allclose(own, logits.float(), rtol=tolerance, atol=tolerance * float(own.abs().max())):
+            raise UnsupportedModelError(
+                f"the logits of {self.name} are not its output layer applied to its last hidden states, which training needs"
+            )

@@ -1,0 +1,382 @@
+"""Trajectories on disk: a folder of Parquet shards and settings.json. Token ids only, one row per response.
+
+A shard is written under a hidden name, forced to disk and renamed, so a file under a final name is whole. Its name is a
+digest of its row ids, so the writers of several processes share a folder without meeting. Dropped rows are stored
+beside the kept ones (column ``dropped`` holds the reason), so that resuming does not try them again.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cllm.errors import UsageError
+from cllm.files import write_json
+from cllm.trajectory.published import read_published, replacing
+from cllm.trajectory.record import Dropped, TrajectoryRow
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = pa.list_(pa.int32())
+_STATES = pa.list_(pa.list_(_TOKENS))  # block, state, token
+SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("dropped", pa.string()),
+        ("prompt_ids", _TOKENS),
+        ("response_ids", _TOKENS),
+        ("block_starts", _TOKENS),
+        ("trajectories", _STATES),
+        ("augmented", _STATES),
+        ("label_ids", _TOKENS),
+    ]
+)
+SETTINGS = "settings.json"
+BATCH_ROWS = 16  # rows held as Python lists while a shard is read
+
+
+class TrajectoryWriter:
+    """Writes shards into a folder.
+
+    Several processes may write into one folder. The first one opens it alone; the others open it afterwards, with
+    ``resume=True``, and no two are given the same row.
+
+    Args:
+        folder: made if missing.
+        settings: what the rows depend on; JSON values only.
+        resume: go on where the folder stops. False removes the shards that are there.
+
+    Attributes:
+        done_ids: ids of all stored rows, kept and dropped.
+
+    Raises:
+        UsageError: the folder cannot be used or was written with other settings; the message names each difference.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any], resume: bool) -> None:
+        self.folder = Path(folder)
+        self.done_ids: set[str] = set()
+        self._counts: Counter[str | None] = Counter()
+        settings = json.loads(json.dumps(settings))
+        self._make_folder()
+        if resume:
+            _check_settings(self.folder, settings)
+        _remove_leftovers(self.folder)
+        if resume:
+            self._read_done()
+        else:
+            _remove_shards(self.folder)
+        if _read_settings(self.folder) != settings:
+            write_json(self.folder / SETTINGS, settings)
+
+    def write(self, rows: Sequence[TrajectoryRow], dropped: Sequence[Dropped] = ()) -> None:
+        """Store rows and dropped rows as one shard, all or nothing. Safe on disk when it returns.
+
+        Raises:
+            ValueError: a row does not fit together, or an id is stored already.
+            UsageError: the disk is full or the folder cannot be written. What was stored before is safe.
+        """
+        ids = [row.row_id for row in rows] + [drop.row_id for drop in dropped]
+        self._check_ids(ids)
+        for row in rows:
+            row.validate()
+        if not ids:
+            return
+        name = hashlib.blake2b(json.dumps(ids).encode(), digest_size=12).hexdigest()
+        payload = _encode([*map(_row_values, rows), *map(_dropped_values, dropped)])
+        temporary = self.folder / f".part-{name}.{_host()}.{os.getpid()}.tmp"
+        with replacing(self.folder / f"part-{name}.parquet", temporary) as stream:
+            stream.write(payload)
+        self.done_ids.update(ids)
+        self._counts[None] += len(rows)
+        self._counts.update(drop.reason for drop in dropped)
+
+    def counts(self) -> dict[str, Any]:
+        """{"kept": rows, "dropped": {reason: rows}}: what was there when the writer opened and what it wrote since."""
+        return _as_counts(self._counts)
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.folder}: {error.strerror}") from error
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write to {self.folder}: no permission, or a read-only disk")
+
+    def _read_done(self) -> None:
+        for shard in _shards(self.folder):
+            try:
+                ids, reasons = _read_status(shard)
+            except (pa.ArrowException, OSError) as error:
+                _set_aside(shard, error)
+                continue
+            self.done_ids.update(ids)
+            self._counts.update(reasons)
+
+    def _check_ids(self, ids: list[str]) -> None:
+        twice = [row_id for row_id, count in Counter(ids).items() if count > 1 or row_id in self.done_ids]
+        if twice:
+            raise ValueError(f"rows stored already: {', '.join(map(repr, twice[:10]))}")
+
+
+class TrajectoryDataset:
+    """The kept rows of a folder of shards, or of a published JSON file, as a map-style dataset of `TrajectoryRow`.
+
+    Rows of a folder are ordered by id (numbers in it by value), whatever the shards; ``datasets`` maps them from a
+    cache file that it makes of the shards. A JSON file is held in memory as int32.
+
+    Args:
+        path: folder or file.
+        eos_ids: where to cut the responses of a published JSON file; a folder's are cut when they are collected.
+        cache_dir: where the cache file goes; by default where ``datasets`` has its own.
+
+    Attributes:
+        settings: those of the writer; {} for a JSON file.
+
+    Raises:
+        UsageError: nothing there, no kept rows, or a file that cannot be read.
+    """
+
+    def __init__(self, path: str | Path, eos_ids: Collection[int] = (), cache_dir: str | Path | None = None) -> None:
+        path = Path(path)
+        if path.is_dir():
+            self.settings = _read_settings(path) or {}
+            self._rows, self._order = _load_shards(path, cache_dir)
+        else:
+            self.settings = {}
+            self._rows = _load_published(path, eos_ids)
+            self._order = list(range(len(self._rows)))
+        if not self._order:
+            raise UsageError(f"{path}: no rows to train on; all {len(self._rows)} were dropped at collection")
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> TrajectoryRow:
+        return _to_row(self._rows[self._order[index]])
+
+    def __iter__(self) -> Iterator[TrajectoryRow]:
+        return (self[index] for index in range(len(self)))
+
+
+def read_rows(path: str | Path, eos_ids: Collection[int] = ()) -> Iterator[TrajectoryRow]:
+    """The kept rows of a folder (a few at a time, in no set order) or of a published JSON file.
+
+    Raises:
+        UsageError: as `TrajectoryDataset`, when the row is reached.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        yield from read_published(path, eos_ids)
+        return
+    for shard in _require_shards(path):
+        try:
+            with _open_shard(shard) as file:
+                for batch in file.iter_batches(BATCH_ROWS, columns=SCHEMA.names):
+                    yield from (_to_row(values) for values in batch.to_pylist() if values["dropped"] is None)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(shard, error) from error
+
+
+def stored_counts(folder: str | Path) -> dict[str, Any]:
+    """{"kept": rows, "dropped": {reason: rows}} of all shards of a folder, whoever wrote them.
+
+    Raises:
+        UsageError: no shards, or one that cannot be read.
+    """
+    return _as_counts(Counter(reason for _, reason in _status(_require_shards(Path(folder)))))
+
+
+def _as_counts(reasons: Counter[str | None]) -> dict[str, Any]:
+    dropped = {reason: count for reason, count in sorted(reasons.items(), key=str) if reason is not None}
+    return {"kept": reasons[None], "dropped": dropped}
+
+
+# ---- settings ----
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    path = folder / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} must hold an object, got {type(settings).__name__}")
+    return settings
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    stored = _read_settings(folder)
+    if stored is None:
+        if _shards(folder):
+            raise UsageError(f"cannot resume in {folder}: it has shards but no {SETTINGS}; start over, or elsewhere")
+        return
+    differences = [
+        f"{name}: {_show(stored, name)} there, {_show(settings, name)} now"
+        for name in sorted(stored.keys() | settings.keys())
+        if _show(stored, name) != _show(settings, name)
+    ]
+    if differences:
+        raise UsageError(
+            f"cannot resume in {folder}, which has other settings: {'; '.join(differences)}. Start over, or elsewhere"
+        )
+
+
+def _show(settings: dict[str, Any], name: str) -> str:
+    return json.dumps(settings[name], sort_keys=True) if name in settings else "not set"
+
+
+# ---- files ----
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def _require_shards(folder: Path) -> list[Path]:
+    shards = _shards(folder)
+    if not shards:
+        raise UsageError(f"no trajectories in {folder}: no part-*.parquet there; collect some first")
+    return shards
+
+
+def _remove_shards(folder: Path) -> None:
+    """Old shards first, their settings last: a kill in between leaves fewer rows, never rows under wrong settings."""
+    for path in (*_shards(folder), *folder.glob("part-*.parquet.corrupt"), folder / SETTINGS):
+        path.unlink(missing_ok=True)
+
+
+def _set_aside(shard: Path, error: Exception) -> None:
+    aside = shard.with_name(shard.name + ".corrupt")
+    logger.warning("%s cannot be read (%s): renamed to %s, its rows are collected again", shard, error, aside.name)
+    with suppress(FileNotFoundError):  # another process did it
+        shard.replace(aside)
+
+
+def _host() -> str:
+    return hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of this process and of processes of this host that are gone."""
+    for path in folder.glob(".part-*.tmp"):
+        match = re.fullmatch(r"\.part-\w+\.(\w+)\.(\d+)\.tmp", path.name)
+        if match and match[1] == _host() and (int(match[2]) == os.getpid() or not _alive(int(match[2]))):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _unreadable(shard: Path, error: Exception) -> UsageError:
+    return UsageError(f"cannot read {shard}: {error}; remove the file and collect its rows again by resuming")
+
+
+# ---- rows and Arrow ----
+
+
+def _row_values(row: TrajectoryRow) -> dict[str, Any]:
+    return {**vars(row), "dropped": None}
+
+
+def _dropped_values(drop: Dropped) -> dict[str, Any]:
+    if not drop.row_id or not drop.reason:
+        raise ValueError(f"a dropped row needs an id and a reason, got {drop}")
+    return {"row_id": drop.row_id, "dropped": drop.reason}
+
+
+def _to_row(values: dict[str, Any]) -> TrajectoryRow:
+    return TrajectoryRow(**{name: value for name, value in values.items() if name != "dropped"})
+
+
+def _encode(values: list[dict[str, Any]]) -> memoryview:
+    """One shard as Parquet: zstd, with page checksums."""
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(values, schema=SCHEMA)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return memoryview(sink.getvalue())
+
+
+def _open_shard(shard: Path) -> pq.ParquetFile:
+    file = pq.ParquetFile(shard, page_checksum_verification=True)
+    if not file.schema_arrow.equals(SCHEMA):
+        file.close()
+        raise pa.ArrowInvalid("its columns are not those of a trajectory shard")
+    return file
+
+
+def _read_status(shard: Path) -> tuple[list[str], list[str | None]]:
+    """Row ids and reasons (None: kept) of a shard; no other column is read."""
+    with _open_shard(shard) as file:
+        table = file.read(columns=["row_id", "dropped"])
+    return table["row_id"].to_pylist(), table["dropped"].to_pylist()
+
+
+def _status(shards: list[Path]) -> Iterator[tuple[str, str | None]]:
+    """Row id and reason of every stored row, in the order of the shards."""
+    for shard in shards:
+        try:
+            ids, reasons = _read_status(shard)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(shard, error) from error
+        yield from zip(ids, reasons, strict=True)
+
+
+def _load_shards(folder: Path, cache_dir: str | Path | None) -> tuple[Dataset, list[int]]:
+    """All stored rows as a mapped dataset, and the places of the kept ones in the order of their ids."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    shards = _require_shards(folder)
+    kept = {row_id: place for place, (row_id, reason) in enumerate(_status(shards)) if reason is None}
+    try:
+        patterns = [glob.escape(str(shard)) for shard in shards]
+        rows = Dataset.from_parquet(patterns, cache_dir=str(cache_dir) if cache_dir else None)
+    except (pa.ArrowException, OSError, DatasetsError) as error:
+        raise UsageError(f"cannot read the trajectories in {folder}: {error}") from error
+    return rows, [kept[row_id] for row_id in sorted(kept, key=_natural)]
+
+
+def _natural(row_id: str) -> list[tuple[int, str]]:
+    """Sorting key: "x-2" before "x-10"."""
+    parts = re.split(r"([0-9]+)", row_id)  # text, number, text, ...
+    return [(int(part), "") if place % 2 else (0, part) for place, part in enumerate(parts)] + [(0, row_id)]
+
+
+def _load_published(path: Path, eos_ids: Collection[int]) -> Dataset:
+    from datasets import Dataset
+
+    batches, pending = [], []
+    for row in read_published(path, eos_ids):
+        pending.append(_row_values(row))
+        if len(pending) == BATCH_ROWS:
+            batches.append(pa.RecordBatch.from_pylist(pending, schema=SCHEMA))
+            pending = []
+    batches.append(pa.RecordBatch.from_pylist(pending, schema=SCHEMA))
+    return Dataset(pa.Table.from_batches(batches, schema=SCHEMA))

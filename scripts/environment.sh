@@ -1,0 +1,33 @@
+# Sourced by the other scripts: go to the project's root, use the active virtual environment or make .venv, install.
+#   use_environment REQUIREMENTS_FILE
+use_environment() {
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  if [ -z "${VIRTUAL_ENV:-}" ]; then
+    if [ ! -x .venv/bin/python ]; then
+      echo "==> making a virtual environment in .venv"
+      "$(find_python)" -m venv .venv
+    fi
+    # shellcheck disable=SC1091
+    source .venv/bin/activate
+  fi
+  local stamp="$VIRTUAL_ENV/.cllm-$1" wanted
+  wanted=$(cat requirements*.txt setup.py | cksum; pwd)
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "==> installing $1 into $VIRTUAL_ENV"
+    python -m pip install --quiet --disable-pip-version-check -r "$1"
+    printf '%s' "$wanted" > "$stamp"
+  fi
+}
+
+find_python() {
+  local name
+  for name in python3 python3.12 python3.11 python; do
+    if command -v "$name" > /dev/null &&
+       "$name" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2])' 2> /dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  echo "error: Python 3.11 or newer with venv is needed" >&2
+  exit 2
+}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Set up what the tests need and run them: linter, type checker, tests. About ten minutes on two cores.
+#
+#   bash scripts/test.sh                  # everything
+#   bash scripts/test.sh -m "not slow"    # arguments go to pytest
+set -euo pipefail
+# shellcheck source=scripts/environment.sh
+source "$(dirname "$0")/environment.sh"
+use_environment requirements-dev.txt
+
+echo "==> linter and type checker"
+ruff check .
+mypy cllm
+echo "==> the small real model (once; kept in the user's cache)"
+CLLM_TEST_MODEL=$(python scripts/small_model.py)
+export CLLM_TEST_MODEL HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+echo "==> tests"
+exec python -m pytest "$@"

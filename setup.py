@@ -1,0 +1,30 @@
+"""Installation of CLLM."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="cllm",
+    version="0.1.0",
+    description="Consistency large language models: decode several tokens per forward pass with a plain checkpoint",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["cllm", "cllm.*"]),
+    package_data={"cllm": ["train_cllm.sh"]},
+    install_requires=[
+        "torch>=2.8",
+        "transformers>=5.16,<6",
+        "datasets>=4",
+        "accelerate>=1.10",
+        "tqdm",
+        "math-verify>=0.8",
+    ],
+    extras_require={
+        "gguf": ["gguf"],
+        "plot": ["matplotlib"],
+        "flash-attn": ["flash-attn"],
+        "deepspeed": ["deepspeed"],
+        "fastchat": ["fschat"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-timeout"],
+    },
+    entry_points={"console_scripts": ["cllm = cllm.cli.main:main"]},
+)

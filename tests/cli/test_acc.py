@@ -1,0 +1,183 @@
+"""The acc command, end to end on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny_checkpoint, tiny_tokenizer
+
+from cllm.cli import acc
+from cllm.tasks import get_task
+
+QUESTIONS = ["What is 1 + 2?", "How many legs have 3 dogs?", "Tom has 5 apples and eats 2. How many are left?"]
+SCRIPT = Path(__file__).parents[2] / "eval" / "gsm8k" / "acc.py"
+PLAIN = get_task("gsm8k").plain_template
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "test.jsonl"
+    rows = [
+        {"question": q, "target": str(n), "source": "GSM8K" if n else "math", "tag": {"level": str(n % 2)}}
+        for n, q in enumerate(QUESTIONS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(tmp_path, model, data, *more):
+    words = ["--model_dir", str(model), "--filename", str(data), "--max_tokens", "20", "--dtype", "float32"]
+    acc.main([*words, "--device", "cpu", "--output_file_name", str(tmp_path / "answers.jsonl"), *more], task="gsm8k")
+    return json.loads((tmp_path / "answers.accuracy.json").read_text())
+
+
+def answers(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+
+
+def test_consistency_and_ar_decoding_answer_the_same(tmp_path, tiny_model_dir, data, capsys):
+    consistent = run(
+        tmp_path, tiny_model_dir, data, "--use_consistency_decoding", "--max_new_tokens_for_consistency", "6"
+    )
+    first = {row["id"]: row["reply"] for row in answers(tmp_path)}
+    assert "Jacobi decoding, block size 6" in capsys.readouterr().out
+    plain = run(tmp_path, tiny_model_dir, data, "--no-resume", "--batch_size", "1")
+    assert {row["id"]: row["reply"] for row in answers(tmp_path)} == first and len(first) == 3
+    assert plain["summary"]["tokens_per_forward"] == 1.0 <= consistent["summary"]["tokens_per_forward"]
+    assert (plain["settings"]["block_size"], consistent["settings"]["block_size"]) == (1, 6)
+    printed = capsys.readouterr().out
+    for text in ("autoregressive decoding", "accuracy", "strict", "source=GSM8K", "level=0", "3 questions"):
+        assert text in printed
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, tiny_model_dir, data, capsys):
+    whole = run(tmp_path, tiny_model_dir, data, "--batch_size", "1")
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text(lines[0] + lines[1][:25])
+    again = run(tmp_path, tiny_model_dir, data, "--batch_size", "1")
+    assert (tmp_path / "answers.jsonl").read_text() == "".join(lines)
+    assert again["summary"] == whole["summary"]
+
+
+def test_resume_never_decodes_twice(tmp_path, tiny_model_dir, data, monkeypatch):
+    run(tmp_path, tiny_model_dir, data, "--data_size", "2")
+    assert len(answers(tmp_path)) == 2
+    asked = []
+    generate = acc_decoder().generate
+
+    def spy(self, prompts, **options):
+        asked.append(len(prompts))
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(acc_decoder(), "generate", spy)
+    assert run(tmp_path, tiny_model_dir, data)["summary"]["answers"] == 3
+    assert asked == [1]
+
+
+def acc_decoder():
+    from cllm.decoding import JacobiDecoder
+
+    return JacobiDecoder
+
+
+def test_resume_with_other_settings_is_refused(tmp_path, tiny_model_dir, data, capsys):
+    run(tmp_path, tiny_model_dir, data)
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path, tiny_model_dir, data, "--max_tokens", "21")
+    assert exit_.value.code == 2
+    assert "max_tokens was 20 and is 21" in capsys.readouterr().err
+
+
+def test_eval_only_scores_without_the_model(tmp_path, tiny_model_dir, data, capsys):
+    run(tmp_path, tiny_model_dir, data)
+    rows = answers(tmp_path)
+    for row in rows:
+        row["reply"] = f"#### {row['target']}"
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(tmp_path, "no_model_here", "no_file_here", "--eval_only")
+    assert report["summary"]["scores"]["strict"]["mean"] == 1.0 == report["summary"]["scores"]["accuracy"]["mean"]
+    assert run(tmp_path, "no_model_here", "no_file_here", "--eval_only", "--dev_set", "math")["summary"]["answers"] == 1
+    assert report["settings"]["block_size"] == 1
+
+
+def test_eval_only_without_answers(tmp_path, tiny_model_dir, data, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path, tiny_model_dir, data, "--eval_only")
+    assert exit_.value.code == 2 and "no answers in" in capsys.readouterr().err
+
+
+def test_dev_set_takes_one_source(tmp_path, tiny_model_dir, data):
+    assert run(tmp_path, tiny_model_dir, data, "--dev_set", "gsm8k")["summary"]["answers"] == 2
+    assert {row["tags"]["source"] for row in answers(tmp_path)} == {"GSM8K"}
+
+
+def test_a_long_prompt_counts_as_wrong(tmp_path, data, capsys):
+    model = save_tiny_checkpoint(tmp_path / "m", max_position_embeddings=48)
+    summary = run(tmp_path, model, data)["summary"]
+    assert summary["answers"] == 3 and summary["too_long"] == ["gsm8k-test-3"]
+    assert "1 prompts fill the model's context and count as wrong: gsm8k-test-3" in capsys.readouterr().out
+    assert run(tmp_path, model, data)["summary"] == summary and len(answers(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "prompt_type", "record", "chat", "expected"),
+    [
+        ("chat", "math-single", {"prompt_template": "R {question}"}, True, "chat"),
+        ("plain", None, {"prompt_template": "R {question}"}, True, PLAIN),
+        (None, "math-single", {"prompt_template": "R {question}"}, True, "R {question}"),
+        (None, "math-single", {"prompt_template": "chat"}, True, "chat"),
+        (None, "math-single", {}, True, PLAIN),
+        (None, "math-single", {}, False, PLAIN),
+        (None, None, {}, True, "chat"),
+        (None, None, {}, False, PLAIN),
+    ],
+)
+def test_which_prompt_wins(option, prompt_type, record, chat, expected):
+    assert acc.choose_prompt(option, prompt_type, PLAIN, tiny_tokenizer(chat), record).text == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "0.7"], "sampling is not available yet, got 0.7"),
+        (["--top_p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
+        (["--filename", "missing.jsonl"], "cannot read missing.jsonl"),
+        (["--dev_set", "svamp"], "no row has the source 'svamp'; choose from all, math, gsm8k"),
+        (["--eval_only", "--data_size", "2"], "leave out --data_size"),
+        (["--prompt_type", "math-few"], "invalid choice: 'math-few'"),
+        (["--results", "."], "it is a folder"),
+        (["--max_new_tokens_for_consistency", "1000", "--use_consistency_decoding"], "got 1000"),
+    ],
+)
+def test_usage_errors_exit_with_2(tmp_path, tiny_model_dir, data, words, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path, tiny_model_dir, data, *words)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_papers_command(tmp_path, tiny_model_dir, data):
+    """Word for word, in a folder with a test.jsonl."""
+    words = f"--model_dir {tiny_model_dir} --max_new_tokens_for_consistency 16 --temperature 0.0 --top_p 1.0 "
+    words += "--output_file_name cllm_generated_gsm8k.jsonl --dev_set gsm8k --prompt_type math-single --max_tokens 32 "
+    words += "--use_consistency_decoding"
+    command = [sys.executable, str(SCRIPT), *words.split()]
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gsm8k, 2 questions" in done.stdout and "plain text template" in done.stdout
+    assert len((tmp_path / "cllm_generated_gsm8k.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "cllm_generated_gsm8k.accuracy.json").exists()

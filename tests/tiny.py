@@ -1,0 +1,112 @@
+"""Tiny random models and a tokenizer of single characters, for tests that need a real checkpoint but no real text.
+
+    from tiny import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+
+The weights have a standard deviation of 0.3, so that greedy outputs vary. Sliding windows are 12 tokens.
+"""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+PAD_ID, UNK_ID, EOS_ID = 0, 1, 2
+CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
+VOCABULARY = ["<pad>", "<unk>", "<eos>", *CHARACTERS]
+KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SLIDING = {"head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8}
+
+
+def tiny_config(kind: str = "llama", **changes: Any) -> PretrainedConfig:
+    """A configuration of three layers with 32 channels. ``changes`` replace single settings."""
+    settings: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": PAD_ID,
+        "eos_token_id": EOS_ID,
+        "bos_token_id": None,
+        "initializer_range": 0.3,
+    } | changes
+    mixed = ["sliding_attention", "full_attention", "sliding_attention"]
+    match kind:
+        case "llama":
+            return LlamaConfig(**settings)
+        case "qwen2":
+            return Qwen2Config(**settings)
+        case "qwen3":
+            return Qwen3Config(**{"head_dim": 8} | settings)
+        case "gemma2":
+            return Gemma2Config(**SLIDING | settings)
+        case "gemma3":
+            return Gemma3TextConfig(**SLIDING | {"layer_types": mixed} | settings)
+        case "mixtral":
+            return MixtralConfig(**{"num_local_experts": 4} | settings)
+    raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
+
+
+def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model in evaluation mode; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).eval()
+
+
+def tiny_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character; ``<eos>`` ends a response."""
+    words = {token: index for index, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+    )
+    if chat_template:
+        wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def save_tiny_checkpoint(
+    folder: str | Path, kind: str = "llama", chat_template: bool = True, seed: int = 0, **changes: Any
+) -> Path:
+    """Save a tiny model and its tokenizer as a plain checkpoint; returns the folder."""
+    folder = Path(folder)
+    model = tiny_model(kind, seed, **changes)
+    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    model.save_pretrained(folder)
+    tiny_tokenizer(chat_template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a chat template. Shared by all tests: do not write into it."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "llama")

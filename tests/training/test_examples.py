@@ -1,0 +1,105 @@
+"""Which tokens a training example packs, and what it learns where."""
+
+import random
+
+import pytest
+
+from cllm.errors import UsageError
+from cllm.training.examples import ExampleDataset, Sampling, build_example
+from cllm.trajectory.record import TrajectoryRow
+
+ROW = TrajectoryRow(
+    row_id="a",
+    prompt_ids=[1, 2, 3],
+    response_ids=[10, 11, 12, 13, 14],
+    block_starts=[0, 3],
+    trajectories=[[[50, 51, 12], [10, 52, 12], [10, 11, 12]], [[13, 60], [13, 14]]],
+    label_ids=[70, 71],
+)
+
+
+def build(row=ROW, seed=0, **options):
+    return build_example(row, random.Random(seed), Sampling(**options))
+
+
+def seeds_where(predicate):
+    found = [s for s in range(50) if predicate(build(seed=s))]
+    assert found
+    return found[0]
+
+
+def test_the_right_part_of_a_state_is_not_packed():
+    seed = seeds_where(lambda e: list(e.row.blocks[0].tokens) == [52, 12])
+    example = build(seed=seed)
+    block = example.row.blocks[0]
+    assert block.start == 3 + 1  # behind the prompt and the one right guess
+    assert example.row.clean == [1, 2, 3, 10, 11, 12, 13, 14]
+    # Columns 8 and 9 stand for positions 4 and 5; the clean text is looked at in columns 4 and 5.
+    assert example.student[:2] == [8, 9]
+    assert example.teacher[:2] == [4, 5]
+    assert example.distance[:2] == [0, 1]
+
+
+def test_the_final_token_predicts_nothing():
+    """The second block's only wrong guess is the response's final token: nothing comes behind it."""
+    assert all(block.start < 6 for seed in range(20) for block in build(seed=seed).row.blocks)
+
+
+def test_every_state_is_drawn_and_the_fixed_point_never():
+    drawn = {tuple(build(seed=s).row.blocks[0].tokens) for s in range(50)}
+    assert drawn == {(50, 51, 12), (52, 12)}
+
+
+def test_a_row_at_its_fixed_point_has_no_consistency_tokens():
+    row = TrajectoryRow("b", [1], [5, 6], [0], [[[5, 6]]])
+    example = build(row)
+    assert example.student == example.teacher == example.distance == []
+    assert example.ar_target == [5, 6]
+
+
+def test_several_states_per_block():
+    example = build(states_per_block=5)
+    assert sorted(tuple(b.tokens) for b in example.row.blocks) == [(50, 51, 12), (52, 12)]
+    assert len(example.student) == len(example.teacher) == len(example.distance) == 5
+
+
+def test_local_consistency_looks_at_the_next_state():
+    seed = next(s for s in range(50) if list(build(seed=s, consistency="local").row.blocks[0].tokens) == [50, 51, 12])
+    example = build(seed=seed, consistency="local")
+    state, goal = example.row.blocks[:2]
+    assert (state.start, list(goal.tokens), goal.start) == (3, [52, 12], 4)
+    # Position 3 is right in the next state, so the clean text (column 3) teaches; the rest is taught by the next state.
+    assert example.student[:3] == [8, 9, 10]
+    assert example.teacher[:3] == [3, 11, 12]
+
+
+def test_ar_on_the_response():
+    example = build()
+    assert example.ar_index == [2, 3, 4, 5, 6]
+    assert example.ar_target == [10, 11, 12, 13, 14]
+
+
+def test_ar_on_labels_hangs_them_behind_the_prompt():
+    example = build(use_labels=True)
+    block = example.row.blocks[-1]
+    assert (block.start, list(block.tokens)) == (3, [70])
+    assert example.ar_index == [2, len(example.row) - 1]
+    assert example.ar_target == [70, 71]
+
+
+class Rows(list):
+    settings = None
+
+
+def test_states_depend_on_seed_epoch_and_row_only():
+    dataset = ExampleDataset(Rows([ROW] * 20), Sampling(), seed=1)
+    first = [dataset[i] for i in range(20)]
+    assert [dataset[i] for i in reversed(range(20))][::-1] == first
+    dataset.set_epoch(1)
+    assert [dataset[i] for i in range(20)] != first
+
+
+def test_labels_must_be_there():
+    row = TrajectoryRow("b", [1], [5, 6], [0], [[[7, 6], [5, 6]]])
+    with pytest.raises(UsageError, match="--use_labels"):
+        ExampleDataset(Rows([row]), Sampling(use_labels=True))

@@ -1,0 +1,191 @@
+"""The trainer's gradients: right, and the same however the global batch is split."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from cllm import reference
+from cllm.training.arguments import CllmTrainingArguments
+from cllm.training.examples import Collator, ExampleDataset, Sampling, build_example
+from cllm.training.trainer import CllmTrainer
+from cllm.trajectory.record import TrajectoryRow
+
+ROWS = 8
+
+
+def random_row(index: int) -> TrajectoryRow:
+    draw = random.Random(index)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(3, 97) for _ in range(count)]
+
+    prompt, response, size = tokens(draw.randint(2, 9)), tokens(draw.randint(5, 14)), draw.randint(2, 5)
+    starts = list(range(0, len(response), size))
+    trajectories = []
+    for start in starts:
+        fixed = response[start : start + size]
+        trajectories.append([[*fixed[:known], *tokens(len(fixed) - known)] for known in range(len(fixed))] + [fixed])
+    return TrajectoryRow(f"row-{index}", prompt, response, starts, trajectories, [], tokens(4))
+
+
+class Rows(list):
+    settings = None
+
+
+def make_trainer(folder, model=None, rows: int = ROWS, **options) -> CllmTrainer:
+    """One whose optimizer step shows the gradient: plain SGD without momentum at learning rate 1."""
+    settings = dict(
+        per_device_train_batch_size=4,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=3,
+    )
+    args = CllmTrainingArguments(output_dir=str(folder), **settings | options)
+    model = model or tiny_model(vocab_size=97)
+    return CllmTrainer(
+        model=model,
+        args=args,
+        train_dataset=ExampleDataset(Rows(map(random_row, range(rows))), args.sampling),
+        data_collator=Collator(0, args.distance_decay),
+        target_model=tiny_model(seed=9, vocab_size=97) if args.needs_target else None,
+    )
+
+
+def step(folder, **options) -> torch.Tensor:
+    """The change of all weights after one optimizer step over all rows."""
+    model = tiny_model(vocab_size=97)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    make_trainer(folder, model, **options).train()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+
+OBJECTIVES = [
+    {},
+    {"consistency": "local"},
+    {"teacher": "self", "ar_loss": "fixed_point"},
+    {"teacher": "self", "use_gt_labels": True},
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_accumulation_and_batch_size_do_not_change_the_gradient(tmp_path, objective):
+    whole = step(tmp_path, per_device_train_batch_size=8, **objective)
+    assert whole.abs().max() > 1e-3
+    for size, accumulation in [(4, 2), (2, 4), (1, 8)]:
+        split = step(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, **objective
+        )
+        torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
+    torch.testing.assert_close(
+        step(tmp_path, gradient_checkpointing=True), step(tmp_path), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    whole = step(tmp_path, per_device_train_batch_size=8)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"]
+    subprocess.run([*command, __file__, str(tmp_path)], check=True, env=environment, timeout=300)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, atol=1e-5, rtol=1e-4)
+
+
+def loss_sums(trainer: CllmTrainer, examples) -> list[float]:
+    return torch.stack(trainer.loss_sums(trainer.model, trainer.data_collator(examples))).tolist()
+
+
+def test_padding_and_packing_change_nothing(tmp_path):
+    trainer = make_trainer(tmp_path)
+    examples = [trainer.train_dataset[i] for i in range(ROWS)]
+    alone = torch.tensor([loss_sums(trainer, [e]) for e in examples]).sum(dim=0)
+    assert torch.allclose(torch.tensor(loss_sums(trainer, examples)), alone, rtol=1e-5)
+
+
+def test_equals_the_papers_plain_forwards(tmp_path):
+    """Self teacher, global consistency, AR on the fixed point, no distance weight: three plain forwards per block."""
+    trainer = make_trainer(tmp_path, teacher="self", ar_loss="fixed_point", distance_decay=1.0, states_per_block=1)
+    for index in range(ROWS):
+        row = random_row(index)
+        for block, (start, _) in enumerate(row.spans()):
+            only = TrajectoryRow(
+                row.row_id, row.prompt_ids, row.response_ids, row.block_starts,
+                [t if b == block else t[-1:] for b, t in enumerate(row.trajectories)],
+            )
+            example = build_example(only, random.Random(0), Sampling())
+            state = random.Random(0).sample(range(len(row.trajectories[block]) - 1), 1)[0]
+            expected = reference.training_losses(
+                trainer.model, row.prompt_ids, row.response_ids,
+                reference.ReferenceBlock(row.prompt_ids + row.response_ids[:start], row.trajectories[block]), state,
+            )
+            assert loss_sums(trainer, [example]) == pytest.approx([x.item() for x in expected[:2]], rel=1e-3, abs=1e-4)
+
+
+def test_consistency_is_zero_at_the_fixed_point(tmp_path):
+    trainer = make_trainer(tmp_path)
+    row = random_row(0)
+    fixed = TrajectoryRow(
+        row.row_id, row.prompt_ids, row.response_ids, row.block_starts, [t[-1:] for t in row.trajectories]
+    )
+    consistency, ar = loss_sums(trainer, [build_example(fixed, random.Random(0), Sampling())])
+    assert consistency == 0.0 and ar > 0.0
+
+
+def test_nothing_flows_through_the_detached_target(tmp_path):
+    """With ar_weight 0 the clean response tokens get gradient only as context; the teacher's logits give none."""
+    trainer = make_trainer(tmp_path, teacher="self", ar_loss="fixed_point", ar_weight=0.0)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    hidden = torch.randn(*batch["input_ids"].shape, 32, requires_grad=True)
+    trainer._hidden = lambda model, batch, head: hidden
+    consistency, _ = trainer.loss_sums(trainer.model, batch)
+    consistency.backward()
+    touched = hidden.grad[0].abs().sum(dim=-1).nonzero().flatten().tolist()
+    assert set(touched) <= set(batch["student"][:, 1].tolist())
+    assert touched
+
+
+def test_target_model_does_not_change(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    before = [p.clone() for p in trainer.target_model.parameters()]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.target_model.parameters()))
+
+
+def test_training_lowers_the_loss_and_logs_its_terms(tmp_path):
+    trainer = make_trainer(tmp_path, optim="adamw_torch", learning_rate=3e-3, max_steps=40, logging_steps=10)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "consistency_loss" in entry]
+    assert len(logs) == 4
+    assert logs[-1]["loss"] < 0.8 * logs[0]["loss"]
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(entry["consistency_loss"] + 2.0 * entry["ar_loss"], rel=1e-3)
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    options = dict(optim="adamw_torch", learning_rate=1e-3, max_steps=6, save_strategy="steps", save_steps=3)
+    whole = make_trainer(tmp_path / "whole", per_device_train_batch_size=2, **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", per_device_train_batch_size=2, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
+        assert torch.equal(a, b)
+
+
+if __name__ == "__main__":  # one of two processes of test_two_processes_give_the_gradient_of_one
+    torch.save(step(sys.argv[1], per_device_train_batch_size=4), Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

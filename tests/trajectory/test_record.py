@@ -1,0 +1,60 @@
+import re
+from typing import Any
+
+import pytest
+
+from cllm.trajectory.record import TrajectoryRow
+
+
+def good_row(**changes: Any) -> TrajectoryRow:
+    """Two blocks, of 2 and 3 tokens, after one token without a block."""
+    values: dict[str, Any] = {
+        "row_id": "x-1",
+        "prompt_ids": [1, 2],
+        "response_ids": [3, 4, 5, 6, 7, 8],
+        "block_starts": [1, 3],
+        "trajectories": [[[9, 9], [4, 9], [4, 5]], [[6, 7, 8]]],
+        "augmented": [[[9, 5]], []],
+        "label_ids": [3, 4],
+    }
+    return TrajectoryRow(**{**values, **changes})
+
+
+def test_good_rows_pass() -> None:
+    good_row().validate()
+    good_row(augmented=[], label_ids=None).validate()
+
+
+def test_spans_and_extra_states() -> None:
+    assert good_row().spans() == [(1, 3), (3, 6)]
+    assert good_row().extra_states(0) == [[9, 5]]
+    assert good_row(augmented=[]).extra_states(1) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"row_id": ""}, "row_id is empty"),
+        ({"prompt_ids": []}, "prompt_ids is empty"),
+        ({"response_ids": []}, "response_ids is empty"),
+        ({"label_ids": []}, "label_ids is empty"),
+        ({"prompt_ids": [-1]}, "got -1"),
+        ({"prompt_ids": [2**31]}, "got 2147483648"),
+        ({"label_ids": [-100]}, "got -100"),
+        ({"block_starts": []}, "block_starts is empty"),
+        ({"block_starts": [3, 3]}, "rise strictly"),
+        ({"block_starts": [-1, 3]}, "within the response of 6 tokens"),
+        ({"block_starts": [1, 6]}, "within the response of 6 tokens"),
+        ({"block_starts": [1]}, "1 blocks but 2 trajectories"),
+        ({"augmented": [[]]}, "2 blocks but augmented states for 1"),
+        ({"trajectories": [[], [[6, 7, 8]]]}, "block 0 has no states"),
+        ({"trajectories": [[[4, 5]], [[6, 7], [6, 7, 8]]]}, "block 1 spans 3 tokens but has a state of 2"),
+        ({"augmented": [[], [[6, 7]]]}, "block 1 spans 3 tokens but has a state of 2"),
+        ({"augmented": [[[-1, 5]], []]}, "got -1"),
+        ({"trajectories": [[[4, 5], [4, 9]], [[6, 7, 8]]]}, "block 0 does not end in its part of the response"),
+    ],
+)
+def test_rows_that_do_not_fit_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        good_row(**changes).validate()
+    assert str(caught.value).startswith(f"row {changes.get('row_id', 'x-1')!r}: ")

@@ -1,0 +1,541 @@
+import errno
+import json
+import logging
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cllm.errors import UsageError
+from cllm.trajectory import store
+from cllm.trajectory.published import write_published
+from cllm.trajectory.record import Dropped, TrajectoryRow
+from cllm.trajectory.store import TrajectoryDataset, TrajectoryWriter, read_rows, stored_counts
+
+SETTINGS = {"model": "tiny", "block_size": 4, "eos_token_ids": (2,)}
+
+
+def make_row(number: int, tokens: int = 10) -> TrajectoryRow:
+    rng = random.Random(number)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(50_000) for _ in range(count)]
+
+    response, starts = ids(tokens), list(range(0, tokens, 4))
+    fixed = [response[start : start + 4] for start in starts]
+    return TrajectoryRow(
+        row_id=f"row-{number}",
+        prompt_ids=ids(5),
+        response_ids=response,
+        block_starts=starts,
+        trajectories=[[ids(len(point)), ids(len(point)), point] for point in fixed],
+        augmented=[[ids(len(point))] for point in fixed] if number % 2 else [],
+        label_ids=ids(3) if number % 3 else None,
+    )
+
+
+def rows_of(path: Path) -> dict[str, TrajectoryRow]:
+    return {row.row_id: row for row in read_rows(path)}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def dataset(path: Path, tmp_path: Path, **options: Any) -> TrajectoryDataset:
+    return TrajectoryDataset(path, cache_dir=tmp_path / "cache", **options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Rows 0-5 in two shards and two dropped rows."""
+    writer = TrajectoryWriter(tmp_path / "out", SETTINGS, resume=False)
+    writer.write([make_row(n) for n in range(4)], [Dropped("row-90", "loop")])
+    writer.write([make_row(4), make_row(5)], [Dropped("row-91", "too long")])
+    return tmp_path / "out"
+
+
+# ---- what comes back ----
+
+
+def test_rows_come_back(folder: Path) -> None:
+    assert rows_of(folder) == {f"row-{n}": make_row(n) for n in range(6)}
+
+
+def test_dataset(folder: Path, tmp_path: Path) -> None:
+    data = dataset(folder, tmp_path)
+    assert len(data) == 6
+    assert list(data) == [make_row(n) for n in range(6)]
+    assert data[-1] == make_row(5)
+    with pytest.raises(IndexError):
+        data[6]
+    assert data.settings == {"model": "tiny", "block_size": 4, "eos_token_ids": [2]}
+    assert pickle.loads(pickle.dumps(data))[3] == make_row(3)  # as a data loader's workers get it
+
+
+def test_dataset_is_mapped_not_held_in_memory(folder: Path, tmp_path: Path) -> None:
+    assert dataset(folder, tmp_path)._rows.cache_files
+
+
+def test_dataset_order_does_not_depend_on_the_shards(tmp_path: Path) -> None:
+    numbers = list(range(12))
+    random.Random(0).shuffle(numbers)
+    writer = TrajectoryWriter(tmp_path / "out", SETTINGS, resume=False)
+    for n in numbers:
+        writer.write([make_row(n)])
+    assert [row.row_id for row in dataset(tmp_path / "out", tmp_path)] == [f"row-{n}" for n in range(12)]
+
+
+def test_dataset_sees_new_and_rewritten_shards(folder: Path, tmp_path: Path) -> None:
+    assert len(dataset(folder, tmp_path)) == 6
+    TrajectoryWriter(folder, SETTINGS, resume=True).write([make_row(6)])
+    assert len(dataset(folder, tmp_path)) == 7
+    writer = TrajectoryWriter(folder, SETTINGS, resume=False)
+    other = make_row(6)
+    other.prompt_ids[0] += 1
+    writer.write([other])  # a file of the same name and size
+    assert list(dataset(folder, tmp_path)) == [other]
+
+
+@pytest.mark.parametrize("name", ["with space", "a[1]b*", "ü,=%20"])
+def test_odd_folder_names(tmp_path: Path, name: str) -> None:
+    TrajectoryWriter(tmp_path / name, SETTINGS, resume=False).write([make_row(1)])
+    assert list(dataset(tmp_path / name, tmp_path)) == [make_row(1)]
+    assert TrajectoryWriter(tmp_path / name, SETTINGS, resume=True).done_ids == {"row-1"}
+
+
+def test_dataset_of_a_published_file(tmp_path: Path) -> None:
+    rows = [make_row(n) for n in range(40)]
+    write_published(tmp_path / "t.json", rows, 4, 0)
+    data = dataset(tmp_path / "t.json", tmp_path)
+    assert list(data) == rows == list(read_rows(tmp_path / "t.json"))
+    assert data.settings == {}
+    eos = rows[0].response_ids[5]
+    assert dataset(tmp_path / "t.json", tmp_path, eos_ids=[eos])[0].response_ids == rows[0].response_ids[:6]
+
+
+def test_shards_are_int32_and_zstd(folder: Path) -> None:
+    for shard in folder.glob("part-*.parquet"):
+        file = pq.ParquetFile(shard)
+        assert file.schema_arrow.equals(store.SCHEMA)
+        group = file.metadata.row_group(0)
+        assert {group.column(n).compression for n in range(group.num_columns)} == {"ZSTD"}
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.json").touch()
+    for path in (tmp_path / "empty", tmp_path / "empty.json", tmp_path / "missing"):
+        with pytest.raises(UsageError, match=path.name):
+            dataset(path, tmp_path)
+        with pytest.raises(UsageError, match=path.name):
+            list(read_rows(path))
+
+
+def test_only_dropped_rows(tmp_path: Path) -> None:
+    TrajectoryWriter(tmp_path / "out", SETTINGS, resume=False).write([], [Dropped("a", "loop"), Dropped("b", "loop")])
+    assert list(read_rows(tmp_path / "out")) == []
+    with pytest.raises(UsageError, match="no rows to train on; all 2 were dropped"):
+        dataset(tmp_path / "out", tmp_path)
+
+
+# ---- writing ----
+
+
+def test_counts(folder: Path) -> None:
+    expected = {"kept": 6, "dropped": {"loop": 1, "too long": 1}}
+    assert stored_counts(folder) == expected
+    writer = TrajectoryWriter(folder, SETTINGS, resume=True)
+    assert writer.counts() == expected
+    writer.write([make_row(6)], [Dropped("row-92", "loop")])
+    assert writer.counts() == stored_counts(folder) == {"kept": 7, "dropped": {"loop": 2, "too long": 1}}
+
+
+def test_an_empty_shard_is_not_written(tmp_path: Path) -> None:
+    TrajectoryWriter(tmp_path, SETTINGS, resume=False).write([], [])
+    assert names(tmp_path) == {"settings.json"}
+
+
+def test_rows_that_cannot_be_stored(folder: Path) -> None:
+    writer = TrajectoryWriter(folder, SETTINGS, resume=True)
+    bad = make_row(7)
+    bad.response_ids.append(1)
+    before = names(folder)
+    for rows, dropped, message in [
+        ([make_row(1)], [], "stored already: 'row-1'"),
+        ([], [Dropped("row-90", "loop")], "stored already: 'row-90'"),
+        ([make_row(7), make_row(7)], [], "stored already: 'row-7'"),
+        ([make_row(8), bad], [], "row 'row-7'"),
+        ([], [Dropped("row-7", "")], "needs an id and a reason"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            writer.write(rows, dropped)
+    assert names(folder) == before
+    writer.write([make_row(7), make_row(8)])
+
+
+def test_settings_must_be_json(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        TrajectoryWriter(tmp_path / "out", {"path": tmp_path}, resume=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_writers_share_a_folder(tmp_path: Path) -> None:
+    first = TrajectoryWriter(tmp_path, SETTINGS, resume=False)
+    second = TrajectoryWriter(tmp_path, SETTINGS, resume=True)
+    for n in range(0, 20, 2):
+        first.write([make_row(n)])
+        second.write([make_row(n + 1)])
+    assert len(rows_of(tmp_path)) == 20
+    assert len(list(tmp_path.glob("part-*.parquet"))) == 20
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match=f"cannot write to {path}"):
+            TrajectoryWriter(path, SETTINGS, resume=False)
+
+
+def test_a_folder_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UsageError, match="no permission"):
+        TrajectoryWriter(folder, SETTINGS, resume=False)
+    assert len(rows_of(folder)) == 6
+
+
+# ---- resuming ----
+
+
+def test_resuming(folder: Path) -> None:
+    writer = TrajectoryWriter(folder, SETTINGS, resume=True)
+    assert writer.done_ids == {"row-90", "row-91", *(f"row-{n}" for n in range(6))}
+    writer.write([make_row(6)])
+    assert "row-6" in writer.done_ids
+    assert len(rows_of(folder)) == 7
+
+
+def test_resuming_with_other_settings(folder: Path) -> None:
+    other = {"model": "tiny", "block_size": 8, "seed": 1}
+    before = names(folder)
+    with pytest.raises(UsageError) as caught:
+        TrajectoryWriter(folder, other, resume=True)
+    assert str(caught.value).startswith(f"cannot resume in {folder}, which has other settings: ")
+    assert "block_size: 4 there, 8 now; eos_token_ids: [2] there, not set now; seed: not set there, 1 now" in str(
+        caught.value
+    )
+    assert names(folder) == before
+    assert TrajectoryWriter(folder, other, resume=False).done_ids == set()
+    assert names(folder) == {"settings.json"}
+    assert json.loads((folder / "settings.json").read_text()) == other
+
+
+def test_starting_over_removes_only_our_files(folder: Path) -> None:
+    (folder / "notes.txt").touch()
+    (folder / "part-0.parquet.corrupt").touch()
+    TrajectoryWriter(folder, SETTINGS, resume=False)
+    assert names(folder) == {"settings.json", "notes.txt"}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff"])
+def test_resuming_without_sound_settings(folder: Path, content: bytes | None) -> None:
+    (folder / "settings.json").unlink()
+    if content is not None:
+        (folder / "settings.json").write_bytes(content)
+    with pytest.raises(UsageError, match="settings.json"):
+        TrajectoryWriter(folder, SETTINGS, resume=True)
+    TrajectoryWriter(folder, SETTINGS, resume=False)
+
+
+def test_resuming_where_nothing_is(tmp_path: Path) -> None:
+    writer = TrajectoryWriter(tmp_path / "a" / "b", SETTINGS, resume=True)
+    assert writer.done_ids == set()
+    assert names(tmp_path / "a" / "b") == {"settings.json"}
+
+
+def damage(shard: Path, how: str) -> None:
+    content = shard.read_bytes()
+    if how == "empty":
+        shard.write_bytes(b"")
+    elif how == "half":
+        shard.write_bytes(content[: len(content) // 2])
+    elif how == "garbage":
+        shard.write_bytes(os.urandom(len(content)))
+    elif how == "other columns":
+        pq.write_table(pa.table({"row_id": ["a"]}), shard)
+    elif how == "ids":
+        column = pq.ParquetFile(shard).metadata.row_group(0).column(0)
+        place = column.dictionary_page_offset or column.data_page_offset
+        flipped = bytearray(content)
+        for index in range(place + column.total_compressed_size - 4, place + column.total_compressed_size):
+            flipped[index] ^= 0xFF
+        shard.write_bytes(flipped)
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "garbage", "other columns", "ids"])
+def test_unreadable_shards_are_collected_again(
+    folder: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = next(path for path in folder.glob("part-*.parquet") if pq.read_metadata(path).num_rows == 3)
+    damage(shard, how)
+    for read in (lambda: list(read_rows(folder)), lambda: dataset(folder, tmp_path), lambda: stored_counts(folder)):
+        with pytest.raises(UsageError, match=f"cannot read {shard}"):
+            read()
+    with caplog.at_level(logging.WARNING):
+        writer = TrajectoryWriter(folder, SETTINGS, resume=True)
+    assert writer.done_ids == {"row-90", *(f"row-{n}" for n in range(4))}
+    assert shard.name + ".corrupt" in names(folder) and shard.name in caplog.text
+    writer.write([make_row(4), make_row(5)], [Dropped("row-91", "too long")])
+    assert rows_of(folder) == {f"row-{n}": make_row(n) for n in range(6)}
+
+
+def test_resuming_reads_no_token_column(tmp_path: Path) -> None:
+    """Damage in the tokens does not show on resuming, as they are not read; whoever reads them is told the file."""
+    TrajectoryWriter(tmp_path / "out", SETTINGS, resume=False).write([make_row(n, tokens=400) for n in range(20)])
+    (shard,) = (tmp_path / "out").glob("part-*.parquet")
+    group = pq.ParquetFile(shard).metadata.row_group(0)
+    content = bytearray(shard.read_bytes())
+    for number in range(2, group.num_columns):
+        column = group.column(number)
+        start = column.dictionary_page_offset or column.data_page_offset
+        content[start : start + column.total_compressed_size] = os.urandom(column.total_compressed_size)
+    shard.write_bytes(content)
+    assert len(TrajectoryWriter(tmp_path / "out", SETTINGS, resume=True).done_ids) == 20
+    assert stored_counts(tmp_path / "out")["kept"] == 20
+    with pytest.raises(UsageError, match=f"cannot read {shard}"):
+        list(read_rows(tmp_path / "out"))
+    with pytest.raises(UsageError, match="cannot read the trajectories in"):
+        dataset(tmp_path / "out", tmp_path)
+
+
+def test_reading_holds_few_rows(tmp_path: Path) -> None:
+    def peak(shards: int) -> int:
+        folder = tmp_path / str(shards)
+        writer = TrajectoryWriter(folder, SETTINGS, resume=False)
+        for shard in range(shards):
+            writer.write([make_row(20 * shard + n, tokens=200) for n in range(20)])
+        arrow = pa.total_allocated_bytes()
+        tracemalloc.start()
+        most = max(pa.total_allocated_bytes() - arrow for _ in read_rows(folder))
+        most += tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    assert peak(10) < 1.2 * peak(1)
+
+
+# ---- temporary files ----
+
+
+def leftover(folder: Path, pid: int, host: str | None = None) -> Path:
+    path = folder / f".part-abc.{host or store._host()}.{pid}.tmp"
+    path.write_bytes(b"half")
+    return path
+
+
+def test_leftovers_of_dead_processes_are_removed(folder: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, own = leftover(folder, process.pid), leftover(folder, os.getpid())
+    alive, elsewhere = leftover(folder, os.getppid()), leftover(folder, process.pid, "0123abcd")
+    assert len(rows_of(folder)) == 6  # readers do not look at them
+    TrajectoryWriter(folder, SETTINGS, resume=True)
+    assert [path.exists() for path in (dead, own, alive, elsewhere)] == [False, False, True, True]
+
+
+# ---- killed ----
+
+WORKER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_store import SETTINGS, Dropped, TrajectoryWriter, make_row, store
+writer = TrajectoryWriter({folder!r}, SETTINGS, resume=True)
+store._encode([])  # what pyarrow loads at the first use
+print("ready", flush=True)
+todo = [n for n in range(9_999) if f"row-{{n}}" not in writer.done_ids]
+for n in range(0, len(todo), 3):
+    rows = [make_row(todo[n], 400), make_row(todo[n + 1], 400)]
+    writer.write(rows, [Dropped(f"row-{{todo[n + 2]}}", "loop")])
+    print(*(f"row-{{todo[n + k]}}" for k in range(3)), flush=True)
+"""
+
+
+def worker(folder: Path) -> subprocess.Popen[str]:
+    code = WORKER.format(tests=str(Path(__file__).parent), folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=worker_env())
+
+
+def worker_env() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_kill_at_any_moment_loses_no_finished_row(tmp_path: Path) -> None:
+    folder, rng = tmp_path / "out", random.Random(5)
+    finished: set[str] = set()
+    for _ in range(10):
+        process = worker(folder)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        timer = threading.Timer(rng.uniform(0.001, 0.15), process.send_signal, [signal.SIGKILL])
+        timer.start()
+        printed = process.stdout.read()
+        assert process.wait() == -signal.SIGKILL
+        timer.join()
+        complete_lines = printed.rpartition("\n")[0]
+        finished.update(complete_lines.split())
+
+        assert [path for path in folder.iterdir() if path.suffix == ".corrupt"] == []
+        kept = rows_of(folder) if any(folder.glob("part-*.parquet")) else {}
+        for row in kept.values():
+            row.validate()
+        stored = TrajectoryWriter(folder, SETTINGS, resume=True).done_ids
+        assert finished <= stored
+        assert not list(folder.glob(".part-*.tmp"))
+
+    assert finished, "no kill came after a finished shard"
+    numbers = {int(row_id.removeprefix("row-")) for row_id in stored}
+    assert numbers == set(range(len(numbers)))  # nothing lost, nothing skipped
+    assert kept == {row_id: make_row(int(row_id.removeprefix("row-")), 400) for row_id in kept}
+    assert len(kept) * 3 == len(stored) * 2
+
+
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+def test_a_kill_at_each_step(tmp_path: Path, step: str) -> None:
+    """The moments between which the random kills fall, one by one."""
+    code = f"""
+import builtins, os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_store import SETTINGS, TrajectoryWriter, make_row
+writer = TrajectoryWriter({str(tmp_path)!r}, SETTINGS, resume=True)
+writer.write([make_row(0)])
+kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+if {step!r} == "open":
+    real = builtins.open
+    def opened(path, *args):
+        real(path, *args).write(b"PAR1 half")
+        kill()
+    builtins.open = opened
+else:
+    setattr(os, {step!r}, kill)
+writer.write([make_row(1)])
+"""
+    assert subprocess.run([sys.executable, "-c", code], env=worker_env()).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".part-*.tmp"))) == 1
+    assert rows_of(tmp_path) == {"row-0": make_row(0)}
+    writer = TrajectoryWriter(tmp_path, SETTINGS, resume=True)
+    assert writer.done_ids == {"row-0"}
+    writer.write([make_row(1)])
+    assert len(rows_of(tmp_path)) == 2 and not list(tmp_path.glob(".part-*.tmp"))
+
+
+def test_several_processes_write_at_once(tmp_path: Path) -> None:
+    TrajectoryWriter(tmp_path, SETTINGS, resume=False)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_store import SETTINGS, TrajectoryWriter, make_row
+rank = int(sys.argv[1])
+writer = TrajectoryWriter({str(tmp_path)!r}, SETTINGS, resume=True)
+for n in range(rank, 60, 3):
+    writer.write([make_row(n)])
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)], env=worker_env()) for rank in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert rows_of(tmp_path) == {f"row-{n}": make_row(n) for n in range(60)}
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+# ---- disk full ----
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+    writer = TrajectoryWriter(folder, SETTINGS, resume=True)
+    before = names(folder)
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(UsageError, match=f"cannot write {folder}/part-.*: {os.strerror(number)}"):
+            writer.write([make_row(6)])
+    assert names(folder) == before
+    assert "row-6" not in writer.done_ids and writer.counts()["kept"] == 6
+    writer.write([make_row(6)])  # when there is room again
+    assert rows_of(folder)["row-6"] == make_row(6)
+
+
+def fill_up(folder: Path) -> tuple[int, str]:
+    """Write until it fails; rows stored and the message."""
+    writer = TrajectoryWriter(folder, SETTINGS, resume=True)
+    for number in range(1000):
+        try:
+            writer.write([make_row(number, tokens=100 * 2**number)])
+        except UsageError as error:
+            return number, str(error)
+    raise AssertionError("it never failed")
+
+
+def test_a_file_size_limit(tmp_path: Path) -> None:
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_store import fill_up
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+print(*fill_up(Path({str(tmp_path)!r})))
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=worker_env(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    stored, _, message = result.stdout.partition(" ")
+    assert "cannot write" in message and os.strerror(errno.EFBIG) in message
+    check_after_full(tmp_path, int(stored))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    point = tmp_path / "small"
+    point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(point)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        yield point
+    finally:
+        subprocess.run(["umount", "-l", str(point)], check=True)  # also when a failed test holds a file open
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    stored, message = fill_up(small_disk)
+    assert "cannot write" in message and os.strerror(errno.ENOSPC) in message
+    check_after_full(small_disk, stored)
+
+
+def test_a_disk_that_is_full_from_the_start(small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"x" * (256 << 10))
+    with pytest.raises(UsageError, match="cannot write"):
+        TrajectoryWriter(small_disk, SETTINGS, resume=True)
+    assert names(small_disk) == {"filler"}
+
+
+def check_after_full(folder: Path, stored: int) -> None:
+    assert stored > 0
+    assert set(rows_of(folder)) == {f"row-{n}" for n in range(stored)}
+    assert not list(folder.glob(".*.tmp"))
+    writer = TrajectoryWriter(folder, SETTINGS, resume=True)
+    assert len(writer.done_ids) == stored
+    writer.write([make_row(stored)])
+    assert len(rows_of(folder)) == stored + 1
