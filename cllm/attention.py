@@ -39,7 +39,8 @@ def check_model(model: PreTrainedModel) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; Jacobi decoding needs a decoder-only causal model")
     text = config.get_text_config(decoder=True)
-    if getattr(model, "_is_stateful", False) or not DynamicCache(config=text).is_croppable:
+    croppable = getattr(DynamicCache(config=text), "is_croppable", True)  # older releases do not say
+    if getattr(model, "_is_stateful", False) or not croppable:
         raise UnsupportedModelError(f"the cache of {name} cannot be rolled back (recurrent state), which Jacobi decoding needs")
     attention_windows(config)
     if config._attn_implementation not in MASKABLE:

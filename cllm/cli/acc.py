@@ -18,12 +18,12 @@ MATH_SINGLE = "math-single"
 logger = logging.getLogger(__name__)
 
 
-def options(task: str | None) -> argparse.ArgumentParser:
+def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     result = parser(
         "Answer a task's questions greedily and score the replies. Run again, it goes on where it was stopped.",
         "cllm acc" if task is None else "acc.py",
     )
-    add_task_option(result, task)
+    add_task_option(result, task, "acc", argv)
     add_model_options(result, "--model_dir")
     result.add_argument(
         "--use_consistency_decoding", action="store_true", help="Jacobi decoding; without it, autoregressive decoding"
@@ -56,12 +56,18 @@ def options(task: str | None) -> argparse.ArgumentParser:
     )
     result.add_argument("--eval_only", action="store_true", help="score the answers there are, without the model")
     result.add_argument("--results", help="JSON file of scores; default: OUTPUT_FILE_NAME's name with .accuracy.json")
+    result.add_argument(
+        "--export",
+        metavar="FILE",
+        help="the answers in the format of the dataset's own tools, if it has one; "
+        "default: OUTPUT_FILE_NAME's name with .export.jsonl",
+    )
     return result
 
 
 @command
 def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
-    args = options(task).parse_args(argv)
+    args = options(task, argv).parse_args(argv)
     if args.temperature != 0:
         raise UsageError(f"temperature must be 0 (greedy): sampling is not available yet, got {args.temperature}")
     if not 0 < args.top_p <= 1:
@@ -81,6 +87,8 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
     write_json(args.results, report)
     print(render(report))
     print(f"\nAnswers: {args.output_file_name}\nScores:  {args.results}")
+    if "export" in report:
+        print(f"Export:  {report['export']}")
 
 
 def rescore(args: argparse.Namespace) -> dict[str, Any]:
@@ -91,14 +99,17 @@ def rescore(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.data_size:
         raise UsageError("--eval_only scores every answer there is; leave out --data_size")
-    task = get_task(args.task)
+    task = get_task(args.task).configure(args)
+    _check_export(args, task)
     rows = {row["id"]: row for row in accuracy.read_answers(args.output_file_name)}
     if not rows:
         raise UsageError(f"no answers in {args.output_file_name}")
     chosen = accuracy.select(map(accuracy.example_of, rows.values()), task, args.dev_set, None)
     settings = accuracy.read_settings(args.output_file_name) or {"task": task.name, "model": args.model}
-    summary = accuracy.summarise(task, accuracy.rescore(task, [rows[e.id] for e in chosen]), seed=args.seed)
-    return {"settings": settings | {"dev_set": args.dev_set}, "environment": environment("cpu"), "summary": summary}
+    scored = accuracy.rescore(task, [rows[e.id] for e in chosen])
+    summary = accuracy.summarise(task, scored, seed=args.seed)
+    report = {"settings": settings | {"dev_set": args.dev_set}, "environment": environment("cpu"), "summary": summary}
+    return _finish(args, task, scored, report)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -115,7 +126,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     check_writable(args.results)
     check_writable(args.output_file_name)
-    task = get_task(args.task)
+    task = get_task(args.task).configure(args)
+    _check_export(args, task)
     filename = default_file(args.filename, Path.cwd())
     stream = load_examples(task, filename, "test", None)
     examples = accuracy.select(stream, task, args.dev_set, args.data_size)
@@ -127,7 +139,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.use_consistency_decoding:
         block_size = args.max_new_tokens_for_consistency or record.get("block_size") or DEFAULT_BLOCK_SIZE
     template = choose_prompt(args.prompt_template, args.prompt_type, task.plain_template, tokenizer, record)
-    decoder = JacobiDecoder(model, block_size, eos_token_ids=stop_token_ids(model, tokenizer), seed=args.seed)
+    stops = stop_token_ids(model, tokenizer, template)
+    decoder = JacobiDecoder(model, block_size, eos_token_ids=stops, seed=args.seed)
     settings = {
         "task": task.name,
         "model": args.model,
@@ -139,6 +152,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "attn_implementation": model.config._attn_implementation,
         "seed": args.seed,
     }
+    if task.settings():
+        settings["task_options"] = task.settings()
     answers = accuracy.AnswerFile(args.output_file_name, settings, args.resume)
     kept = sum(map(answers.has, examples))
     if kept:
@@ -149,18 +164,41 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         answers.append([accuracy.too_long_row(task, prompt) for prompt in too_long])
     with tqdm(total=len(prompts), desc="answers", unit="answer", file=sys.stderr, disable=None) as bar:
         for rows in accuracy.answer(
-            decoder, tokenizer, task, prompts, max_new_tokens=args.max_tokens, batch_size=args.batch_size
+            decoder, tokenizer, task, prompts, template, max_new_tokens=args.max_tokens, batch_size=args.batch_size
         ):
             answers.append(rows)
             bar.update(len(rows))
     scored = accuracy.rescore(task, [answers.rows[e.id] for e in examples])
-    return {
+    report = {
         "settings": settings | {"filename": filename or "hub", "dev_set": args.dev_set, "batch_size": args.batch_size},
         "environment": environment(model.device),
         "record": record,
         "bad_rows": dict(stream.bad),
         "summary": accuracy.summarise(task, scored, seed=args.seed),
     }
+    return _finish(args, task, scored, report)
+
+
+def _check_export(args: argparse.Namespace, task: Any) -> None:
+    from cllm.evaluation.environment import check_writable
+
+    if args.export and task.export_format is None:
+        raise UsageError(f"task {task.name!r} has no format of its own to --export answers in")
+    args.export = Path(args.export or args.output_file_name.with_suffix(".export.jsonl"))
+    if task.export_format is not None:
+        check_writable(args.export)
+
+
+def _finish(args: argparse.Namespace, task: Any, rows: list[dict[str, Any]], report: dict[str, Any]) -> dict[str, Any]:
+    """Add what the task makes of all answers together. The scores are on the disk before, a review may take long."""
+    from cllm.files import write_json
+
+    if task.export(rows, args.export):
+        report["export"] = str(args.export)
+    write_json(args.results, report)
+    if review := task.review(rows, args.output_file_name):
+        report["review"] = review
+    return report
 
 
 def choose_prompt(
@@ -191,7 +229,7 @@ def choose_prompt(
 
 def render(report: dict[str, Any]) -> str:
     """The report as text for people."""
-    from cllm.prompts import CHAT
+    from cllm.prompts import PromptTemplate
 
     settings, summary = report["settings"], report["summary"]
     head = [
@@ -200,9 +238,10 @@ def render(report: dict[str, Any]) -> str:
     if "block_size" in settings:
         width = settings["block_size"]
         decoding = f"Jacobi decoding, block size {width}" if width > 1 else "autoregressive decoding"
-        prompts = "chat template" if settings["prompt_template"] == CHAT else "plain text template"
+        prompts = PromptTemplate(settings["prompt_template"]).label
         head.append(f"{decoding}, greedy, {settings['dtype']}, {prompts}, up to {settings['max_tokens']} new tokens")
-    return "\n".join([*head, "", _table(summary), *_notes(report)])
+    review = [_review_table(report["review"])] if report.get("review") else []
+    return "\n".join([*head, "", _table(summary), *review, *_notes(report)])
 
 
 def _table(summary: dict[str, Any]) -> str:
@@ -222,6 +261,15 @@ def _table(summary: dict[str, Any]) -> str:
             ]
         )
     return format_table(["", "questions", *names, "tokens per\nforward", "mean\ntokens", "cut at\nthe limit"], rows)
+
+
+def _review_table(review: dict[str, dict[str, float | None]]) -> str:
+    """What a task said of all answers together."""
+    from cllm.evaluation.table import format_table, number
+
+    columns = list(dict.fromkeys(name for figures in review.values() for name in figures))
+    rows = [[title, *(number(figures.get(name), 2) for name in columns)] for title, figures in review.items()]
+    return "\n" + format_table(["", *columns], rows)
 
 
 def _notes(report: dict[str, Any]) -> list[str]:

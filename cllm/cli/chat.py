@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 
 from cllm.cli.command import add_model_options, command, parser, positive
 from cllm.errors import UsageError
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = get_task(args.cllm_type)
     conversation = _open(args, task.plain_template)
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if interactive:
         print(f"{HELP}\nAn empty line asks: {task.default_question}")
     statistics = "nothing has been answered yet"
@@ -63,8 +66,8 @@ def _open(args: argparse.Namespace, plain_template: str):
     )
     record = read_record(model.config)
     size = args.block_size if args.block_size is not None else record.get("block_size", 16)
-    decoder = JacobiDecoder(model, size, eos_token_ids=stop_token_ids(model, tokenizer))
     template = choose_template(args.prompt_template, plain_template, tokenizer, record)
+    decoder = JacobiDecoder(model, size, eos_token_ids=stop_token_ids(model, tokenizer, template))
     return Conversation(decoder, tokenizer, template, args.max_new_seq_len)
 
 
@@ -92,7 +95,7 @@ def _answer(conversation, question: str, show_statistics: bool) -> str | None:
         print("\n(stopped)")
         return None
     except UsageError as error:
-        if not conversation.messages:
+        if not conversation.messages and not sys.stdin.isatty():
             raise
         print(f"error: {error}; /reset starts a new conversation", file=sys.stderr)
         return None

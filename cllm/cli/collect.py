@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ DATA_FOLDER = Path(__file__).parents[2] / "data"
 OUTPUT_FOLDER = "collected_jacobi_trajectory"
 
 
-def build_parser(task: str | None) -> argparse.ArgumentParser:
+def build_parser(task: str | None, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     options = parser("Drive a target model with Jacobi iteration and store the trajectories.", "cllm collect")
-    add_task_option(options, task)
+    add_task_option(options, task, "collect", argv)
     add_model_options(options, "--model")
     options.add_argument("--filename", help="local data, plain or .gz; default: the hub dataset")
     options.add_argument("--max_new_tokens", type=int, default=16, help="block size n")
@@ -41,18 +42,23 @@ def build_parser(task: str | None) -> argparse.ArgumentParser:
 
 @command
 def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
-    args = build_parser(task).parse_args(argv)
+    args = build_parser(task, argv).parse_args(argv)
     if args.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens (the block size) must be >= 1, got {args.max_new_tokens}")
+    from cllm.evaluation.environment import check_writable
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
-    chosen = get_task(args.task)
+    chosen = get_task(args.task).configure(args)
     examples = load_examples(chosen, args.filename, "train", args.data_size)
     next(iter(examples))  # a file that cannot be used is refused before a model is loaded
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:  # every process reads the whole file; one of them is enough to name its bad rows
+        logging.getLogger("cllm").setLevel(logging.ERROR)
+    elif args.published:
+        check_writable(args.published)
     collector, settings = _collector(args, chosen)
-    folder = Path(args.output) if args.output else _default_folder(args)
+    folder = Path(args.output) if args.output else _default_folder(args, chosen)
 
     state = _process_group(processes)
     from cllm.trajectory.store import TrajectoryWriter, stored_counts
@@ -101,6 +107,8 @@ def _collector(args: argparse.Namespace, task):
         seed=args.seed,
         dtype=str(model.dtype).removeprefix("torch."),
         vocab_size=model.config.get_text_config(decoder=True).vocab_size,
+        task_options=task.settings(),
+        source=Path(args.filename).name if args.filename else "",
     )
     return Collector(model, tokenizer, settings), settings
 
@@ -114,10 +122,11 @@ def _process_group(processes: int):
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
 
-def _default_folder(args: argparse.Namespace) -> Path:
+def _default_folder(args: argparse.Namespace, task) -> Path:
     base = DATA_FOLDER if DATA_FOLDER.is_dir() else Path.cwd()
     name = f"{args.task}_{Path(args.model).name}_n{args.max_new_tokens}_len{args.max_new_seq_len}"
     name += "_aug" * args.use_aug + "_labels" * args.use_labels
+    name += "".join(f"_{option}" for option, value in task.settings().items() if value is True)
     return base / OUTPUT_FOLDER / name
 
 

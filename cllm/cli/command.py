@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from cllm.errors import UsageError
 
+# Written out here, because `--help` must not wait for torch; tests hold them to cllm.models and cllm.attention.
+DTYPES = ("float32", "bfloat16", "float16")
+MASKABLE = ("sdpa", "eager")
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Run a command's ``main``: what a user caused is printed as one line, with exit status 2; Ctrl-C gives 130."""
+    """Run a command's ``main``: what a user caused is printed as one line, with exit status 2; Ctrl-C gives 130.
+
+    The libraries' warnings and bars are silenced, unless the user's environment says otherwise.
+    """
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
         for noisy in ("httpx", "datasets", "transformers", "huggingface_hub"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         try:
             main(*args, **kwargs)
         except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _fail(str(error))
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            _fail(f"{error.strerror}: {error.filename or 'while writing'}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -35,26 +51,47 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def parser(description: str, prog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
-def add_task_option(options: argparse.ArgumentParser, task: str | None) -> None:
-    """``--task``, unless a per-dataset script has fixed it."""
-    if task is not None:
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, in the place of argparse's page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (`{self.prog} --help` lists the options)")
+
+
+def parser(description: str, prog: str) -> Parser:
+    return Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def add_task_option(
+    options: argparse.ArgumentParser, task: str | None, command: str = "", argv: Sequence[str] | None = None
+) -> None:
+    """``--task``, unless a per-dataset script has fixed it, and the task's own options of ``command``.
+
+    ``argv`` is looked at for the task's name, since its options must be there before everything is parsed.
+    """
+    from cllm.tasks import get_task, task_names
+
+    if task is None:
+        explain = f"one of: {', '.join(task_names())}; --task NAME --help shows its own options too"
+        options.add_argument("--task", required=True, help=explain)
+        early = Parser(prog=options.prog, add_help=False)
+        early.add_argument("--task")
+        task = early.parse_known_args(argv)[0].task
+    else:
         options.set_defaults(task=task)
-        return
-    from cllm.tasks import task_names
-
-    options.add_argument("--task", required=True, help=f"one of: {', '.join(task_names())}")
+    if task is not None:
+        own = options.add_argument_group(f"options of the task {task}")
+        get_task(task).add_options(own, command)  # type: ignore[arg-type]
 
 
 def add_model_options(options: argparse.ArgumentParser, *names: str) -> None:
     """The model's path under ``names`` (stored as ``model``), and how to load it."""
-    from cllm.attention import MASKABLE
-    from cllm.models import DTYPES
+    from cllm.prompts import DIALOGUES
 
     options.add_argument(*names, dest="model", required=True, metavar="PATH", help="checkpoint folder or hub name")
     options.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 elsewhere")
@@ -62,8 +99,8 @@ def add_model_options(options: argparse.ArgumentParser, *names: str) -> None:
     options.add_argument("--attn_implementation", choices=MASKABLE, help="default: the model's own")
     options.add_argument(
         "--prompt_template",
-        help="chat (the tokenizer's), plain (the task's), or a text with {question}; default: what the checkpoint was trained "
-        "with, else chat where the tokenizer has it, else plain",
+        help=f"chat (the tokenizer's), plain (the task's), {', '.join(DIALOGUES)}, or a text with {{question}}; "
+        "default: what the checkpoint was trained with, else chat where the tokenizer has it, else plain",
     )
 
 

@@ -12,6 +12,8 @@ COMMANDS = {
     "speedup": "measure tokens per forward and tokens per second against AR decoding",
     "acc": "measure accuracy on a task",
     "chat": "talk to a model",
+    "fastchat": "FastChat's chat and model worker with our decoder (needs fschat)",
+    "tasks": "list the tasks with their data, metric and prompt templates",
 }
 
 

@@ -16,14 +16,14 @@ DEFAULT_BLOCK_SIZE = 16
 SHOWN_DIVERGENCES = 5
 
 
-def options(task: str | None) -> argparse.ArgumentParser:
+def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     from cllm.evaluation.method import BASELINES
 
     result = parser(
         "Tokens per forward and per second of Jacobi decoding against autoregressive (AR) decoding of the same model.",
         "cllm speedup" if task is None else "speedup.py",
     )
-    add_task_option(result, task)
+    add_task_option(result, task, "speedup", argv)
     add_model_options(result, "--test_model")
     result.add_argument("--max_new_tokens", type=positive, help="block size; default: the checkpoint's own, else 16")
     result.add_argument(
@@ -53,7 +53,7 @@ def options(task: str | None) -> argparse.ArgumentParser:
 
 @command
 def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
-    args = options(task).parse_args(argv)
+    args = options(task, argv).parse_args(argv)
     import torch
 
     try:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from cllm.tasks.source import load_examples
 
     check_writable(args.output)
-    task = get_task(args.task)
+    task = get_task(args.task).configure(args)
     filename = prompt.default_file(args.filename, Path.cwd())
     stream = load_examples(task, filename, "test", args.data_size)
     examples = list(stream)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not prompts:
         raise UsageError(f"all {len(too_long)} prompts fill the model's context of {context} tokens")
 
-    eos_ids = stop_token_ids(model, tokenizer)
+    eos_ids = stop_token_ids(model, tokenizer, template)
     methods = method.build_methods(
         model, args.baseline, block_size=block_size, window=args.window, eos_ids=eos_ids, seed=args.seed
     )
@@ -223,9 +223,9 @@ def render(report: dict[str, Any]) -> str:
 
 def _head(report: dict[str, Any]) -> str:
     settings, data, on = report["settings"], report["data"], report["environment"]
-    from cllm.prompts import CHAT
+    from cllm.prompts import PromptTemplate
 
-    prompts = "chat template" if settings["prompt_template"] == CHAT else "plain text template"
+    prompts = PromptTemplate(settings["prompt_template"]).label
     precision = f"{settings['dtype']}, {settings['attn_implementation']} attention"
     machine = f"{on['device']} ({on['device_name']}, {on['threads']} threads)"
     limits = f"up to {settings['max_new_seq_len']} new tokens, batch size {settings['batch_size']}"

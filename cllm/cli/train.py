@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cllm.cli.command import command
+from cllm.cli.command import Parser, command
 from cllm.errors import UsageError
+
+AT_LEAST = {
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+}  # what transformers itself refuses late and with a traceback, if at all
 
 
 @dataclass
@@ -28,22 +38,49 @@ class RunArguments:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    from transformers import HfArgumentParser
-
-    from cllm.training.arguments import CllmTrainingArguments
-
-    parser = HfArgumentParser((RunArguments, CllmTrainingArguments), prog="cllm train", description=__doc__)
-    run, args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else list(argv))
+    run, args = parse(sys.argv[1:] if argv is None else list(argv))
+    resume_from = _checkpoint(args)
     trainer = build_trainer(run, args)
-    trainer.train(resume_from_checkpoint=_checkpoint(args))
-    trainer.save_model()
-    trainer.save_state()
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+        trainer.save_model()
+        trainer.save_state()
+    except Exception as error:
+        if _disk_full(error):
+            raise UsageError(f"cannot write to {args.output_dir}: no space left on the disk") from error
+        raise
     if trainer.is_world_process_zero():
         print(f"CLLM saved in {args.output_dir}")
 
 
+def parse(words: list[str]):
+    """The run's own arguments and the training arguments. Raises UsageError for what they do not allow."""
+    from transformers import HfArgumentParser
+
+    from cllm.training.arguments import CllmTrainingArguments
+
+    class TrainParser(Parser, HfArgumentParser):
+        """All fields of the two dataclasses as options, errors in one line."""
+
+    parser = TrainParser((RunArguments, CllmTrainingArguments), prog="cllm train", description=__doc__)
+    parser.set_defaults(disable_tqdm=False)
+    try:
+        run, args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(str(error).strip()) from error
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name} must be a finite number, got {value}")
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise UsageError(f"{name} must be >= {AT_LEAST[name]}, got {value}")
+    return run, args
+
+
 def build_trainer(run: RunArguments, args):
     """Load everything, check that it fits together, and give the trainer. Raises UsageError where it does not."""
+    from cllm.attention import check_model
     from cllm.models import load_model, load_tokenizer, stop_token_ids, write_record
     from cllm.training.examples import Collator, ExampleDataset
     from cllm.training.trainer import CllmTrainer
@@ -51,9 +88,10 @@ def build_trainer(run: RunArguments, args):
 
     tokenizer = load_tokenizer(run.model)
     model = load_model(run.model, dtype=run.dtype, device="cpu", attn_implementation=run.attn_implementation)
+    check_model(model)
     rows = TrajectoryDataset(run.trajectories, eos_ids=stop_token_ids(model, tokenizer))
     settings = rows.settings or {}
-    block_size = _block_size(run, settings)
+    block_size = _block_size(run, settings, rows)
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size)
     target = None
     if args.needs_target:
@@ -75,17 +113,22 @@ def build_trainer(run: RunArguments, args):
             "distance_decay": args.distance_decay,
         },
     )
-    return CllmTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=Collator(tokenizer.pad_token_id, args.distance_decay),
-        processing_class=tokenizer,
-        target_model=target,
-    )
+    try:
+        return CllmTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=Collator(tokenizer.pad_token_id, args.distance_decay),
+            processing_class=tokenizer,
+            target_model=target,
+        )
+    except (ValueError, ImportError) as error:  # options that do not go together
+        raise UsageError(str(error).strip()) from error
+    except OSError as error:
+        raise UsageError(f"cannot write to {args.output_dir}: {error.strerror}") from error
 
 
-def _block_size(run: RunArguments, settings: dict) -> int:
+def _block_size(run: RunArguments, settings: dict, rows) -> int:
     stored = settings.get("block_size")
     if run.block_size is not None and run.block_size < 1:
         raise UsageError(f"block_size must be >= 1, got {run.block_size}")
@@ -93,6 +136,10 @@ def _block_size(run: RunArguments, settings: dict) -> int:
         raise UsageError(f"block_size is {run.block_size}, but {run.trajectories} was collected with {stored}")
     if stored is None and run.block_size is None:
         raise UsageError(f"{run.trajectories} does not say its block size; pass --block_size")
+    if stored is None:  # a published file: every block but a response's last one is full
+        sizes = {end - start for row in rows for start, end in row.spans()[:-1]} - {run.block_size}
+        if sizes:
+            raise UsageError(f"block_size is {run.block_size}, but {run.trajectories} has blocks of {min(sizes)} tokens")
     return stored or run.block_size
 
 
@@ -110,14 +157,22 @@ def _check_vocabulary(rows, settings: dict, vocab_size: int) -> None:
 
 
 def _checkpoint(args) -> str | None:
-    """``--resume_from_checkpoint``: a folder, or ``True`` for the last one in the output folder, if there is one."""
+    """``--resume_from_checkpoint``: a folder, or ``True`` for the last one in the output folder, if there is one.
+
+    ``trainer_state.json`` is written last; a checkpoint without it was torn by a kill or a full disk.
+    """
     wanted = args.resume_from_checkpoint
     if wanted in (None, "False", "false"):
         return None
     if wanted not in ("True", "true"):
-        if not Path(wanted).is_dir():
-            raise UsageError(f"no checkpoint folder {wanted}")
+        if not Path(wanted, "trainer_state.json").is_file():
+            raise UsageError(f"resume_from_checkpoint must be a whole checkpoint of a training run or True, got {wanted}")
         return wanted
-    from transformers.trainer_utils import get_last_checkpoint
+    whole = [state.parent for state in Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.partition("-")[2]))) if whole else None
 
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is a full disk, in the words of safetensors and ``torch.save``."""
+    signs = ("No space left on device", "Disk quota exceeded", "file write failed", "iostream error")
+    return error is not None and (any(sign in str(error) for sign in signs) or _disk_full(error.__context__))

@@ -18,7 +18,7 @@ from cllm.attention import check_model, model_mask
 from cllm.decoding.cache import RowCache
 from cllm.decoding.guess import FreshGuess, context_tokens
 from cllm.errors import UsageError
-from cllm.models import context_length
+from cllm.models import context_length, embedding_device
 
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
@@ -112,7 +112,7 @@ class JacobiDecoder:
             raise UsageError(f"window must be 'sliding' or 'block', got {window!r}")
         self.model, self.block_size, self.window, self.guess, self.seed = model, block_size, window, guess, seed
         self.width = block_size + (window == "block")
-        self.device = model.get_input_embeddings().weight.device
+        self.device = embedding_device(model)
         self.eos_ids = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=self.device)
         self.sync_interval = 1 if self.device.type == "cpu" else CUDA_SYNC_INTERVAL
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cllm.decoding import JacobiDecoder, RowResult
+from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
 from cllm.evaluation.interval import ratio_interval
 from cllm.evaluation.prompt import Prompt, batches
 from cllm.evaluation.quality import mean_interval
 from cllm.files import append_jsonl, read_jsonl_tolerant, write_json
-from cllm.tasks.base import Example, Task
+from cllm.prompts import PromptTemplate
+from cllm.tasks.base import Example, Message, Task
 
 Row = dict[str, Any]  # one line of the answer file
 TOO_LONG = "prompt too long"
@@ -52,7 +54,8 @@ class AnswerFile:
         row = self.rows.get(example.id)
         if row is None:
             return False
-        if row["question"] != question_of(example) or row["target"] != _plain(example.target):
+        asked = (row["question"], row.get("follow_ups", []), row["target"])
+        if asked != (question_of(example), list(example.follow_ups), _plain(example.target)):
             raise UsageError(
                 f"{self.path} answers another question as {example.id}; it belongs to another --filename. "
                 "Choose another --output_file_name, or pass --no-resume to start anew"
@@ -104,31 +107,94 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     prompts: Sequence[Prompt],
+    template: PromptTemplate,
     *,
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[list[Row]]:
-    """Decode prompts, the shortest first so that batches have little padding, and yield the rows of each batch."""
+    """Decode prompts, the shortest first so that batches have little padding, and yield the rows of each batch.
+
+    An example with follow-ups is a conversation: each of them is asked, through ``template``, with the replies so far.
+    """
     for batch in batches(sorted(prompts, key=lambda prompt: len(prompt.ids)), batch_size):
-        results = decoder.generate([prompt.ids for prompt in batch], max_new_tokens=max_new_tokens)
-        yield [_row(task, prompt, result, tokenizer) for prompt, result in zip(batch, results, strict=True)]
+        turns = _converse(decoder, tokenizer, batch, template, max_new_tokens)
+        yield [_row(task, prompt, of) for prompt, of in zip(batch, turns, strict=True)]
 
 
 def too_long_row(task: Task, prompt: Prompt) -> Row:
     """A prompt that leaves no room in the model's context: an empty reply, which counts as wrong."""
-    return _scored(task, prompt, "", {"tokens": 0, "forwards": 0, "stop": TOO_LONG})
+    return _row(task, prompt, [NO_ROOM])
 
 
-def _row(task: Task, prompt: Prompt, result: RowResult, tokenizer: PreTrainedTokenizerBase) -> Row:
-    reply = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
-    counts = {"tokens": len(result.token_ids), "forwards": result.forwards, "stop": result.stop}
-    return _scored(task, prompt, reply, counts)
+@dataclass(frozen=True)
+class Turn:
+    """One reply of a conversation and what it cost."""
+
+    reply: str
+    tokens: int
+    forwards: int
+    stop: str
 
 
-def _scored(task: Task, prompt: Prompt, reply: str, counts: Row) -> Row:
+NO_ROOM = Turn("", 0, 0, TOO_LONG)
+
+
+def _converse(
+    decoder: JacobiDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Prompt],
+    template: PromptTemplate,
+    max_new_tokens: int,
+) -> list[list[Turn]]:
+    """The turns of each conversation. One that outgrows the model's context ends with NO_ROOM."""
+    turns: list[list[Turn]] = [[] for _ in batch]
+    asked = {at: prompt.ids for at, prompt in enumerate(batch)}
+    while asked:
+        results = decoder.generate(list(asked.values()), max_new_tokens=max_new_tokens)
+        for at, result in zip(list(asked), results, strict=True):
+            reply = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
+            turns[at].append(Turn(reply, len(result.token_ids), result.forwards, result.stop))
+            del asked[at]
+            if len(turns[at]) > len(batch[at].example.follow_ups):
+                continue
+            ids = template.encode(conversation(batch[at].example, [turn.reply for turn in turns[at]]), tokenizer)
+            if decoder.context is None or len(ids) < decoder.context:
+                asked[at] = ids
+            else:
+                turns[at].append(NO_ROOM)
+    return turns
+
+
+def conversation(example: Example, replies: Sequence[str]) -> list[Message]:
+    """The messages up to the next follow-up, with the model's own replies, white space around them left out."""
+    messages = list(example.messages)
+    for reply, follow_up in zip(replies, example.follow_ups, strict=False):
+        messages += [{"role": "assistant", "content": reply.strip()}, {"role": "user", "content": follow_up}]
+    return messages
+
+
+def _row(task: Task, prompt: Prompt, turns: Sequence[Turn]) -> Row:
+    """``reply`` is the last one, which is what gets scored; ``replies`` are all, "" for those never asked for."""
     example = prompt.example
-    row = {"id": example.id, "question": question_of(example), "target": _plain(example.target), "reply": reply}
-    return row | {"tags": dict(example.tags)} | task.score(reply, example) | {"prompt_tokens": len(prompt.ids)} | counts
+    replies = [turn.reply for turn in turns]
+    replies += [""] * (1 + len(example.follow_ups) - len(replies))
+    row: Row = {"id": example.id, "question": question_of(example), "target": _plain(example.target)}
+    row["reply"] = replies[-1]
+    if example.follow_ups:
+        row |= {"follow_ups": list(example.follow_ups), "replies": replies}
+    row |= {"tags": dict(example.tags)} | task.score(replies[-1], example)
+    return row | {
+        "prompt_tokens": len(prompt.ids),
+        "tokens": sum(turn.tokens for turn in turns),
+        "forwards": sum(turn.forwards for turn in turns),
+        "stop": _stop([turn.stop for turn in turns]),
+    }
+
+
+def _stop(stops: Sequence[str]) -> str:
+    """Why a conversation ended: what cut it short, if anything did."""
+    cuts = [stop for stop in stops if stop != "eos"]
+    return TOO_LONG if TOO_LONG in cuts else (cuts or ["eos"])[0]
 
 
 def question_of(example: Example) -> str:
@@ -164,8 +230,9 @@ def rescore(task: Task, rows: Iterable[Row]) -> list[Row]:
 
 def example_of(row: Row) -> Example:
     """The example that a row answers, as far as scoring needs it."""
-    message = {"role": "user", "content": row["question"]}
-    return Example(row["id"], (message,), None, row["target"], row.get("tags") or {})  # type: ignore[arg-type]
+    message: Message = {"role": "user", "content": row["question"]}
+    follow_ups = tuple(row.get("follow_ups") or ())
+    return Example(row["id"], (message,), None, row["target"], row.get("tags") or {}, follow_ups)
 
 
 def summarise(task: Task, rows: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class HuggingFace:
             with _no_defaults(self.model), count_forwards(self.model) as forwards, torch.inference_mode():
                 generate: Any = self.model.generate
                 output_BT = generate(ids_BP, attention_mask=mask_BP, generation_config=settings)
-        except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
+        except (ValueError, NotImplementedError) as error:
             raise UsageError(f"{self.label} does not work with this model: {error}") from error
         responses = [cut_at_eos(row, set(self.eos_ids)) for row in output_BT[:, ids_BP.shape[1] :].tolist()]
         if self.lookup:

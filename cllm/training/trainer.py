@@ -29,8 +29,9 @@ class CllmTrainer(Trainer):
 
     def __init__(self, *args: Any, target_model: PreTrainedModel | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_model(self.model)
         self.args: CllmTrainingArguments
+        self.model: PreTrainedModel
+        check_model(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the global batch's token counts here
         if self.args.needs_target and target_model is None:
             raise ValueError("teacher='target' and ar_loss='target' need target_model")
@@ -60,10 +61,10 @@ class CllmTrainer(Trainer):
         model: torch.nn.Module,
         inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ):
         """The loss of one micro-batch, as its share of the global batch's mean."""
-        counts = _counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        counts = num_items_in_batch if isinstance(num_items_in_batch, torch.Tensor) else _counts(inputs)
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes  # gradients are averaged over them
         sums = torch.stack(self.loss_sums(model, inputs))
         parts = sums * processes / counts.to(sums.device).clamp(min=1e-9)

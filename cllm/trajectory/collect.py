@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -44,6 +44,8 @@ class CollectionSettings:
     seed: int = 0
     dtype: str = "float32"
     vocab_size: int = 0
+    source: str = ""  # name of the data's file or folder, since row ids are of one file only; "" for the hub dataset
+    task_options: Mapping[str, Any] = field(default_factory=dict)  # what Task.settings says of the task's own options
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -54,7 +56,10 @@ class CollectionSettings:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        settings = asdict(self)
+        if not self.task_options:
+            del settings["task_options"]
+        return settings
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Collector:
             raise UsageError(f"block size must be below the model's context of {context}, got {settings.block_size}")
         self.context = context
         # AR decoding of a batch: an untrained model accepts too few guesses to pay for a wider window.
-        self.decoder = JacobiDecoder(model, block_size=1, eos_token_ids=stop_token_ids(model, tokenizer))
+        self.decoder = JacobiDecoder(model, block_size=1, eos_token_ids=stop_token_ids(model, tokenizer, self.template))
 
     def run(
         self,
@@ -117,7 +122,8 @@ class Collector:
         """Batches of prompts of similar length, in an order that depends on the examples only."""
         stream, seen = iter(examples), Seen()
         while buffer := list(islice(stream, batch_size * BUFFER_BATCHES)):
-            prompts, dropped = [], []
+            prompts: list[Prompt] = []
+            dropped: list[Dropped] = []
             for example in buffer:
                 item = self._encode(example, seen)
                 (prompts if isinstance(item, Prompt) else dropped).append(item)
@@ -164,7 +170,10 @@ class Collector:
         return rows
 
     def _encode(self, example: Example, seen: Seen) -> Prompt | Dropped:
-        ids = self.template.encode(example.messages, self.tokenizer)
+        try:
+            ids = self.template.encode(example.messages, self.tokenizer)
+        except UsageError:
+            return Dropped(example.id, "refused by the chat template")
         if not ids:
             return Dropped(example.id, "empty prompt")
         if self.context is not None and len(ids) >= self.context:

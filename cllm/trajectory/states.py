@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from cllm.decoding.cache import RowCache
 from cllm.decoding.guess import FreshGuess, context_tokens
+from cllm.models import embedding_device
 from cllm.packing import PADDING, Layout, PackedRow, pack, packed_mask
 
 States = list[list[int]]  # one block: its states, each a list of token ids
@@ -57,7 +58,7 @@ def jacobi_states(
     ones; where another source differs, its token takes the place of the model's choice, so the last state always is the
     response. Memory: one forward holds logits for every guess that is not yet right.
     """
-    device = model.get_input_embeddings().weight.device
+    device = embedding_device(model)
     clean = [[*prompt, *response] for prompt, response in zip(prompts, responses)]
     ids_BC, layout = pack([PackedRow(c) for c in clean], pad_token_id=0)
     ids_BC, layout = ids_BC.to(device), layout.to(device)

@@ -82,6 +82,12 @@ def test_batches_give_the_same_texts(tmp_path, tiny_model_dir, data, window):
     assert texts() == texts("--batch_size", "2")
 
 
+def test_prompt_lookup_beside_a_batch(tmp_path, tiny_model_dir, data, capsys):
+    report = run(tmp_path, tiny_model_dir, data, "--batch_size", "3", "--baseline", "prompt_lookup", "generate")
+    assert [figures["same_as_ar"] for figures in report["methods"].values()] == [1.0] * 4
+    assert "takes one prompt at a time" in capsys.readouterr().out
+
+
 def test_a_model_against_itself_is_the_same(tmp_path, tiny_model_dir, data):
     report = run(tmp_path, tiny_model_dir, data, "--target_model", str(tiny_model_dir))
     assert report["quality"]["jacobi"]["same_as_target"] == 1.0

@@ -48,9 +48,10 @@ def test_rows_without_source_are_the_tasks_own():
 def test_answers_come_shortest_first_and_carry_their_ids():
     tokenizer, model = tiny_tokenizer(), tiny_model()
     examples = [example("long", "x" * 30), example("short", "x"), example("middle", "x" * 9)]
-    prompts, _ = encode(examples, PromptTemplate("{question}"), tokenizer, None)
+    template = PromptTemplate("{question}")
+    prompts, _ = encode(examples, template, tokenizer, None)
     decoder = JacobiDecoder(model, 5, eos_token_ids=[EOS_ID])
-    batches = list(accuracy.answer(decoder, tokenizer, TASK, prompts, max_new_tokens=7, batch_size=2))
+    batches = list(accuracy.answer(decoder, tokenizer, TASK, prompts, template, max_new_tokens=7, batch_size=2))
     assert [[r["id"] for r in batch] for batch in batches] == [["short", "middle"], ["long"]]
     for answer in (answer for batch in batches for answer in batch):
         ids = next(p.ids for p in prompts if p.example.id == answer["id"])
@@ -85,7 +86,7 @@ def test_resume_refuses_other_settings_by_name(tmp_path):
 def test_resume_refuses_answers_of_unknown_origin(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps(row()) + "\n")
-    with pytest.raises(UsageError, match="answers.jsonl exists, but not answers.jsonl.settings.json"):
+    with pytest.raises(UsageError, match=r"answers.jsonl exists, but not answers.jsonl.settings.json"):
         accuracy.AnswerFile(path, {})
 
 

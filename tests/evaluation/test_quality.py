@@ -72,7 +72,7 @@ def test_nlls_leave_the_mode_alone_and_take_empty_responses():
 def test_scores_are_of_the_decoded_text():
     tokenizer, task = tiny_tokenizer(), get_task("gsm8k")
     example = Example("a", ({"role": "user", "content": "?"},), None, "18")
-    replies = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in ("#### 18", "19")]
+    replies = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in ("#### 18", "19")]
     assert score_replies(task, [example, example], replies, tokenizer) == [True, False]
 
 

@@ -1,0 +1,1 @@
+"""Judging replies without a model: programs and queries are run where they can do no harm."""

@@ -1,0 +1,149 @@
+"""Running one untrusted query on an SQLite file: it can read that file, and do nothing else.
+
+The file is opened read-only and immutable. An authorizer lets a statement select, read and call functions, and nothing
+more. Time, rows, text and memory are limited, and nothing is written to temporary files.
+"""
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cllm.errors import UsageError
+
+Row = tuple[Any, ...]
+
+LONGEST_QUERY = 20_000  # characters
+MEMORY = 512 << 20  # bytes of SQLite's heap, of the whole process; more is an error of the query
+LONGEST_VALUE = 100_000  # bytes of one value or row; instr() of more could take minutes, and cannot be interrupted
+_STEPS = 1000  # virtual machine instructions between two looks at the clock
+_ALLOWED = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
+_HARMFUL = ("load_extension", "fts3_tokenizer", "readfile", "writefile", "edit")
+_ENDLESS = ("randomblob", "zeroblob", "printf", "format")  # one call can take minutes, and cannot be interrupted
+_LIMITS = {
+    sqlite3.SQLITE_LIMIT_LENGTH: LONGEST_VALUE,
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 4 * LONGEST_QUERY,
+    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 1000,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+    sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
+}
+
+
+class QueryError(ValueError):
+    """A query that did not run to its end, and why."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one query may take."""
+
+    seconds: float = 10.0
+    rows: int = 100_000
+    size: int = 50_000_000  # characters and bytes of all text and blobs of the result
+
+
+def run_query(file: Path, query: str, limits: Limits = Limits()) -> list[Row]:
+    """The rows of one query on one SQLite file.
+
+    Raises:
+        QueryError: when it is no single statement that gives rows, fails, tries more than reading, or takes too much.
+        UsageError: when the file is missing or not an SQLite database.
+    """
+    if len(query) > LONGEST_QUERY:
+        raise QueryError(f"longer than {LONGEST_QUERY} characters")
+    with connect(file) as connection:
+        connection.set_authorizer(_authorize)
+        deadline = time.monotonic() + limits.seconds
+        connection.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS)
+        with _query_errors():
+            return _fetch(connection.execute(query), limits)
+
+
+def tables_read(file: Path, query: str) -> set[str]:
+    """The names of the tables that a query reads, as the database spells them. Raises as :func:`run_query` does."""
+    names: set[str] = set()
+
+    def note(action: int, first: str | None, *rest: str | None) -> int:
+        if action == sqlite3.SQLITE_READ and first:
+            names.add(first.lower())
+        return _authorize(action, first, *rest)
+
+    with connect(file) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        connection.set_authorizer(note)
+        with _query_errors():
+            connection.execute(f"EXPLAIN {query}")
+    return {table for table in tables if table.lower() in names}
+
+
+def is_empty(file: Path, table: str) -> bool:
+    """Whether a table of the database has no rows."""
+    return not run_query(file, f"SELECT 1 FROM {quoted(table)} LIMIT 1")
+
+
+def quoted(name: str) -> str:
+    """A name as SQL writes it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+@contextmanager
+def connect(file: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that cannot write to the file; for queries of others, :func:`run_query` guards it further.
+
+    Raises UsageError for what is no database.
+    """
+    if not file.is_file():
+        raise UsageError(f"no such database file: {file}")
+    try:
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
+    except sqlite3.Error as error:
+        raise UsageError(f"cannot open the database {file}: {error}") from error
+    with closing(connection):
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+            connection.execute("PRAGMA temp_store = MEMORY")
+            connection.execute(f"PRAGMA hard_heap_limit = {MEMORY}")
+        except sqlite3.Error as error:
+            raise UsageError(f"not an SQLite database: {file} ({error})") from error
+        connection.text_factory = _text
+        for limit, value in _LIMITS.items():
+            connection.setlimit(limit, value)
+        yield connection
+
+
+@contextmanager
+def _query_errors() -> Iterator[None]:
+    """Turns everything that a query can bring about into QueryError."""
+    try:
+        yield
+    except MemoryError as error:
+        raise QueryError("takes too much memory") from error
+    except (sqlite3.Error, sqlite3.Warning, OverflowError) as error:
+        raise QueryError(str(error)) from error
+    except ValueError as error:
+        raise error if isinstance(error, QueryError) else QueryError(str(error)) from error
+
+
+def _fetch(cursor: sqlite3.Cursor, limits: Limits) -> list[Row]:
+    if cursor.description is None:
+        raise QueryError("no query")
+    rows: list[Row] = []
+    size = 0
+    for row in cursor:
+        size += sum(len(value) for value in row if isinstance(value, str | bytes))
+        rows.append(row)
+        if len(rows) > limits.rows or size > limits.size:
+            raise QueryError(f"gives more than {limits.rows} rows or {limits.size} bytes of text")
+    return rows
+
+
+def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    forbidden = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in (*_HARMFUL, *_ENDLESS)
+    return sqlite3.SQLITE_DENY if forbidden or action not in _ALLOWED else sqlite3.SQLITE_OK
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "ignore")

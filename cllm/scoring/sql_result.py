@@ -1,0 +1,71 @@
+"""When two query results are the same, by the rules of the official test-suite evaluator (Zhong et al. 2020).
+
+Rows are compared as a multiset, or as a list where order matters, under any order of the columns. Values are equal
+where Python says so: 1 equals 1.0 and not '1'; NULL equals NULL.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+from cllm.scoring.sql_query import Row
+
+_TRIES = 100_000  # column orders looked at; results that need more do not exist outside of attacks
+
+
+def same_result(gold: Sequence[Row], other: Sequence[Row], ordered: bool) -> bool:
+    """Whether the two results are the same in the order of columns that fits best. Two empty ones are."""
+    if len(gold) != len(other):
+        return False
+    if not gold:
+        return True
+    if len(gold[0]) != len(other[0]) or not _same_bags(gold, other, ordered):
+        return False
+    if ordered:  # each column is a list of its own, so columns pair off without a search
+        return Counter(zip(*gold)) == Counter(zip(*other))
+    return _Columns(gold, other).match()
+
+
+def _same_bags(gold: Sequence[Row], other: Sequence[Row], ordered: bool) -> bool:
+    """Whether the rows, each taken as a bag of values, are the same.
+
+    As in the official evaluator a bag is sorted by text and type. That parts rows such as (1, 10) and (1.0, 10), which
+    are equal as numbers; it is kept, so that figures can be compared.
+    """
+    bags, others = [_bag(row) for row in gold], [_bag(row) for row in other]
+    return bags == others if ordered else set(bags) == set(others)
+
+
+def _bag(row: Row) -> Row:
+    return tuple(sorted(row, key=lambda value: f"{value}{type(value)}"))
+
+
+class _Columns:
+    """The search for an order of the columns under which two results are equal as multisets of rows."""
+
+    def __init__(self, gold: Sequence[Row], other: Sequence[Row]) -> None:
+        self._gold, self._other = list(zip(*gold)), list(zip(*other))
+        counts = [Counter(column) for column in self._other]
+        self._fitting = [[at for at, count in enumerate(counts) if count == Counter(column)] for column in self._gold]
+        self._tries = _TRIES
+
+    def match(self) -> bool:
+        nothing: list[Hashable] = [()] * len(self._gold[0])
+        return self._extend(0, set(), nothing, nothing)
+
+    def _extend(self, at: int, used: set[int], gold: list[Hashable], other: list[Hashable]) -> bool:
+        """Whether the first ``at`` columns, given as the rows they make so far, can be completed."""
+        if at == len(self._gold):
+            return True
+        gold = list(zip(gold, self._gold[at]))
+        expected = Counter(gold)
+        seen = set()
+        for candidate in self._fitting[at]:
+            column = self._other[candidate]
+            if candidate in used or column in seen or self._tries == 0:
+                continue
+            seen.add(column)
+            self._tries -= 1
+            rows: list[Hashable] = list(zip(other, column))
+            if Counter(rows) == expected and self._extend(at + 1, used | {candidate}, gold, rows):
+                return True
+        return False

@@ -1,0 +1,101 @@
+"""SQL as text: its pieces, and the query that a chatty reply holds."""
+
+import re
+from collections.abc import Iterator
+
+from cllm.scoring.sql_query import LONGEST_QUERY
+
+_PIECE = re.compile(
+    r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | --[^\n]* | /\*.*?(?:\*/|\Z) | \w+ | \s+ | .""",
+    re.DOTALL | re.VERBOSE,
+)
+_STATEMENT = r"""(?:
+    SELECT\b | WITH\s+(?:RECURSIVE\s+)?["`\w]+\s*(?:\([^()]*\)\s*)?AS\s*(?:NOT\s+)?(?:MATERIALIZED\s*)?\(
+  | VALUES\s*\( | EXPLAIN\s+(?:QUERY|SELECT)\b | PRAGMA\s+\w+ | VACUUM\b
+  | INSERT\s+(?:OR\s+\w+\s+)?INTO\b | REPLACE\s+INTO\b | UPDATE\s+\S+\s+SET\b | DELETE\s+FROM\b
+  | (?:CREATE|DROP|ALTER)\s+(?:TEMP\w*\s+|UNIQUE\s+|VIRTUAL\s+)*(?:TABLE|INDEX|VIEW|TRIGGER|DATABASE)\b
+  | ATTACH\s+(?:DATABASE\b|['"]) | DETACH\s+\w+ | BEGIN\s*; | (?:COMMIT|ROLLBACK)\b
+)"""
+_FLAGS = re.IGNORECASE | re.VERBOSE
+_OPENING = re.compile(rf"(?:^|[:`>])[ \t]*\(*(?P<sql>{_STATEMENT})", _FLAGS | re.MULTILINE)
+_INLINE = re.compile(r"\bSELECT\b")  # capitals only: "to select ... from" is prose
+_NEXT_STATEMENT = re.compile(rf"(?:\s+|--[^\n]*|/\*(?>.*?\*/))*+(?:{_STATEMENT})", _FLAGS | re.DOTALL)
+_FENCE = re.compile(r"`{3,}|~{3,}")
+_LANGUAGE = re.compile(r"[ \t]*\w+[ \t]*(?=\n)|[ \t]*(?:sql\w*|SQL)[ \t]+")
+_LONGEST_REPLY = 2 * LONGEST_QUERY
+_BREAK = re.compile(r"\n[ \t\r]*\n\s*")
+_CONTINUED = re.compile(
+    r"""(?:SELECT|WITH|FROM|JOIN|INNER|LEFT|RIGHT|FULL|CROSS|NATURAL|ON|USING|WHERE|AND|OR|GROUP|HAVING|ORDER|LIMIT
+    |OFFSET|UNION|INTERSECT|EXCEPT|WINDOW|AS)\b | [,()] | --""",
+    _FLAGS,
+)
+_PROSE = re.compile(
+    r"""\n[ \t]*(?:[#*]+ | `{3} | ~{3} | <[|/\w]
+    | (?:Question|Explanation|Answer|Output|Result|Note|Schema|SQL)\b\s*:
+    | (?:This|The|Here|In\ this|It|I|You|We|Please|Note\ that|Explanation)\s+\w )""",
+    re.VERBOSE,
+)
+
+
+def pieces(sql: str) -> Iterator[str]:
+    """Cut SQL into words, white space, single characters, and quoted texts and comments as one piece each."""
+    return (match[0] for match in _PIECE.finditer(sql))
+
+
+def without_distinct(sql: str) -> str:
+    """SQL without the word DISTINCT, wherever it stands outside of quotes."""
+    return "".join(piece for piece in pieces(sql) if piece.lower() != "distinct")
+
+
+def find_sql(reply: str) -> str:
+    """The SQL in a reply, or "" where there is none.
+
+    It is the first fenced block with a statement, or else starts at the first statement that begins a line or follows
+    a colon. It ends at ``;``, at a blank line or at a line of prose. Where another statement follows ``;`` it is kept:
+    several statements are no answer, and to choose one of them would hide that.
+    """
+    reply = reply[:_LONGEST_REPLY]
+    for block in _fenced(reply):
+        if sql := _statement(block):
+            return sql
+    return _statement(reply)
+
+
+def _fenced(reply: str) -> Iterator[str]:
+    """The texts between fences, the last one maybe without its end, without the language's name."""
+    parts = _FENCE.split(reply)
+    return (part[match.end() :] if (match := _LANGUAGE.match(part)) else part for part in parts[1::2])
+
+
+def _statement(text: str) -> str:
+    opening = _OPENING.search(text)
+    start = opening.start("sql") if opening else _inline(text)
+    if start is None:
+        return ""
+    sql = text[start:]
+    if start and text[start - 1] == "`":
+        sql = sql.partition("`")[0]
+    return sql[: _end(sql)].strip()
+
+
+def _inline(text: str) -> int | None:
+    """Where a SELECT starts in the middle of a line."""
+    found = _INLINE.search(text)
+    return found.start() if found and re.search(r"\bFROM\b", text[found.end() :]) else None
+
+
+def _end(sql: str) -> int:
+    """Where the statement that a text starts with ends; the end of the text if another statement follows."""
+    at = depth = 0
+    for piece in pieces(sql):
+        if piece == ";":
+            return len(sql) if _NEXT_STATEMENT.match(sql, at + 1) else at
+        depth += {"(": 1, ")": -1}.get(piece, 0)
+        if "\n" in piece and piece.isspace():
+            gap = _BREAK.search(piece)
+            if gap and depth <= 0 and not _CONTINUED.match(sql, at + len(piece)):
+                return at
+            if _PROSE.match(sql, at + piece.rindex("\n")):
+                return at
+        at += len(piece)
+    return at

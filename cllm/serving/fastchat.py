@@ -1,0 +1,255 @@
+"""CLLMs in FastChat (package ``fschat``, optional): its chat and its model worker stream what our decoder writes.
+
+``cllm fastchat cli --model-path PATH`` runs ``fastchat.serve.cli`` with :func:`register` called first; a program of one's
+own calls it before it loads a model. FastChat has a registry for adapters, but none for the functions that generate
+text, so its ``get_generate_stream_function`` is replaced by one that asks for ours first. Tried with fschat 0.2.36.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from cllm.checkpoints import published_record
+from cllm.decoding import JacobiDecoder
+from cllm.errors import UsageError
+from cllm.models import RECORD, context_length, load_tokenizer, read_record, stop_token_ids
+from cllm.prompts import CHAT, PromptTemplate, choose_template
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_CONTEXT = 2048
+PLAIN_CHAT = "USER: {question}\nASSISTANT: "  # where neither the checkpoint nor its tokenizer says anything
+_THEIR_NAMES = {"vicuna": "vicuna_v1.1"}  # the same dialogue in FastChat, exact for further turns as well
+_MARKS = ("the-first-question", "the-reply", "the-second-question", "the-system-message")
+
+
+def register() -> None:
+    """Make FastChat use this module for every CLLM. May be called again without harm.
+
+    Raises UsageError where FastChat is not installed.
+    """
+    adapters, utils = _fastchat("fastchat.model.model_adapter"), _fastchat("fastchat.utils")
+    if any(isinstance(adapter, CllmAdapter) for adapter in adapters.model_adapters):
+        return
+    adapters.model_adapters.insert(0, CllmAdapter())  # in front: others go by parts of the path, such as "vicuna"
+    adapters.get_model_adapter.cache_clear()
+    theirs, their_context = adapters.get_generate_stream_function, utils.get_context_length
+
+    def get_generate_stream_function(model: Any, model_path: str) -> Any:
+        ours = isinstance(adapters.get_model_adapter(model_path), CllmAdapter)
+        return generate_stream if ours else theirs(model, model_path)
+
+    def get_context_length(config: Any) -> int:
+        try:
+            return their_context(config)
+        except KeyError:  # fschat 0.2.36 expects rope_scaling["factor"], which transformers 5 has no more
+            return context_length(config) or DEFAULT_CONTEXT
+
+    _replace("get_generate_stream_function", theirs, get_generate_stream_function)
+    _replace("get_context_length", their_context, get_context_length)
+
+
+class CllmAdapter:
+    """A FastChat model adapter (``fastchat.model.model_adapter.BaseModelAdapter``) for checkpoints that are CLLMs."""
+
+    def match(self, model_path: str) -> bool:
+        """Whether config.json has our record, or the path is the name of a CLLM that the paper published."""
+        return "target_model" in published_record(model_path) or bool(_local_record(model_path))
+
+    def load_model(
+        self, model_path: str, from_pretrained_kwargs: Mapping[str, Any]
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        kwargs = dict(from_pretrained_kwargs)
+        kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
+        model = AutoModelForCausalLM.from_pretrained(model_path, **kwargs)
+        return model.eval(), load_tokenizer(model_path)
+
+    def load_compress_model(self, model_path: str, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError("FastChat's --load-8bit is not available for a CLLM")
+
+    def get_default_conv_template(self, model_path: str) -> Any:
+        """FastChat's ``Conversation`` whose prompts are those that the checkpoint was trained with."""
+        tokenizer = load_tokenizer(model_path)
+        record = _local_record(model_path) or read_record(AutoConfig.from_pretrained(model_path))
+        template = choose_template(None, PLAIN_CHAT, tokenizer, record)
+        conversations = _fastchat("fastchat.conversation")
+        if template.text in _THEIR_NAMES:
+            return conversations.get_conv_template(_THEIR_NAMES[template.text])
+        parts = dialogue_parts(template, tokenizer)
+        conversation = conversations.Conversation(
+            name=f"cllm:{model_path}",
+            sep_style=conversations.SeparatorStyle.NO_COLON_TWO,
+            sep="",
+            messages=[],
+            stop_token_ids=sorted({tokenizer.eos_token_id, *template.stop_ids(tokenizer)}),
+            **parts,
+        )
+        conversations.register_conv_template(conversation.copy(), override=True)  # for FastChat's !!load
+        return conversation
+
+
+def dialogue_parts(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a template puts around the turns, found by rendering a conversation and looking between its turns.
+
+    ``system_template`` with ``system_message``, then for each turn ``roles[0]`` question ``roles[1]`` reply ``sep2``.
+    Raises UsageError for a template that does not keep the turns as they are and in order.
+    """
+    first, reply, second, system = _MARKS
+    turns = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": reply},
+        {"role": "user", "content": second},
+    ]
+    start, prompt, between, last = _cut(_render(template, turns, tokenizer), (first, reply, second))
+    user = _common_end(start, between)
+    parts = {"roles": (user, last), "sep2": between[: len(between) - len(user)]}
+    if prompt != last:
+        logger.warning("the chat template closes the last question in another way than earlier ones; FastChat cannot")
+    with_system = _render(template, [{"role": "system", "content": system}, *turns[:1]], tokenizer)
+    before = start[: len(start) - len(user)]
+    try:
+        head, tail, _ = _cut(with_system, (system, first))
+    except UsageError:
+        head, tail = "", ""
+    tail = tail.removesuffix(user)
+    if (head or tail) and before.startswith(head) and before.endswith(tail) and len(before) >= len(head + tail):
+        default = before[len(head) : len(before) - len(tail)]
+        return parts | {
+            "system_template": _braces(head) + "{system_message}" + _braces(tail),
+            "system_message": default,
+        }
+    return parts | {"system_template": "{system_message}", "system_message": before}
+
+
+def generate_stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    params: Mapping[str, Any],
+    device: Any,
+    context_len: int,
+    stream_interval: int = 2,
+    judge_sent_end: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """FastChat's interface: yields the text so far as it grows; the last item says why it ended.
+
+    Decodes greedily: a temperature or a penalty in ``params`` is passed over with a warning. Raises ValueError where
+    log-probabilities are asked for or the prompt is empty.
+    """
+    if params.get("logprobs") is not None:
+        raise ValueError("Jacobi decoding gives no log-probabilities")
+    _warn_of_sampling(params)
+    prompt = params["prompt"]
+    ids = _encode(prompt, tokenizer)
+    room = max(1, min(int(params.get("max_new_tokens", 256)), context_len - 2))
+    ids = ids[-max(1, context_len - room - 1) :]
+    eos = [*stop_token_ids(model, tokenizer), *(params.get("stop_token_ids") or [])]
+    size = read_record(model.config).get("block_size") or DEFAULT_BLOCK_SIZE
+    decoder = JacobiDecoder(model, size, eos_token_ids=eos)
+    stops = params.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else list(stops)
+
+    before = prompt if params.get("echo", True) else ""
+    output: list[int] = []
+    shown, text, stopped = 0, "", False
+    for iteration in decoder.iterate([ids], max_new_tokens=room):
+        output += iteration.choices_BW[0, : int(iteration.emitted_B[0])].tolist()
+        text = str(tokenizer.decode(output, skip_special_tokens=True))
+        text, stopped = _cut_at_stop(text, stops)
+        if stopped:
+            break
+        if len(output) - shown >= stream_interval:
+            shown = len(output)
+            yield _item(before + _sure(text, stops), len(ids), len(output), None)
+    ended = stopped or bool(output and output[-1] in eos)
+    yield _item(before + text, len(ids), len(output), "stop" if ended else "length")
+
+
+def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text that may hold the beginning-of-sequence token already, as chat templates write it."""
+    bos = tokenizer.bos_token
+    ids: list[int] = tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos))).input_ids
+    if not ids:
+        raise ValueError("the prompt is empty")
+    return ids
+
+
+def _item(text: str, prompt_tokens: int, tokens: int, finish_reason: str | None) -> dict[str, Any]:
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
+    return {"text": text, "logprobs": None, "usage": usage, "finish_reason": finish_reason}
+
+
+def _cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    places = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def _sure(text: str, stops: Sequence[str]) -> str:
+    """The text without an end that may turn out to be part of a character or of a stop string."""
+    text = text.rstrip("\ufffd")
+    longest = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - longest]
+
+
+def _warn_of_sampling(params: Mapping[str, Any]) -> None:
+    if float(params.get("temperature", 0) or 0) >= 1e-5 or float(params.get("repetition_penalty", 1) or 1) != 1:
+        logger.warning("a CLLM is decoded greedily here; temperature and repetition penalty are passed over")
+
+
+def _render(template: PromptTemplate, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    if template.text != CHAT:
+        return template.render(messages)
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def _cut(text: str, marks: Sequence[str]) -> list[str]:
+    parts = []
+    for mark in marks:
+        part, found, text = text.partition(mark)
+        if not found:
+            raise UsageError("the prompt template leaves a turn out, so FastChat cannot be told how it works")
+        parts.append(part)
+    return [*parts, text]
+
+
+def _common_end(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]
+
+
+def _braces(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _local_record(model_path: str) -> dict[str, Any]:
+    """The record in the config.json of a folder; {} for anything else."""
+    try:
+        config = json.loads(Path(model_path, "config.json").read_text(encoding="utf-8"))
+        return dict(config.get(RECORD) or {})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _fastchat(name: str) -> ModuleType:
+    try:
+        __import__(name)
+    except ImportError as error:
+        raise UsageError(f"FastChat is needed for this: pip install fschat (cannot import {error.name})") from error
+    return sys.modules[name]
+
+
+def _replace(function: str, old: Any, new: Any) -> None:
+    """Put ``new`` in the place of a function in all modules of FastChat that have imported it by name."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "fastchat" and getattr(module, function, None) is old:
+            setattr(module, function, new)

@@ -1,0 +1,227 @@
+"""Chat: ShareGPT conversations, and the two-turn questions of MT-bench (Zheng et al. 2023).
+
+A row is recognised by its fields, whatever the split:
+
+- ``conversations`` [{from, value}] (ShareGPT) or ``messages`` [{role, content}]: the first user turn is asked, or with
+  ``--multi_turn`` every one that the dataset answers, with the conversation before it;
+- ``turns`` [text, ...] with ``question_id`` (MT-bench): the first is asked, then each further one with our own replies.
+
+There is no rule that says whether a chat reply is right: without a judge only blank ones are told from others.
+"""
+
+import copy
+import json
+import time
+import uuid
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Self
+
+from cllm.errors import UsageError
+from cllm.files import write_text
+from cllm.tasks.base import BadField, BadRow, Example, HubDataset, Message, NumberedRow, Review, Task, text_field
+
+if TYPE_CHECKING:
+    from cllm.scoring.judge import Judge
+
+_SPEAKERS = {"system": "system"}
+_SPEAKERS |= dict.fromkeys(("human", "user", "prompter"), "user")
+_SPEAKERS |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant")
+
+
+class ShareGpt(Task):
+    """Conversations; answers to MT-bench's questions can be judged by a model."""
+
+    name = "sharegpt"
+    description = "ShareGPT conversations; MT-bench's two-turn questions"
+    fields = "conversations or messages, or question_id and turns"
+    metric = "answered"
+    hub = HubDataset(
+        "anon8231489123/ShareGPT_Vicuna_unfiltered",
+        None,
+        {"train": "train"},
+        "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
+    )
+    plain_template = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: {question} ASSISTANT:"
+    )
+    default_question = "How do tides work, and why are there usually two high tides a day?"
+    export_format = "FastChat's model answers"
+
+    multi_turn = False
+    model_id = "model"
+    judge: "Judge | None" = None
+
+    def add_options(self, options: ArgumentParser, command: str) -> None:
+        options.add_argument(
+            "--multi_turn",
+            action="store_true",
+            help="every turn that the data answers, with the conversation before it; without it first turns only",
+        )
+        if command == "acc":
+            from cllm.scoring.judge import add_options
+
+            options.add_argument("--model_id", help="name in the exported answers; default: the last part of the path")
+            add_options(options)
+
+    def configure(self, args: Namespace) -> Self:
+        task = copy.copy(self)
+        task.multi_turn = getattr(args, "multi_turn", False)
+        task.model_id = getattr(args, "model_id", None) or PurePath(getattr(args, "model", None) or self.model_id).name
+        if hasattr(args, "judge_model"):
+            from cllm.scoring.judge import configured
+
+            task.judge = configured(args)
+        return task
+
+    def settings(self) -> dict[str, Any]:
+        return {"multi_turn": True} if self.multi_turn else {}
+
+    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
+        asked: set[str] = set()
+        for number, row in rows:
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            try:
+                if "turns" in row:
+                    yield _question(row, f"{self.name}-{split}-question", asked)
+                else:
+                    yield from self._conversation(row, f"{self.name}-{split}-{number}")
+            except BadField as error:
+                yield BadRow(number, str(error))
+
+    def _conversation(self, row: Mapping[str, Any], row_id: str) -> list[Example]:
+        messages = conversation_of(row)
+        examples: list[Example] = []
+        for at, message in enumerate(messages):
+            if message["role"] != "user":
+                continue
+            turn = len(examples) + 1
+            reference = messages[at + 1]["content"] if at + 1 < len(messages) else None
+            if turn == 1 or reference is not None:
+                tags = {"turn": str(turn)} if self.multi_turn else {}
+                name = row_id if turn == 1 else f"{row_id}-turn{turn}"
+                examples.append(Example(name, tuple(messages[: at + 1]), reference, None, tags))
+            if not self.multi_turn:
+                break
+        return examples
+
+    def score(self, reply: str, example: Example) -> dict[str, bool | float]:
+        """``answered``: the reply is not blank. What it is worth takes a judge (:meth:`review`)."""
+        return {"answered": bool(reply.strip())}
+
+    def export(self, rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+        """FastChat's answer file: ``{question_id, answer_id, model_id, choices: [{index, turns}], tstamp}`` a line."""
+        answers = [self._answer(row) for row in rows if _is_question(row)]
+        if not answers:
+            return False
+        answers.sort(key=lambda answer: (str(type(answer["question_id"])), answer["question_id"]))
+        write_text(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        return True
+
+    def _answer(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        turns = [reply.strip() for reply in row.get("replies") or [row["reply"]]]
+        question_id = row["target"]["question_id"]
+        content = json.dumps([self.model_id, question_id, turns])
+        return {
+            "question_id": question_id,
+            "answer_id": uuid.uuid5(uuid.NAMESPACE_OID, content).hex,
+            "model_id": self.model_id,
+            "choices": [{"index": 0, "turns": turns}],
+            "tstamp": time.time(),
+        }
+
+    def review(self, rows: Sequence[Mapping[str, Any]], path: Path) -> Review:
+        """The judge's mean scores by category and turn; {} without ``--judge_model``."""
+        if self.judge is None:
+            return {}
+        from cllm.scoring.judge import Case
+
+        cases = []
+        for row in filter(_is_question, rows):
+            target, follow_ups = row["target"], row.get("follow_ups") or []
+            replies = tuple(reply.strip() for reply in row.get("replies") or [row["reply"]])
+            category = (row.get("tags") or {}).get("category", "")
+            references = tuple(target.get("reference") or ())
+            cases.append(Case(target["question_id"], category, (row["question"], *follow_ups), replies, references))
+        if not cases:
+            raise UsageError("--judge_model judges answers to MT-bench's questions, and these are none")
+        return self.judge.review(cases, self.model_id, path.with_suffix(".judgments.jsonl"))
+
+
+def conversation_of(row: Mapping[str, Any]) -> list[Message]:
+    """The turns of a row: maybe one of the system, then user and assistant by turns.
+
+    Turns of the assistant in front of the first user turn are left out (ShareGPT is cut into pieces), and the
+    conversation is cut where the speakers no longer take turns or a turn cannot be used. Raises BadField where no user
+    turn is left.
+    """
+    messages: list[Message] = []
+    reason = "no user turn"
+    started = False
+    for turn in _turns(row):
+        role, content = _turn(turn)
+        if not started and role in ("assistant", "system"):
+            if role == "system" and content and not messages:
+                messages.append({"role": role, "content": content})
+            continue
+        due = "assistant" if started and messages[-1]["role"] == "user" else "user"
+        if role is None or role != due or not content:
+            reason = "unknown speaker" if role is None else "a turn without text" if not content else reason
+            break
+        messages.append({"role": role, "content": content})
+        started = True
+    if not started:
+        raise BadField(reason)
+    return messages
+
+
+def _turns(row: Mapping[str, Any]) -> list[Any]:
+    for name in ("conversations", "messages"):
+        if name in row:
+            if not isinstance(row[name], list):
+                raise BadField(f"field '{name}' is not a list")
+            return row[name]
+    raise BadField("no field 'conversations', 'messages' or 'turns'")
+
+
+def _turn(turn: Any) -> tuple[str | None, str]:
+    """The role and the text of a turn; "" for one that is empty or no text."""
+    if not isinstance(turn, dict):
+        return None, ""
+    speaker = turn.get("from", turn.get("role"))
+    role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+    try:
+        return role, text_field(turn, "value" if "value" in turn else "content").strip()
+    except BadField:
+        return role, ""
+
+
+def _question(row: Mapping[str, Any], prefix: str, asked: set[str]) -> Example:
+    """A question of MT-bench. Raises BadField."""
+    question_id, turns, reference = row.get("question_id"), row["turns"], row.get("reference")
+    if not isinstance(question_id, int | str):
+        raise BadField("no field 'question_id'")
+    if not isinstance(turns, list) or not turns:
+        raise BadField("field 'turns' is not a list of texts")
+    first, *follow_ups = [text_field({"turns": turn}, "turns") for turn in turns]
+    if str(question_id) in asked:
+        raise BadField("question_id occurs twice")
+    asked.add(str(question_id))
+    target: dict[str, Any] = {"question_id": question_id}
+    if isinstance(reference, list) and all(isinstance(text, str) for text in reference):
+        target["reference"] = reference
+    tags = {"category": str(row["category"])} if row.get("category") else {}
+    message: Message = {"role": "user", "content": first}
+    return Example(f"{prefix}{question_id}", (message,), None, target, tags, tuple(follow_ups))
+
+
+def _is_question(row: Mapping[str, Any]) -> bool:
+    return isinstance(row["target"], dict) and "question_id" in row["target"]
+
+
+TASK = ShareGpt()

@@ -1,0 +1,241 @@
+"""Spider: questions about a database, answered with SQL (Yu et al. 2018).
+
+The data is a Spider folder as it is distributed (``train_spider.json``, ``dev.json``, ``tables.json``,
+``database/ID/ID.sqlite``; JSON may be ``.gz``), one of its JSON files, or the hub dataset with ``--databases``.
+"""
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from cllm.errors import UsageError
+from cllm.files import read_rows
+from cllm.scoring.sql import Judge
+from cllm.scoring.sql_clauses import ParseFailure, same_clauses, sqlglot
+from cllm.scoring.sql_hardness import hardness
+from cllm.scoring.sql_query import Limits
+from cllm.scoring.sql_schema import Schema, schema_of_file, schemas_of_json
+from cllm.scoring.sql_text import find_sql
+from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, text_field
+
+INSTRUCTION = (
+    "Could you translate the following question into SQL. "
+    "Please only generate SQL, don't include explanation in the answer."
+)
+FILES = {"train": "train_spider.json", "test": "dev.json"}
+TABLES = "tables.json"
+DATABASES = "database"
+LAYOUT = "train_spider.json, dev.json, tables.json (each plain or .gz) and database/ID/ID.sqlite"
+SCORING = ("speedup", "acc")  # the commands that judge replies
+
+
+@dataclass(frozen=True)
+class Schemas:
+    """Where the schemas of databases are looked up: the SQLite file, or else ``tables.json``."""
+
+    databases: Path | None
+    tables: Path | None
+
+    def get(self, database: str) -> Schema | None:
+        file = self.databases / database / f"{database}.sqlite" if self.databases else None
+        if file and file.is_file():
+            return _schema_of_file(file)
+        return self._listed.get(database)
+
+    @cached_property
+    def _listed(self) -> dict[str, Schema]:
+        return schemas_of_json(self.tables) if self.tables else {}
+
+
+_schema_of_file = lru_cache(maxsize=1024)(schema_of_file)
+
+
+class Spider(Task):
+    """Text to SQL; a reply is right when its query gives what the gold query gives."""
+
+    name = "spider"
+    description = "Spider: questions about a database, answered with SQL"
+    fields = "db_id, question and query, in a Spider folder or beside its tables.json or database/"
+    metric = "execution_accuracy"
+    hub: ClassVar[HubDataset | None] = HubDataset("xlangai/spider", None, {"train": "train", "test": "validation"})
+    plain_template = "### Instruction:\n{question}\n### Response:\n"
+    default_question = (
+        f"{INSTRUCTION} The SQL database has table named singer with columns "
+        "['Singer_ID', 'Name', 'Country', 'Age'], Question: How many singers are from France?"
+    )
+
+    def __init__(self, databases: Path | None = None, judge: Judge | None = None, *, keep_empty: bool = False) -> None:
+        tables = None if databases is None else _tables(databases) or _tables(databases.parent)
+        self._schemas = Schemas(databases, tables)
+        self._judge = judge  # set where replies are to be judged, and then rows that cannot be are passed over
+        self._keep_empty = keep_empty
+
+    def open(self, path: Path, split: str) -> Iterator[NumberedRow]:
+        """The rows of a Spider folder or file, each with the schema of its database as ``schema_text``."""
+        file = _rows_file(path, split)
+        schemas = self._schemas_beside(file.parent)
+        for number, row in read_rows(file):
+            database = row.get("db_id") if isinstance(row, dict) else None
+            if isinstance(row, dict) and isinstance(database, str) and _is_name(database):
+                schema = schemas.get(database)
+                row = row if schema is None else row | {"schema_text": schema_text(schema)}
+            yield number, row
+
+    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
+        for number, row in rows:
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            try:
+                yield self._example(row, number, split)
+            except BadField as error:
+                yield BadRow(number, str(error))
+
+    def _example(self, row: Mapping[str, Any], number: int, split: str) -> Example | BadRow:
+        database, question, query = (text_field(row, name).strip() for name in ("db_id", "question", "query"))
+        if not _is_name(database):
+            raise BadField("db_id is not a plain name")
+        schema = row.get("schema_text") or self._schema_text(database)
+        if schema is None:
+            return BadRow(number, "no schema of the database", database)
+        if self._judge and (unfit := self._judge.unfit(database, query, keep_empty=self._keep_empty)):
+            return BadRow(number, *unfit)
+        prompt = f"{INSTRUCTION} {schema}Question: {question}"
+        target = {"db_id": database, "query": query}
+        tags = _tags(query) if split == "test" else {}
+        return Example(f"{self.name}-{split}-{number}", ({"role": "user", "content": prompt},), query, target, tags)
+
+    def _schema_text(self, database: str) -> str | None:
+        schema = self._schemas.get(database)
+        return None if schema is None else schema_text(schema)
+
+    def score(self, reply: str, example: Example) -> dict[str, bool | float]:
+        """``execution_accuracy``: the query gives the gold query's result on every variant of the database.
+        ``exact_set_match``: it has the same clauses, values aside.
+
+        Raises UsageError when the task was not configured with databases.
+        """
+        if self._judge is None:
+            raise UsageError("Spider is judged by running queries: it needs the databases")
+        database, gold, query = example.target["db_id"], example.target["query"], find_sql(reply)
+        schema = _schema_of_file(self._judge.variants(database)[0])
+        return {
+            "execution_accuracy": self._judge.right(database, gold, query),
+            "exact_set_match": same_clauses(gold, query, schema),
+        }
+
+    def add_options(self, options: ArgumentParser, command: str) -> None:
+        group = options.add_argument_group("Spider")
+        group.add_argument(
+            "--databases",
+            metavar="DIR",
+            help="databases DIR/ID/ID.sqlite; all *.sqlite of DIR/ID are variants that must agree (test suite). "
+            "Default: database/ of --filename",
+        )
+        options.set_defaults(judges_replies=command in SCORING)
+        if command not in SCORING:
+            return
+        group.add_argument(
+            "--keep_distinct", action="store_true", help="DISTINCT counts; the official evaluator leaves it out"
+        )
+        group.add_argument("--sql_seconds", type=_seconds, default=Limits.seconds, help="time limit of a query")
+        group.add_argument(
+            "--keep_empty", action="store_true", help="do not pass over rows whose gold query reads an empty table"
+        )
+
+    def configure(self, args: Namespace) -> Self:
+        databases = _databases(args)
+        if not args.judges_replies:
+            return type(self)(databases)
+        if databases is None:
+            raise UsageError(
+                "Spider is judged by running queries: pass --databases DIR (with DIR/ID/ID.sqlite), "
+                "or as --filename a Spider folder that has database/"
+            )
+        sqlglot()
+        judge = Judge(databases, args.keep_distinct, Limits(args.sql_seconds))
+        return type(self)(databases, judge, keep_empty=args.keep_empty)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the scores; the number of database files tells a test suite from single databases."""
+        if self._judge is None:
+            return {}
+        files = sum(1 for _ in self._judge.folder.glob("*/*.sqlite"))
+        return {"keep_distinct": self._judge.keep_distinct, "database_files": files, "keep_empty": self._keep_empty}
+
+    def _schemas_beside(self, folder: Path) -> Schemas:
+        databases = self._schemas.databases or _folder(folder / DATABASES)
+        tables = _tables(folder) or self._schemas.tables
+        if databases is None and tables is None:
+            raise UsageError(f"no schemas in {folder}: expected database/ or tables.json; a Spider folder has {LAYOUT}")
+        return Schemas(databases, tables)
+
+
+def schema_text(schema: Schema) -> str:
+    """The schema as the paper's prompt has it, with a space at its end."""
+    tables = "".join(f"table named {name} with columns {list(columns)}, " for name, columns in schema.tables.items())
+    return f"The SQL database has {tables}"
+
+
+def _tags(query: str) -> dict[str, str]:
+    """Spider's level of a gold query; nothing where it cannot be told."""
+    try:
+        return {"hardness": hardness(query)}
+    except (UsageError, ParseFailure):
+        return {}
+
+
+def _is_name(database: str) -> bool:
+    """Whether a database's id can be a folder's name, and leads nowhere else."""
+    return bool(database.strip(". ")) and not set(database) & set("/\\\0:")
+
+
+def _rows_file(path: Path, split: str) -> Path:
+    """The file of rows of a split: the path itself, or a file of the folder. Raises UsageError when there is none."""
+    if not path.is_dir():
+        return path
+    if split not in FILES:
+        raise UsageError(f"unknown split {split!r} of a Spider folder; choose from {', '.join(FILES)}")
+    if file := _plain_or_gz(path / FILES[split]):
+        return file
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
+    raise UsageError(f"{path} has no {FILES[split]}: a Spider folder has {LAYOUT}; found {found}")
+
+
+def _plain_or_gz(path: Path) -> Path | None:
+    return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
+
+
+def _tables(folder: Path) -> Path | None:
+    return _plain_or_gz(folder / TABLES)
+
+
+def _folder(path: Path) -> Path | None:
+    return path if path.is_dir() else None
+
+
+def _databases(args: Namespace) -> Path | None:
+    """``--databases``, or else ``database/`` of ``--filename``. Raises UsageError for a folder without databases."""
+    if args.databases is None:
+        start = Path(args.filename) if args.filename else None
+        return start and _folder((start if start.is_dir() else start.parent) / DATABASES)
+    folder = Path(args.databases)
+    if not any(folder.glob("*/*.sqlite")):
+        raise UsageError(f"no databases in {folder}: expected {folder / 'ID' / 'ID.sqlite'}")
+    return folder
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return value
+
+
+TASK = Spider()

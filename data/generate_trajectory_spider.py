@@ -1,0 +1,6 @@
+"""Jacobi trajectories of a target model on Spider; see ``--help``."""
+
+from cllm.cli import collect
+
+if __name__ == "__main__":
+    collect.main(task="spider")

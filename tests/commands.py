@@ -1,0 +1,34 @@
+"""Commands run inside the test process, and questions to run them on.
+
+from commands import question_rows, refused, write_rows
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def question_rows(count: int) -> list[dict[str, str]]:
+    """Short questions in GSM8K's form, all different."""
+    return [{"question": f"{n} + {n * n}?", "answer": f"Add.\n#### {n + n * n}"} for n in range(1, count + 1)]
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    """One line per row; texts go in as they are."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], main: Callable[..., None], *words: Any) -> str:
+    """The error of a command that must be refused: exit status 2 and one line that starts with ``error: ``."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if not line.startswith(("WARNING", "INFO"))]
+    assert exit_.value.code == 2, captured.err
+    assert len(errors) == 1 and errors[0].startswith("error: "), captured.err
+    return errors[0].removeprefix("error: ")

@@ -1,0 +1,204 @@
+"""cllm.scoring.sandbox: right programs pass, wrong ones fail, hostile ones do neither harm nor pass nor hang."""
+
+import gzip
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from cllm.errors import UsageError
+from cllm.scoring import sandbox
+from cllm.scoring.sandbox import LIMITS, NAMESPACES, Limits, Program, Protection, protection_of, run, run_all
+
+QUICK = Limits(cpu_seconds=1, wall_seconds=3.0, memory_bytes=256 << 20)
+SOLUTION = "def double(x):\n    return 2 * x\n"
+TEST = "import math\ndef check(candidate):\n    assert abs(candidate(2) - 4) < 1e-6\n    assert candidate(0) == 0\ncheck(double)"
+
+
+@pytest.fixture(params=[NAMESPACES, LIMITS])
+def kind(request: pytest.FixtureRequest) -> str:
+    found = protection_of(request.param)
+    if not isinstance(found, Protection):
+        pytest.skip(f"{request.param}: {found}")
+    return request.param
+
+
+def program(source: str, test: str = TEST) -> Program:
+    return Program(source, test, ("double",))
+
+
+# Each would pass, harm or hang with a careless harness. Where it can, it is a right solution with something added.
+HOSTILE = {
+    "fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n",
+    "endless loop": "while True:\n    pass\n",
+    "endless sleep": "import time, signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\ntime.sleep(1000)\n",
+    "memory hog": "hog = []\nwhile True:\n    hog.append(bytearray(1 << 24))\n",
+    "memory hog of many processes": "import os\nfor _ in range(5):\n    os.fork()\nhog = b'x' * (200 << 20)\n"
+    "import time\ntime.sleep(100)\n",
+    "writing outside": "open({outside!r} + '/made', 'w').write('x')\n" + SOLUTION,
+    "deleting files": "import shutil\nshutil.rmtree({outside!r})\n" + SOLUTION,
+    "huge file": "with open('big', 'wb') as file:\n    while True:\n        file.write(bytes(1 << 20))\n",
+    "killing the parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill({parent}, signal.SIGKILL)\n",
+    "reading stdin": "x = input()\n" + SOLUTION,
+    "huge output": "while True:\n    print('x' * 10000)\n",
+    "sys.exit(0)": "import sys\ndef double(x):\n    sys.exit(0)\n",
+    "os._exit(0)": "import os\ndef double(x):\n    os._exit(0)\n",
+    "exit at once": "raise SystemExit(0)\n",
+    "a fork goes on": "import os\nif os.fork():\n    os._exit(0)\n" + SOLUTION,
+    "monkeypatching abs": "import builtins\nbuiltins.abs = lambda x: 0\ndef double(x):\n    return x\n",
+    "monkeypatching late": "def double(x):\n    import builtins\n    builtins.abs = lambda x: 0\n    return x\n",
+    "monkeypatching a right answer": "import builtins\nbuiltins.len = lambda x: 7\n" + SOLUTION,
+    "own abs": "def abs(x):\n    return 0\ndef double(x):\n    return x\n",
+    "own builtins": "__builtins__ = {{'abs': lambda x: 0, '__import__': __import__}}\ndef double(x):\n    return x\n",
+    "equal to everything": "class All(int):\n    def __eq__(self, other): return True\n"
+    "    def __sub__(self, other): return 0\ndef double(x):\n    return All()\n",
+    "fake harness": "import __main__, sys\nfor name in list(vars(__main__)):\n    pass\n"
+    "sys.stdout.write('passed'); sys.stderr.write('{{\"reason\": \"passed\"}}')\nsys.exit(0)\n",
+    "own check": "def check(candidate):\n    pass\ndef double(x):\n    return x\n",
+    "own assertion": "import builtins\nbuiltins.AssertionError = Exception\ndef double(x):\n    return None\n",
+    "threads that never end": "import threading\ndef spin():\n    while True: pass\n"
+    "threading.Thread(target=spin).start()\n" + SOLUTION,
+    "daemon threads that never end": "import threading\ndef spin():\n    while True: pass\n"
+    "threading.Thread(target=spin, daemon=True).start()\n" + SOLUTION,
+    "recursion": "def double(x):\n    return double(x + 1)\n",
+    "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef double(x):\n    return double(x + 1)\n",
+    "no exception to show": "class E(Exception):\n    def __str__(self): raise self\ndef double(x):\n    raise E\n",
+    "syntax": "def double(x:\n",
+    "nul": "x = '\0'",
+    "surrogate": "x = '\ud800'\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_program_neither_passes_nor_harms_nor_hangs(name: str, kind: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("here")
+    outside.chmod(0o755)
+    source = HOSTILE[name].format(outside=str(outside), parent=os.getpid()) if "{" in HOSTILE[name] else HOSTILE[name]
+    started = time.monotonic()
+    verdict = run(program(source), QUICK, kind=kind)
+    assert not verdict.passed, verdict
+    assert time.monotonic() - started < 20
+    assert os.listdir(outside) == ["precious"] and (outside / "precious").read_text() == "here"
+
+
+def test_right_program_passes_and_wrong_fails(kind: str) -> None:
+    assert run(program(SOLUTION), kind=kind).passed
+    wrong = run(program("def double(x):\n    return x\n"), kind=kind)
+    assert wrong.reason == "failed" and "assert abs(candidate(2) - 4)" in wrong.detail
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import sys\nsys.setrecursionlimit(10000)\ndef deep(n):\n    return n and deep(n - 1)\ndeep(5000)\n" + SOLUTION,
+        "print('x' * 100000)\n" + SOLUTION,
+        "import threading\nthread = threading.Thread(target=print)\nthread.start()\n" + SOLUTION,
+        "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\npool.submit(print).result()\n"
+        + SOLUTION,
+        "import dataclasses, functools\n@dataclasses.dataclass\nclass P:\n    x: 'int'\n"
+        "@functools.lru_cache\ndef double(x):\n    return 2 * P(x).x\n",
+        "import tempfile, subprocess, sys\nopen('here', 'w').write('x')\ntempfile.TemporaryFile().write(b'x')\n"
+        "subprocess.run([sys.executable, '-c', 'pass'], check=True)\n" + SOLUTION,
+        "import os\nif not os.fork():\n    os._exit(0)\n" + SOLUTION,
+        "from __future__ import annotations\nfrom typing import List\ndef double(x: Later) -> List[int]:\n    return 2 * x\n",
+        "if __name__ == '__main__':\n    raise SystemExit\n" + SOLUTION,
+    ],
+)
+def test_unusual_but_right_programs_pass(source: str, kind: str) -> None:
+    verdict = run(program(source), kind=kind)
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("escape", ["os.setsid()", "os.setsid()\n    os.fork() and os._exit(0)", "os.environ.clear()"])
+def test_children_die_with_the_program(escape: str, kind: str) -> None:
+    length = f"987{os.getpid()}{time.monotonic_ns() % 1000}"
+    source = (
+        f"import os, subprocess, time\nif not os.fork():\n    {escape}\n"
+        f"    subprocess.run(['sleep', '{length}'])\n    os._exit(0)\ntime.sleep(0.5)\n"
+    )
+    assert run(program(source + SOLUTION), kind=kind).passed
+    deadline = time.monotonic() + 5
+    while _is_running(length) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_running(length)
+
+
+def _is_running(argument: str) -> bool:
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and argument.encode() in (folder / "cmdline").read_bytes():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def test_the_environment_is_dropped(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SECRET", "hunter2")
+    source = "import os\nassert 'MY_SECRET' not in os.environ\nassert os.listdir('.') == []\n" + SOLUTION
+    assert run(program(source), kind=kind).passed
+
+
+def test_namespaces_hide_files_network_and_processes(tmp_path: Path) -> None:
+    if not isinstance(protection_of(NAMESPACES), Protection):
+        pytest.skip("no namespaces")
+    (tmp_path / "secret").write_text("x")
+    tmp_path.chmod(0o755)
+    with subprocess.Popen(["sleep", "30"]) as other:
+        source = (
+            f"import os, socket\nassert not os.path.exists({str(tmp_path / 'secret')!r})\n"
+            f"assert not os.path.exists('/etc/passwd')\n"
+            "pids = [int(n) for n in os.listdir('/proc') if n.isdigit()]\nassert len(pids) <= 3, pids\n"
+            "names = [n for _, n in socket.if_nameindex()]\nassert set(names) <= {'lo', 'sit0', 'tunl0'}, names\n"
+            "try:\n    socket.create_connection(('127.0.0.1', 22), timeout=1)\n    raise SystemExit\nexcept OSError:\n    pass\n"
+            "try:\n    open('/usr/made', 'w')\n    raise SystemExit\nexcept OSError:\n    pass\n"
+        )
+        verdict = run(program(source + SOLUTION), kind=NAMESPACES)
+        other.kill()
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize(
+    ("source", "reason", "limits"),
+    [
+        ("while True: pass", "time", Limits(cpu_seconds=1, wall_seconds=60)),
+        ("import time\ntime.sleep(100)", "time", Limits(wall_seconds=1)),
+        ("while True: print('x' * 100000)", "output", Limits(output_bytes=1 << 20)),
+        ("x = bytearray(1 << 40)", "memory", Limits()),
+    ],
+)
+def test_limits_are_reported_by_name(source: str, reason: str, limits: Limits, kind: str) -> None:
+    assert run(program(source), limits, kind=kind).reason == reason
+
+
+def test_many_keep_their_order() -> None:
+    programs = [program(SOLUTION if number % 2 else "def double(x): return x") for number in range(6)]
+    assert [verdict.passed for verdict in run_all(programs, workers=3)] == [False, True] * 3
+    assert run_all([]) == []
+
+
+def test_refused_where_nothing_protects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "protection_of", lambda kind: "no")
+    with pytest.raises(UsageError, match="cannot be run safely"):
+        sandbox.protection.__wrapped__()
+
+
+@pytest.mark.slow
+def test_humaneval_canonical_solutions_pass_and_stubs_fail(shared_data: Path) -> None:
+    with gzip.open(shared_data / "humaneval" / "HumanEval.jsonl.gz", "rt") as file:
+        problems = [json.loads(line) for line in file]
+    programs = []
+    for body in (None, "    pass\n"):
+        for p in problems:
+            source = p["prompt"] + (p["canonical_solution"] if body is None else body)
+            programs.append(Program(source, f"{p['test']}\ncheck({p['entry_point']})", (p["entry_point"],)))
+    started = time.monotonic()
+    verdicts = run_all(programs, workers=2)
+    assert [p["task_id"] for p, v in zip(problems, verdicts[:164]) if not v.passed] == []
+    assert [p["task_id"] for p, v in zip(problems, verdicts[164:]) if v.passed] == []
+    assert time.monotonic() - started < 120

@@ -1,0 +1,55 @@
+"""What is claimed works on a real model: SmolLM2-135M-Instruct, in float32."""
+
+import os
+
+import pytest
+import torch
+
+from cllm.decoding import JacobiDecoder
+from cllm.models import load_model, load_tokenizer, stop_token_ids
+from cllm.prompts import PromptTemplate
+from cllm.tasks import get_task
+from cllm.tasks.arithmetic import generate
+from cllm.tasks.source import load_examples
+
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
+NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def smol():
+    path = os.environ.get("CLLM_TEST_MODEL")
+    if not path:
+        pytest.skip("CLLM_TEST_MODEL does not name a model; scripts/test.sh sets it")
+    return load_model(path, dtype="float32", device="cpu"), load_tokenizer(path)
+
+
+def questions(request, count: int) -> list[str]:
+    """GSM8K's test questions where they are, generated problems elsewhere."""
+    try:
+        folder = request.getfixturevalue("shared_data")
+    except pytest.skip.Exception:
+        return [row["question"] for row in generate(count, seed=5)]
+    examples = load_examples(get_task("gsm8k"), folder / "gsm8k" / "test.jsonl.gz", "test", count)
+    return [example.messages[-1]["content"] for example in examples]
+
+
+@torch.inference_mode()
+def test_fifty_prompts_equal_generate(request, smol):
+    """Ragged batches of the engine against Hugging Face's ``generate`` of each prompt alone."""
+    model, tokenizer = smol
+    eos = stop_token_ids(model, tokenizer)
+    template = PromptTemplate("chat")
+    prompts = [template.encode([{"role": "user", "content": q}], tokenizer) for q in questions(request, 50)]
+    decoder = JacobiDecoder(model, 8, eos_token_ids=eos)
+    ours = [r for i in range(0, 50, 10) for r in decoder.generate(prompts[i : i + 10], max_new_tokens=NEW_TOKENS)]
+    for prompt, result in zip(prompts, ours):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            pad_token_id=tokenizer.pad_token_id,
+        )[0, len(prompt) :]
+        assert result.token_ids == expected.tolist()
+    assert sum(len(r.token_ids) for r in ours) > sum(r.forwards for r in ours)  # and in fewer forwards
