@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def default_device() -> str:
@@ -45,9 +45,10 @@ def load_model(
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with _without_loading_bar():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **extra
             )
+        model, info = loaded
         model = model.to(device).eval()
     except Exception as error:  # damaged files make the libraries raise nearly anything
         raise UsageError(f"cannot load a causal language model from {path!r}: {_first_line(error)}") from error
@@ -112,7 +113,7 @@ def write_record(config: PretrainedConfig, record: Mapping[str, Any]) -> None:
 
 def _check_path(path: str) -> None:
     """Raise UsageError for what is neither a folder nor the form of a hub name."""
-    if not Path(path).is_dir() and (Path(path).exists() or not HUB_NAME.fullmatch(path)):
+    if not path or not Path(path).is_dir() and (Path(path).exists() or not HUB_NAME.fullmatch(path)):
         raise UsageError(f"model must be a checkpoint folder or a hub name, got {path!r}, which is neither")
 
 

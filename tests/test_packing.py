@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
+from tiny import KINDS, tiny_model
 
 from cllm.packing import Block, PackedRow, pack, packed_mask
-from tiny import KINDS, tiny_model
 
 
 def random_row(draw: random.Random) -> PackedRow:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cllm.cli.command import Parser, command
 from cllm.errors import UsageError
@@ -62,7 +63,8 @@ def parse(words: list[str]):
     class TrainParser(Parser, HfArgumentParser):
         """All fields of the two dataclasses as options, errors in one line."""
 
-    parser = TrainParser((RunArguments, CllmTrainingArguments), prog="cllm train", description=__doc__)
+    dataclasses: Any = (RunArguments, CllmTrainingArguments)
+    parser = TrainParser(dataclasses, prog="cllm train", description=__doc__)
     parser.set_defaults(disable_tqdm=False)
     try:
         run, args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
@@ -134,13 +136,14 @@ def _block_size(run: RunArguments, settings: dict, rows) -> int:
         raise UsageError(f"block_size must be >= 1, got {run.block_size}")
     if stored is not None and run.block_size not in (None, stored):
         raise UsageError(f"block_size is {run.block_size}, but {run.trajectories} was collected with {stored}")
-    if stored is None and run.block_size is None:
+    size = stored or run.block_size
+    if size is None:
         raise UsageError(f"{run.trajectories} does not say its block size; pass --block_size")
     if stored is None:  # a published file: every block but a response's last one is full
         sizes = {end - start for row in rows for start, end in row.spans()[:-1]} - {run.block_size}
         if sizes:
             raise UsageError(f"block_size is {run.block_size}, but {run.trajectories} has blocks of {min(sizes)} tokens")
-    return stored or run.block_size
+    return size
 
 
 def _check_vocabulary(rows, settings: dict, vocab_size: int) -> None:

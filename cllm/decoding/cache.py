@@ -5,6 +5,8 @@ Shapes: B rows, H key-value heads, T tokens of a forward, S slots, D head size.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -20,23 +22,28 @@ class RowCache(Cache):
     """
 
     def __init__(self) -> None:
-        self.rows_slots_BT = torch.empty(0)
-        self.length = 0
-        super().__init__(layer_class_to_replicate=lambda: RowCacheLayer(self))
+        self.row_layers: list[RowCacheLayer] = []
+        self.length = 0  # slots that the next forward sees
+        self.stride = 0  # slots that each row has, slot -1 included
+        self.flat_slots = torch.empty(0, dtype=torch.long)  # where the next forward writes, over all rows
+        super().__init__(layer_class_to_replicate=cast(Any, self._new_layer))
 
     def place(self, slots_BT: torch.Tensor, length: int) -> None:
         """Say where the next forward writes (``slots_BT``, int64, -1 = nowhere) and that it sees slots 0 .. length - 1."""
         stride = -(-(length + 1) // GROWTH) * GROWTH
-        if self.layers and self.layers[0].is_initialized:
-            stride = max(stride, self.layers[0].keys.shape[1])
+        stride = max(stride, self.stride)
         rows = torch.arange(len(slots_BT), device=slots_BT.device)[:, None]
         self.stride, self.length = stride, length
         self.flat_slots = (rows * stride + slots_BT + 1).flatten()
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only the given rows (int64 indices), in that order."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        for layer in self.row_layers:
+            layer.select(rows)
+
+    def _new_layer(self) -> RowCacheLayer:
+        self.row_layers.append(RowCacheLayer(self))
+        return self.row_layers[-1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """No common length exists; positions are always passed explicitly."""
@@ -62,17 +69,22 @@ class RowCacheLayer(CacheLayerMixin):
         """Write [B, H, T, D] at the placed slots and return the visible slots as [B, H, length, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._write(self.keys, key_states)
-        self.values = self._write(self.values, value_states)
+        self.keys = keys = self._write(self.keys, key_states)
+        self.values = values = self._write(self.values, value_states)
         visible = slice(1, 1 + self.cache.length)
-        return self.keys[:, visible].transpose(1, 2), self.values[:, visible].transpose(1, 2)
+        return keys[:, visible].transpose(1, 2), values[:, visible].transpose(1, 2)
 
-    def _write(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def _write(self, store: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+        assert store is not None  # lazy_initialization has made it
         missing = self.cache.stride - store.shape[1]
         if missing > 0:
             store = torch.cat([store, store.new_zeros(store.shape[0], missing, *store.shape[2:])], dim=1)
         store.view(-1, *store.shape[2:]).index_copy_(0, self.cache.flat_slots, states.transpose(1, 2).flatten(0, 1))
         return store
+
+    def select(self, rows: torch.Tensor) -> None:
+        assert self.keys is not None and self.values is not None  # a forward has filled the cache
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.length, 0

@@ -21,6 +21,7 @@ from cllm.errors import UsageError
 from cllm.models import context_length, embedding_device
 
 Window = Literal["sliding", "block"]
+Stop = Literal["eos", "length", "context"]
 Prompts = Sequence[Sequence[int]]
 SLOT_BUCKET = 32  # attention sees a multiple of this many slots, so shapes repeat
 CUDA_SYNC_INTERVAL = 8  # iterations between two looks of the host at a GPU's state
@@ -57,7 +58,7 @@ class RowResult:
     accepted: list[int]  # tokens gained by each forward; sums to len(token_ids)
     fast_forwarded: int
     stationary: int
-    stop: Literal["eos", "length", "context"]
+    stop: Stop
 
     @property
     def tokens_per_forward(self) -> float:
@@ -323,8 +324,9 @@ class JacobiDecoder:
         eos = set(self.eos_ids.tolist())
         results = []
         for row, ids in enumerate(tokens):
-            cut = "length" if len(ids) == max_new_tokens else "context"
-            stop = "eos" if ids and ids[-1] in eos else cut
+            stop: Stop = "length" if len(ids) == max_new_tokens else "context"
+            if ids and ids[-1] in eos:
+                stop = "eos"
             results.append(RowResult(ids, len(accepted[row]), accepted[row], fast[row], stationary[row], stop))
         return results
 

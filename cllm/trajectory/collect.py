@@ -126,7 +126,10 @@ class Collector:
             dropped: list[Dropped] = []
             for example in buffer:
                 item = self._encode(example, seen)
-                (prompts if isinstance(item, Prompt) else dropped).append(item)
+                if isinstance(item, Prompt):
+                    prompts.append(item)
+                else:
+                    dropped.append(item)
             prompts.sort(key=lambda prompt: len(prompt.ids))
             yield from (Batch(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
             if dropped:

@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
+from tiny import KINDS, tiny_tokenizer
+from tiny import tiny_model as any_tiny_model
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration, TextStreamer
 
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UnsupportedModelError, UsageError
-from tiny import KINDS, tiny_model as any_tiny_model, tiny_tokenizer
 
 CASES_PER_KIND = 60  # 360 over all kinds
 
@@ -179,9 +180,10 @@ def test_stationary_counts_guesses_that_waited():
 
 def test_block_mode_iterates_to_an_unchanged_state():
     model, prompt = tiny_model(seed=3), [1, 2, 3]
-    states = [it.window_BW[0, 1:].tolist() for it in JacobiDecoder(model, 5, window="block").iterate([prompt], max_new_tokens=5)]
+    iterations = list(JacobiDecoder(model, 5, window="block").iterate([prompt], max_new_tokens=5))
+    states = [iteration.window_BW[0, 1:].tolist() for iteration in iterations]
     assert states[-1] == reference(model, prompt, 5, [])
-    following = [it.choices_BW[0, :-1].tolist() for it in JacobiDecoder(model, 5, window="block").iterate([prompt], max_new_tokens=5)]
+    following = [iteration.choices_BW[0, :-1].tolist() for iteration in iterations]
     assert following[:-1] == states[1:]
     assert following[-1] == states[-1]  # the last forward changes nothing: that is how a fixed point is known
 

@@ -217,7 +217,7 @@ def test_prompts_are_read_a_buffer_at_a_time(model: Any) -> None:
 
 def test_stored_rows_are_not_kept_in_memory(model: Any, tmp_path: Path) -> None:
     def alive() -> int:
-        return sum(isinstance(thing, TrajectoryRow) for thing in gc.get_objects())
+        return sum(type(thing) is TrajectoryRow for thing in gc.get_objects())
 
     before, writer = alive(), TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
     held = []

@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
+from tiny import KINDS, tiny_model
 
 from cllm import reference
 from cllm.decoding import JacobiDecoder
 from cllm.decoding.guess import context_tokens
 from cllm.trajectory.states import block_starts, jacobi_states
-from tiny import KINDS, tiny_model
 
 
 def start_guess(seed: int) -> reference.StartGuess:
