@@ -44,6 +44,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             if error.errno not in DISK_ERRORS:
                 raise
             _fail(f"{error.strerror}: {error.filename or 'while writing'}")
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            _fail("out of memory; try a smaller batch size")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -39,7 +39,8 @@ PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 
 WRITE_RIGHTS = 0x1FF2  # Landlock 1: write, remove, make; not execute, read
 OLD_ROOT = "/old"
 PROGRAM, TEST = "<program>", "<test>"  # file names of the compiled sources
-TICK = 0.05  # seconds between two looks at the clock and the memory
+TICK = 0.05  # seconds between two looks at the program's end
+LOOK = 0.1  # and at what it uses
 LONGEST_MESSAGE = 2000  # bytes that the program's process may say about its end
 
 Job = dict[str, Any]
@@ -196,7 +197,7 @@ def supervise(job: Job) -> dict[str, Any]:
     said_r, said_w = os.pipe()  # what the program prints
     end_r, end_w = os.pipe()  # the token, or why there is none
     ticket_r, ticket_w = os.pipe()  # holds the token until the tests have ended
-    started = time.monotonic()
+    started = looked = time.monotonic()
     child = os.fork()
     if child == 0:
         try:
@@ -230,12 +231,12 @@ def supervise(job: Job) -> dict[str, Any]:
         pid, status, usage = os.wait4(child, os.WNOHANG)
         if pid:
             break
-        if time.monotonic() - started > limits["wall_seconds"]:
-            why = "time"
-        elif printed > limits["output_bytes"]:
+        now = time.monotonic()
+        if printed > limits["output_bytes"]:
             why = "output"
-        elif job["namespaces"] and resident() > 2 * limits["memory_bytes"]:
-            why = "memory"
+        elif now > looked + LOOK:
+            looked = now
+            why = excess(child, now - started, limits)
         if why:
             os.kill(child, signal.SIGKILL)
             _, status, usage = os.wait4(child, 0)
@@ -305,20 +306,49 @@ def take(handle: int) -> bytes:
         return b""
 
 
-def resident() -> int:
-    """Bytes of memory that all processes of this pid namespace use, the supervisor's own left out."""
-    pages = 0
+def excess(child: int, elapsed: float, limits: dict[str, Any]) -> str:
+    """Which limit on the whole, if any, the program is over.
+
+    Time that a busy machine made it wait for a processor is not the program's, up to four times the limit.
+    """
+    memory, cpu = used([child, *descendants(child)] if os.getpid() != 1 else everything())
+    if memory > 2 * limits["memory_bytes"]:
+        return "memory"
+    if cpu > 2 * limits["cpu_seconds"]:
+        return "time"
+    allowed = limits["wall_seconds"]
+    return "time" if elapsed > allowed and elapsed - min(waited(child), 4 * allowed) > allowed else ""
+
+
+def everything() -> list[int]:
+    """All processes of this pid namespace but its first, the supervisor."""
     try:
-        others = [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
     except OSError:
-        return 0
-    for name in others:
+        return []
+
+
+def used(pids: list[int]) -> tuple[int, float]:
+    """(bytes of memory, seconds of CPU) that these processes use or have used."""
+    pages = ticks = 0
+    for pid in pids:
         try:
-            with open(f"/proc/{name}/statm") as file:
-                pages += int(file.read().split()[1])
-        except (OSError, IndexError, ValueError):
-            pass  # it has just ended
-    return pages * resource.getpagesize()
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                facts = file.read().rpartition(b")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        pages += int(facts[21])
+        ticks += int(facts[11]) + int(facts[12])
+    return pages * resource.getpagesize(), ticks / os.sysconf("SC_CLK_TCK")
+
+
+def waited(pid: int) -> float:
+    """Seconds that a process was ready to run but had no processor; 0 where the kernel does not say."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 # ---- program ----

@@ -6,10 +6,11 @@ What protects, from the strongest to the weakest; :func:`protection` finds the f
     system libraries read-only, a small empty folder, a few devices; none of your files, not even to read. It sees no
     process but its own and no network. When it ends, or is ended, the kernel kills whatever it has started, ``setsid`` and
     double forks included. Total memory is bounded, and so is the size of the folder.
-``limits`` (Linux; root, or a kernel with Landlock). The program runs as a user that owns nothing (root) and/or may write only
-    in its own temporary folder (Landlock). Children are found by their
-    descent, by that user, or by a mark in their environment, and killed. Files that everybody may read can be read; the network is closed for TCP from Landlock 4 on, otherwise
-    open; signals to your other processes are held off by the other user or by Landlock 6, otherwise they are not.
+``limits`` (Linux; root, or a kernel with Landlock). The program runs as a user that owns nothing (root) and may write
+    only in its own temporary folder (Landlock). What it leaves running is found by descent, by that user, or by a
+    mark in the environment, and killed. Files that everybody may read can be read; the network is closed for TCP from
+    Landlock 4 on, otherwise open; signals to your other processes are held off by the other user or by Landlock 6,
+    otherwise they are not.
 
 Always: an environment without your variables, a session of its own, no standard input, limits on CPU time, wall time, address
 space, file size, number of processes, open files and output; no capabilities and no way to get any (``no_new_privs``).
@@ -46,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 NAMESPACES, LIMITS = "namespaces", "limits"
 PASSED = "passed"
-GRACE = 20  # seconds for starting and ending the processes around the program
+PATIENCE = 5  # times the wall time on a busy machine
+GRACE = 60  # seconds for starting and ending the processes around the program
 MARK = "CLLM_SANDBOX"
 _JAIL = Path(__file__).with_name("jail.py")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
@@ -59,8 +61,8 @@ _MODULES = ("copy", "json", "math", "random", "re")  # what tests stand on
 class Limits:
     """What one program may use."""
 
-    cpu_seconds: int = 5  # of each process
-    wall_seconds: float = 15.0  # of the whole
+    cpu_seconds: int = 5  # of each process; all together may use twice as much
+    wall_seconds: float = 20.0  # of the whole; waiting for a processor on a busy machine is not counted
     memory_bytes: int = 1 << 30  # address space of each process; all processes together may use twice as much
     file_bytes: int = 16 << 20  # one file
     folder_bytes: int = 64 << 20  # all files
@@ -164,7 +166,9 @@ def protection_of(kind: str) -> Protection | str:
     if not verdict.passed:
         return f"a harmless program fails: {verdict.detail or verdict.reason}"
     if kind == NAMESPACES:
-        return Protection(kind, "namespaces (own files, no network, no other processes, all children killed) and limits")
+        return Protection(
+            kind, "namespaces (own files, no network, no other processes, all children killed) and limits"
+        )
     files = "another user" if root else f"Landlock {landlock} (writes only in its folder)"
     network = "no TCP" if landlock >= 4 else "network open"
     return Protection(kind, f"limits, {files}, {network}; no namespaces, so files can be read")
@@ -241,7 +245,7 @@ def _run(program: Program, limits: Limits, kind: str) -> Verdict:
             "folder": place.folder,
             "uid": place.uid,
         }
-        answer, complaint = _launch(json.dumps(job).encode(), place, limits.wall_seconds + GRACE)
+        answer, complaint = _launch(json.dumps(job).encode(), place, PATIENCE * limits.wall_seconds + GRACE)
     try:
         return Verdict(**json.loads(answer))
     except (ValueError, TypeError):

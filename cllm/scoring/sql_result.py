@@ -40,24 +40,29 @@ def _bag(row: Row) -> Row:
 
 
 class _Columns:
-    """The search for an order of the columns under which two results are equal as multisets of rows."""
+    """The search for an order of the columns under which two results are equal as multisets of rows.
+
+    The first columns of a row, taken together, are written as one number, the same in both results.
+    """
 
     def __init__(self, gold: Sequence[Row], other: Sequence[Row]) -> None:
         self._gold, self._other = list(zip(*gold)), list(zip(*other))
-        counts = [Counter(column) for column in self._other]
-        self._fitting = [[at for at, count in enumerate(counts) if count == Counter(column)] for column in self._gold]
+        expected = [dict(Counter(column)) for column in self._gold]
+        counts = [dict(Counter(column)) for column in self._other]
+        self._fitting = [[at for at, count in enumerate(counts) if count == wanted] for wanted in expected]
         self._tries = _TRIES
 
     def match(self) -> bool:
-        nothing: list[Hashable] = [()] * len(self._gold[0])
-        return self._extend(0, set(), nothing, nothing)
+        rows = [0] * len(self._gold[0])
+        return self._extend(0, frozenset(), rows, rows)
 
-    def _extend(self, at: int, used: set[int], gold: list[Hashable], other: list[Hashable]) -> bool:
-        """Whether the first ``at`` columns, given as the rows they make so far, can be completed."""
+    def _extend(self, at: int, used: frozenset[int], gold: list[int], other: list[int]) -> bool:
+        """Whether the first ``at`` columns, given as a number per row, can be completed."""
         if at == len(self._gold):
             return True
-        gold = list(zip(gold, self._gold[at]))
-        expected = Counter(gold)
+        numbers: dict[Hashable, int] = {}
+        gold = [numbers.setdefault(row, len(numbers)) for row in zip(gold, self._gold[at])]
+        expected = sorted(gold)
         seen = set()
         for candidate in self._fitting[at]:
             column = self._other[candidate]
@@ -65,7 +70,7 @@ class _Columns:
                 continue
             seen.add(column)
             self._tries -= 1
-            rows: list[Hashable] = list(zip(other, column))
-            if Counter(rows) == expected and self._extend(at + 1, used | {candidate}, gold, rows):
+            rows = [numbers.get(row, -1) for row in zip(other, column)]
+            if sorted(rows) == expected and self._extend(at + 1, used | {candidate}, gold, rows):
                 return True
         return False

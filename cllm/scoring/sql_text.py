@@ -17,11 +17,11 @@ _STATEMENT = r"""(?:
   | ATTACH\s+(?:DATABASE\b|['"]) | DETACH\s+\w+ | BEGIN\s*; | (?:COMMIT|ROLLBACK)\b
 )"""
 _FLAGS = re.IGNORECASE | re.VERBOSE
-_OPENING = re.compile(rf"(?:^|[:`>])[ \t]*\(*(?P<sql>{_STATEMENT})", _FLAGS | re.MULTILINE)
+_OPENING = re.compile(rf"(?:^|[:`>*])[ \t]*\(*(?P<sql>{_STATEMENT})", _FLAGS | re.MULTILINE)
 _INLINE = re.compile(r"\bSELECT\b")  # capitals only: "to select ... from" is prose
 _NEXT_STATEMENT = re.compile(rf"(?:\s+|--[^\n]*|/\*(?>.*?\*/))*+(?:{_STATEMENT})", _FLAGS | re.DOTALL)
 _FENCE = re.compile(r"`{3,}|~{3,}")
-_LANGUAGE = re.compile(r"[ \t]*\w+[ \t]*(?=\n)|[ \t]*(?:sql\w*|SQL)[ \t]+")
+_LANGUAGE = re.compile(r"[ \t]*(?!SELECT\b|WITH\b)(?:\w+[ \t]*(?=\n)|sql\w*[ \t]+)", re.IGNORECASE)
 _LONGEST_REPLY = 2 * LONGEST_QUERY
 _BREAK = re.compile(r"\n[ \t\r]*\n\s*")
 _CONTINUED = re.compile(
@@ -30,7 +30,7 @@ _CONTINUED = re.compile(
     _FLAGS,
 )
 _PROSE = re.compile(
-    r"""\n[ \t]*(?:[#*]+ | `{3} | ~{3} | <[|/\w]
+    r"""\n[ \t]*(?:\# | \*\*\w | <[|/\w]
     | (?:Question|Explanation|Answer|Output|Result|Note|Schema|SQL)\b\s*:
     | (?:This|The|Here|In\ this|It|I|You|We|Please|Note\ that|Explanation)\s+\w )""",
     re.VERBOSE,
@@ -50,21 +50,18 @@ def without_distinct(sql: str) -> str:
 def find_sql(reply: str) -> str:
     """The SQL in a reply, or "" where there is none.
 
-    It is the first fenced block with a statement, or else starts at the first statement that begins a line or follows
-    a colon. It ends at ``;``, at a blank line or at a line of prose. Where another statement follows ``;`` it is kept:
-    several statements are no answer, and to choose one of them would hide that.
+    It is in the first fenced block that has a statement, or else before the first fence. It starts at the first
+    statement that begins a line or follows a colon, and ends at ``;``, at a blank line or at a line of prose. Where
+    another statement follows ``;`` it is kept: several statements are no answer, and choosing one would hide that.
     """
-    reply = reply[:_LONGEST_REPLY]
-    for block in _fenced(reply):
-        if sql := _statement(block):
-            return sql
-    return _statement(reply)
+    before, *fenced = _FENCE.split(reply[:_LONGEST_REPLY])
+    blocks = [_without_language(block) for block in fenced[::2]]
+    return next(filter(None, map(_statement, [*blocks, before])), "")
 
 
-def _fenced(reply: str) -> Iterator[str]:
-    """The texts between fences, the last one maybe without its end, without the language's name."""
-    parts = _FENCE.split(reply)
-    return (part[match.end() :] if (match := _LANGUAGE.match(part)) else part for part in parts[1::2])
+def _without_language(block: str) -> str:
+    match = _LANGUAGE.match(block)
+    return block[match.end() :] if match else block
 
 
 def _statement(text: str) -> str:

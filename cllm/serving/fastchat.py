@@ -40,13 +40,17 @@ def register() -> None:
     adapters, utils = _fastchat("fastchat.model.model_adapter"), _fastchat("fastchat.utils")
     if any(isinstance(adapter, CllmAdapter) for adapter in adapters.model_adapters):
         return
-    adapters.model_adapters.insert(0, CllmAdapter())  # in front: others go by parts of the path, such as "vicuna"
-    adapters.get_model_adapter.cache_clear()
-    theirs, their_context = adapters.get_generate_stream_function, utils.get_context_length
+    ours = CllmAdapter()
+    adapters.model_adapters.insert(0, ours)
+    their_adapter, theirs = adapters.get_model_adapter, adapters.get_generate_stream_function
+    their_context = utils.get_context_length
+
+    def get_model_adapter(model_path: str) -> Any:
+        """Ours is asked first: theirs go by the last part of the path, where the first "vicuna" wins."""
+        return ours if ours.match(model_path) else their_adapter(model_path)
 
     def get_generate_stream_function(model: Any, model_path: str) -> Any:
-        ours = isinstance(adapters.get_model_adapter(model_path), CllmAdapter)
-        return generate_stream if ours else theirs(model, model_path)
+        return generate_stream if ours.match(model_path) else theirs(model, model_path)
 
     def get_context_length(config: Any) -> int:
         try:
@@ -54,6 +58,7 @@ def register() -> None:
         except KeyError:  # fschat 0.2.36 expects rope_scaling["factor"], which transformers 5 has no more
             return context_length(config) or DEFAULT_CONTEXT
 
+    _replace("get_model_adapter", their_adapter, get_model_adapter)
     _replace("get_generate_stream_function", theirs, get_generate_stream_function)
     _replace("get_context_length", their_context, get_context_length)
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -15,10 +16,14 @@ from cllm.scoring.sandbox import LIMITS, NAMESPACES, Limits, Program, Protection
 
 QUICK = Limits(cpu_seconds=1, wall_seconds=3.0, memory_bytes=256 << 20)
 SOLUTION = "def double(x):\n    return 2 * x\n"
-TEST = "import math\ndef check(candidate):\n    assert abs(candidate(2) - 4) < 1e-6\n    assert candidate(0) == 0\ncheck(double)"
+TEST = """import math
+def check(candidate):
+    assert abs(candidate(2) - 4) < 1e-6
+    assert candidate(0) == 0
+check(double)"""
 
 
-@pytest.fixture(params=[NAMESPACES, LIMITS])
+@pytest.fixture(scope="module", params=[NAMESPACES, LIMITS])
 def kind(request: pytest.FixtureRequest) -> str:
     found = protection_of(request.param)
     if not isinstance(found, Protection):
@@ -82,7 +87,7 @@ def test_hostile_program_neither_passes_nor_harms_nor_hangs(name: str, kind: str
     started = time.monotonic()
     verdict = run(program(source), QUICK, kind=kind)
     assert not verdict.passed, verdict
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert os.listdir(outside) == ["precious"] and (outside / "precious").read_text() == "here"
 
 
@@ -155,7 +160,7 @@ def test_namespaces_hide_files_network_and_processes(tmp_path: Path) -> None:
             f"assert not os.path.exists('/etc/passwd')\n"
             "pids = [int(n) for n in os.listdir('/proc') if n.isdigit()]\nassert len(pids) <= 3, pids\n"
             "names = [n for _, n in socket.if_nameindex()]\nassert set(names) <= {'lo', 'sit0', 'tunl0'}, names\n"
-            "try:\n    socket.create_connection(('127.0.0.1', 22), timeout=1)\n    raise SystemExit\nexcept OSError:\n    pass\n"
+            "try:\n    socket.create_connection(('127.0.0.1', 22), 1)\n    raise SystemExit\nexcept OSError:\n    pass\n"
             "try:\n    open('/usr/made', 'w')\n    raise SystemExit\nexcept OSError:\n    pass\n"
         )
         verdict = run(program(source + SOLUTION), kind=NAMESPACES)
@@ -197,8 +202,10 @@ def test_humaneval_canonical_solutions_pass_and_stubs_fail(shared_data: Path) ->
         for p in problems:
             source = p["prompt"] + (p["canonical_solution"] if body is None else body)
             programs.append(Program(source, f"{p['test']}\ncheck({p['entry_point']})", (p["entry_point"],)))
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     verdicts = run_all(programs, workers=2)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert [p["task_id"] for p, v in zip(problems, verdicts[:164]) if not v.passed] == []
     assert [p["task_id"] for p, v in zip(problems, verdicts[164:]) if v.passed] == []
-    assert time.monotonic() - started < 120
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert cpu < 120  # the wall time of a busy machine says nothing

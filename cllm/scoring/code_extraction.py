@@ -1,0 +1,231 @@
+"""Finding the program in what a model says: fences, prose around the code, or just the rest of a function.
+
+Two questions are answered. :func:`find_program`: which lines of a reply define a function? :func:`completion`: what
+has to follow a prompt such as HumanEval's (imports, signature, docstring) so that the two together are the program?
+"""
+
+import ast
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["completion", "find_program"]
+
+_FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#.-]*)[^`\n]*$")
+_PYTHON = ("", "python", "python3", "py", "py3", "python2")
+_CODE_LINE = re.compile(r"(?:import|from|def|class|async def)\s|@\w|[A-Za-z_]\w*\s*(?::[^=]+)?=")
+_MOST_LINES = 600  # of a reply that are looked at; what is cut off is not needed by any answer that is one
+_TRIES = 400  # at parsing
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Lines between two fences, or before the first, or after the last."""
+
+    lines: list[str]
+    python: bool  # not marked as something else
+
+
+def find_program(reply: str, entry_point: str) -> str | None:
+    """The first program in the reply that defines the function ``entry_point`` with a body, or None.
+
+    Imports and definitions of code blocks before it go with it; calls, prints and assertions after it do not.
+    """
+    before: list[str] = []
+    for segment in segments(reply):
+        if not segment.python:
+            continue
+        program = _defining(segment.lines, entry_point)
+        if program is not None:
+            return "\n".join([*before, program])
+        before.extend(_definitions(segment.lines, entry_point))
+    return None
+
+
+def completion(reply: str, prompt: str, entry_point: str) -> str:
+    """What to append to ``prompt`` to get the program that the reply gives; the reply itself where it gives none.
+
+    A reply that defines the whole function is appended as a new definition, which takes the place of the prompt's.
+    """
+    program = find_program(reply, entry_point)
+    if program is not None:
+        return _after(prompt) + _without_future(program) + "\n"
+    body = _body(reply, prompt, entry_point)
+    return reply if body is None else body
+
+
+def segments(reply: str) -> list[Segment]:
+    """The reply cut at its fence lines, which are left out.
+
+    What stands outside of fences counts too, since models forget one fence or the other.
+    """
+    lines = reply.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:_MOST_LINES]
+    found, current, python, inside = [], [], True, False
+    for line in lines:
+        fence = _FENCE.match(line)
+        if fence is None:
+            current.append(line)
+            continue
+        found.append(Segment(current, python))
+        inside = not inside or bool(fence[1])
+        current, python = [], not inside or fence[1].lower() in _PYTHON
+    found.append(Segment(current, python))
+    return [segment for segment in found if any(line.strip() for line in segment.lines)]
+
+
+def _defining(lines: list[str], name: str) -> str | None:
+    """The largest run of the lines that is valid Python and defines ``name`` with a body."""
+    lines = _dedented(lines)
+    heads = [number for number, line in enumerate(lines) if re.match(rf"(?:async\s+)?def\s+{re.escape(name)}\b", line)]
+    heads = heads or [number for number, line in enumerate(lines) if re.match(rf"{re.escape(name)}\s*[:=]", line)]
+    tries = 0
+    for head in heads:
+        starts = [number for number in range(head + 1) if _CODE_LINE.match(lines[number])] or [head]
+        for start in starts:
+            for end in _ends(lines, head):
+                tries += 1
+                tree = _parse("\n".join(lines[start:end]))
+                if tree is not None and _has_body(tree, name):
+                    return _tidy(lines[start:end], tree, name)
+                if tries > _TRIES:
+                    return None
+    return None
+
+
+def _ends(lines: list[str], head: int) -> Iterator[int]:
+    """Where a program might end, the longest first: before an unindented line, else (cut-off replies) anywhere."""
+    starts = [
+        number for number in range(head + 1, len(lines)) if lines[number].strip() and lines[number][0] not in " \t)]}"
+    ]
+    yield len(lines)
+    yield from reversed(starts)
+    block_end = starts[0] if starts else len(lines)
+    yield from range(block_end - 1, head + 1, -1)
+
+
+def _definitions(lines: list[str], name: str) -> list[str]:
+    """Imports, functions and classes of a block that does not define ``name`` itself."""
+    tree = _parse("\n".join(_dedented(lines)))
+    if tree is None:
+        return []
+    kept = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom | _FUNCTION | ast.ClassDef)]
+    return [_source(_dedented(lines), node) for node in kept if getattr(node, "name", None) != name]
+
+
+_FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _tidy(lines: list[str], tree: ast.Module, name: str) -> str:
+    """The program without what runs it: calls, assertions and loops after the definition of ``name``."""
+    last = max(node.lineno for node in tree.body if _defines(node, name))
+    kept: list[str] = []
+    end = 0
+    for node in tree.body:
+        if node.lineno <= last or not _runs(node, name):
+            gap = lines[end : _first_line(node) - 1]  # comments and blank lines
+            kept += [*gap, *lines[_first_line(node) - 1 : node.end_lineno]]
+        end = node.end_lineno or end
+    return "\n".join(kept).strip("\n")
+
+
+def _runs(node: ast.stmt, name: str) -> bool:
+    """Whether a statement at the top level uses the program, where it should only define it."""
+    if isinstance(node, ast.Expr | ast.Assert | ast.For | ast.While | ast.With | ast.If | ast.Delete | ast.Raise):
+        return True
+    called = {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    return isinstance(node, ast.Assign | ast.AnnAssign) and bool(called & {name, "input", "print"})
+
+
+def _body(reply: str, prompt: str, name: str) -> str | None:
+    """A reply that goes on with the prompt's last function: as it is, or with the indentation it has lost."""
+    for segment in segments(reply):
+        if not segment.python:
+            continue
+        lines = list(segment.lines)
+        while lines and not lines[0].strip():
+            lines.pop(0)
+        indent = _indent(prompt)
+        variants = (lines, [indent + lines[0].lstrip(), *lines[1:]], [indent + line for line in _dedented(lines)])
+        for variant in variants:
+            for end in [*_ends(variant, -1)][:_TRIES]:
+                tree = _parse(prompt + "\n".join(variant[:end]))
+                if tree is not None and _returns(tree, name):
+                    own = variant[:end]
+                    return "\n".join(own).rstrip() + "\n"
+    return None
+
+
+def _indent(prompt: str) -> str:
+    """The indentation of the prompt's last line that has any."""
+    found = re.findall(r"^([ \t]+)\S", prompt, re.MULTILINE)
+    return found[-1] if found else "    "
+
+
+def _after(prompt: str) -> str:
+    """What closes the prompt's unfinished function: nothing if it has a docstring, else ``pass``."""
+    start = "" if prompt.endswith("\n") else "\n"
+    return start if _parse(prompt) is not None else f"{start}{_indent(prompt)}pass\n\n"
+
+
+def _without_future(program: str) -> str:
+    """Without imports from ``__future__``, which may stand only at the very top."""
+    return re.sub(r"^from __future__ import .*\n?", "", program, flags=re.MULTILINE)
+
+
+def _has_body(tree: ast.Module, name: str) -> bool:
+    for node in tree.body:
+        if _defines(node, name):
+            return not isinstance(node, _FUNCTION) or not all(map(_says_nothing, node.body))
+    return False
+
+
+def _defines(node: ast.stmt, name: str) -> bool:
+    if isinstance(node, _FUNCTION | ast.ClassDef):
+        return node.name == name
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+
+
+def _says_nothing(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def _returns(tree: ast.Module, name: str) -> bool:
+    """Whether the function gives a result; a line of prose can be valid Python, but it returns nothing."""
+    own = [node for node in tree.body if _defines(node, name)]
+    results = ast.Return | ast.Yield | ast.YieldFrom | ast.Raise
+    stack: list[ast.AST] = list(ast.iter_child_nodes(own[-1])) if own else []
+    while stack:
+        node = stack.pop()
+        if isinstance(node, results):
+            return True
+        if not isinstance(node, _FUNCTION | ast.Lambda | ast.ClassDef):  # whose results are their own
+            stack.extend(ast.iter_child_nodes(node))
+    return False
+
+
+def _source(lines: list[str], node: ast.stmt) -> str:
+    return "\n".join(lines[_first_line(node) - 1 : node.end_lineno])
+
+
+def _first_line(node: ast.stmt) -> int:
+    """Where a statement starts, its decorators included."""
+    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+
+
+def _dedented(lines: list[str]) -> list[str]:
+    first = next((line for line in lines if line.strip()), "")
+    if not first[:1].isspace():
+        return lines
+    return textwrap.dedent("\n".join(lines)).split("\n")
+
+
+def _parse(source: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escape sequences
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None

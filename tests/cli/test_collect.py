@@ -1,0 +1,171 @@
+"""The collect command on a tiny model."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import question_rows, write_rows
+from tiny import save_tiny_checkpoint
+
+from cllm.cli import collect
+from cllm.cli.main import main as cllm
+from cllm.trajectory.record import TrajectoryRow
+from cllm.trajectory.store import TrajectoryDataset, read_rows
+
+SCRIPT = Path(__file__).parents[2] / "data" / "generate_trajectory_gsm8k.py"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose responses are all worth keeping."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "m", seed=3)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "d.jsonl", question_rows(8))
+
+
+def run(model_dir: Path, data: Path, output: Path, *more: str) -> dict[str, TrajectoryRow]:
+    words = ["--model", model_dir, "--filename", data, "--output", output, "--device", "cpu", "--max_new_tokens", 4]
+    collect.main([*map(str, words), "--max_new_seq_len", "12", "--batch_size", "3", *more], task="gsm8k")
+    return {row.row_id: row for row in read_rows(output)}
+
+
+def settings(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "settings.json").read_text())
+
+
+def test_what_is_stored(model_dir: Path, data: Path, tmp_path: Path, capsys) -> None:
+    rows = run(model_dir, data, tmp_path / "t", "--use_aug", "--use_labels")
+    assert sorted(rows) == [f"gsm8k-train-{n}" for n in range(1, 9)]
+    assert all(row.label_ids and row.augmented for row in rows.values())
+    assert "8 responses stored in" in capsys.readouterr().out
+    stored = settings(tmp_path / "t")
+    expected = {"block_size": 4, "prompt_template": "chat", "task": "gsm8k", "source": "d.jsonl", "vocab_size": 99}
+    assert stored.items() >= expected.items() and stored["model"] == str(model_dir)
+
+
+def test_templates_are_stored(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    run(model_dir, data, tmp_path / "t", "--prompt_template", "Q: {question}\\nA:", "--data_size", "1")
+    assert settings(tmp_path / "t")["prompt_template"] == "Q: {question}\nA:"
+
+
+def test_a_target_without_a_chat_template(data: Path, tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path / "m", chat_template=False)
+    run(model, data, tmp_path / "t", "--data_size", "1")
+    assert settings(tmp_path / "t")["prompt_template"] == "Question:\n{question}\nAnswer:\nLet's think step by step.\n"
+
+
+def test_data_size_gzip_and_batch_size(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Neither how the file is packed nor how prompts are batched changes a row."""
+    whole = run(model_dir, data, tmp_path / "t")
+    packed = tmp_path / "d.jsonl.gz"
+    packed.write_bytes(gzip.compress(data.read_bytes()))
+    few = run(model_dir, packed, tmp_path / "few", "--data_size", "5", "--batch_size", "1")
+    assert few == {key: whole[key] for key in sorted(whole)[:5]}
+
+
+def test_resumed_equals_uninterrupted(model_dir: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+    whole = run(model_dir, data, tmp_path / "whole")
+    stored = 0
+    write = collect_writer().write
+
+    def stop_at_the_second(self, *batch):
+        nonlocal stored
+        if stored == 1:
+            raise KeyboardInterrupt
+        stored += 1
+        write(self, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(collect_writer(), "write", stop_at_the_second)
+        run(model_dir, data, tmp_path / "t")
+    assert exit_.value.code == 130
+    assert len(list(read_rows(tmp_path / "t"))) == 3
+    assert run(model_dir, data, tmp_path / "t") == whole
+
+
+def collect_writer():
+    from cllm.trajectory.store import TrajectoryWriter
+
+    return TrajectoryWriter
+
+
+def test_nothing_left_to_do(model_dir: Path, data: Path, tmp_path: Path, capsys) -> None:
+    first = run(model_dir, data, tmp_path / "t")
+    capsys.readouterr()
+    assert run(model_dir, data, tmp_path / "t") == first
+    captured = capsys.readouterr()
+    assert "(8 examples there already)" in captured.err and "8 responses stored" in captured.out
+
+
+def test_no_resume_starts_anew(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    run(model_dir, data, tmp_path / "t")
+    rows = run(model_dir, data, tmp_path / "t", "--no-resume", "--seed", "1", "--data_size", "2")
+    assert sorted(rows) == ["gsm8k-train-1", "gsm8k-train-2"] and settings(tmp_path / "t")["seed"] == 1
+
+
+def test_a_seed_changes_states_not_responses(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    first, other = run(model_dir, data, tmp_path / "a"), run(model_dir, data, tmp_path / "b", "--seed", "1")
+    assert first != other
+    assert all(first[key].response_ids == other[key].response_ids for key in first)
+
+
+def test_left_out_and_passed_over(model_dir: Path, tmp_path: Path, capsys, caplog) -> None:
+    rows = question_rows(3)
+    long = {"question": "x" * 300, "answer": "#### 1"}
+    blank, unmarked = {"question": " ", "answer": "#### 1"}, {"question": "a?", "answer": "1"}
+    data = write_rows(tmp_path / "d.jsonl", [*rows, rows[0], "{torn", long, blank, unmarked, [1]])
+    assert len(run(model_dir, data, tmp_path / "t")) == 3
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:] == [
+        "  1 left out: duplicate prompt",
+        "  1 left out: prompt longer than the context",
+        "  1 rows passed over: answer without '####'",
+        "  1 rows passed over: empty question",
+        "  1 rows passed over: not a JSON object",
+        "  1 rows passed over: not valid JSON",
+    ]
+    assert "passed over line 5: not valid JSON" in caplog.text
+
+
+def test_the_published_form(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    rows = run(model_dir, data, tmp_path / "t", "--use_aug", "--use_labels", "--published", str(tmp_path / "p.json"))
+    assert all(row.block_starts == list(range(0, len(row.response_ids), 4)) for row in rows.values())
+    again = list(TrajectoryDataset(tmp_path / "p.json", eos_ids=[2]))
+    assert len(again) == len(rows)
+    of_prompt = {tuple(row.prompt_ids): row for row in rows.values()}
+    for row in again:
+        assert vars(row) | {"row_id": ""} == vars(of_prompt[tuple(row.prompt_ids)]) | {"row_id": ""}
+
+
+def test_the_folder_is_named_after_the_settings(model_dir: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(collect, "DATA_FOLDER", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    words = ["--model", str(model_dir), "--filename", str(data), "--max_new_tokens", "4", "--max_new_seq_len", "8"]
+    collect.main([*words, "--use_aug", "--device", "cpu"], task="gsm8k")
+    assert (tmp_path / "data" / "collected_jacobi_trajectory" / "gsm8k_m_n4_len8_aug" / "settings.json").is_file()
+
+
+def test_the_task_as_an_option(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    words = ["collect", "--task", "arithmetic", "--model", str(model_dir), "--filename", str(data), "--device", "cpu"]
+    cllm([*words, "--output", str(tmp_path / "t"), "--max_new_seq_len", "16", "--data_size", "1"])
+    assert settings(tmp_path / "t")["task"] == "arithmetic"
+
+
+@pytest.mark.slow
+def test_the_papers_command(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Word for word but for the lengths, as a real process that says little."""
+    words = f"--model {model_dir} --filename {data} --use_aug --use_labels --max_new_tokens 16 --max_new_seq_len 24"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *words.split(), "--output", str(tmp_path / "t")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"8 responses stored in {tmp_path / 't'}\n"
+    bar, *others = reversed(done.stderr.strip().splitlines())
+    assert "8/8" in bar
+    assert all(line.startswith("collecting into") or "example" in line or not line for line in others)

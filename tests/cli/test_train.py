@@ -1,0 +1,159 @@
+"""The train command on trajectories of a tiny model, in either form."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import question_rows, refused, write_rows
+from tiny import save_tiny_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cllm.cli import collect, train
+from cllm.models import read_record
+
+LAUNCHER = Path(__file__).parents[2] / "cllm" / "train_cllm.sh"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "m", seed=3)
+
+
+@pytest.fixture(scope="module")
+def collected(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with trajectories in t/ and in the published form in p.json."""
+    folder = tmp_path_factory.mktemp("collected")
+    data = write_rows(folder / "d.jsonl", question_rows(8))
+    words = ["--model", model_dir, "--filename", data, "--output", folder / "t", "--published", folder / "p.json"]
+    sizes = ["--max_new_tokens", 4, "--max_new_seq_len", 12, "--device", "cpu"]
+    collect.main([*map(str, words + sizes), "--use_aug", "--use_labels"], task="gsm8k")
+    return folder
+
+
+@pytest.fixture
+def run(model_dir: Path, collected: Path, tmp_path: Path) -> Callable[..., Path]:
+    def start(*more: object, trajectories: str = "t", **options: object) -> Path:
+        given = {
+            "model": model_dir,
+            "trajectories": collected / trajectories,
+            "output_dir": tmp_path / "out",
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "use_cpu": "true",
+            "report_to": "none",
+            "save_strategy": "no",
+        } | options
+        train.main([*(f"--{name}={value}" for name, value in given.items()), *map(str, more)])
+        return Path(str(given["output_dir"]))
+
+    return start
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_the_result_is_a_plain_checkpoint(run, model_dir: Path, capsys) -> None:
+    out = run()
+    assert f"CLLM saved in {out}" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model).__name__ == "LlamaForCausalLM" and not same(weights(out), weights(model_dir))
+    record = read_record(model.config)
+    assert (record["block_size"], record["prompt_template"], record["task"]) == (4, "chat", "gsm8k")
+    assert (record["target_model"], record["responses"], record["consistency"]) == (str(model_dir), 8, "global")
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    assert model.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"consistency": "local"},
+        {"teacher": "self", "ar_loss": "fixed_point"},
+        {"use_gt_labels": "true"},
+        {"ar_loss": "labels", "consistency": "local", "states_per_block": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("trajectories", ["t", "p.json"])
+def test_either_form_with_every_loss(run, model_dir: Path, options, trajectories) -> None:
+    out = run(trajectories=trajectories, block_size=4, **options)
+    trained = weights(out)
+    assert all(value.isfinite().all() for value in trained.values()) and not same(trained, weights(model_dir))
+
+
+def test_the_published_form_trains_the_same(run, tmp_path: Path) -> None:
+    """The rows come back in the order of their ids, and so do their states: the weights are the same."""
+    options = {"per_device_train_batch_size": 8, "max_steps": 1, "teacher": "self", "ar_loss": "labels"}
+    folder = run(**options, states_per_block=100, output_dir=tmp_path / "a")
+    published = run(**options, states_per_block=100, output_dir=tmp_path / "b", trajectories="p.json", block_size=4)
+    assert same(weights(folder), weights(published))
+
+
+def test_resuming_from_a_checkpoint(run, tmp_path: Path) -> None:
+    steps = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", "max_steps": 3}
+    whole = run(**steps, output_dir=tmp_path / "whole")
+    run(**steps | {"max_steps": 2}, output_dir=tmp_path / "parts")
+    torn = tmp_path / "parts" / "checkpoint-7"  # a kill while it was written
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    parts = run(**steps, output_dir=tmp_path / "parts", resume_from_checkpoint="True")
+    assert json.loads((parts / "trainer_state.json").read_text())["global_step"] == 3
+    assert same(weights(whole), weights(parts))
+    from_folder = run(**steps, output_dir=tmp_path / "third", resume_from_checkpoint=whole / "checkpoint-2")
+    assert same(weights(whole), weights(from_folder))
+
+
+def test_resuming_without_a_checkpoint_starts(run) -> None:
+    assert (run(resume_from_checkpoint="True") / "model.safetensors").is_file()
+
+
+def test_a_published_file_needs_its_block_size(run, model_dir: Path, collected: Path, tmp_path: Path, capsys) -> None:
+    words = ["--model", model_dir, "--trajectories", collected / "p.json", "--output_dir", tmp_path / "out"]
+    assert "does not say its block size; pass --block_size" in refused(capsys, train.main, *words, "--use_cpu")
+    message = refused(capsys, train.main, *words, "--use_cpu", "--block_size", 5)
+    assert "block_size is 5, but" in message and "has blocks of 4 tokens" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_missing_in_a_published_file(run, collected: Path, tmp_path: Path, capsys, model_dir: Path) -> None:
+    items = [item | {"labels_ids": None} for item in json.loads((collected / "p.json").read_text())]
+    for item in items:
+        del item["labels_ids"]
+    (tmp_path / "bare.json").write_text(json.dumps(items))
+    words = ["--model", model_dir, "--trajectories", tmp_path / "bare.json", "--output_dir", tmp_path / "out"]
+    message = refused(capsys, train.main, *words, "--block_size", 4, "--use_gt_labels", "--use_cpu")
+    assert "collect the trajectories with --use_labels" in message
+
+
+def test_ids_beyond_the_vocabulary(collected: Path, tmp_path: Path, capsys) -> None:
+    model = save_tiny_checkpoint(tmp_path / "m", vocab_size=120)
+    items = json.loads((collected / "p.json").read_text())
+    for item in items:
+        item["prompt_ids"][0][0] = 200
+        item.pop("complete_teacher_output_ids")
+    (tmp_path / "other.json").write_text(json.dumps(items))
+    words = ["--model", model, "--trajectories", tmp_path / "other.json", "--output_dir", tmp_path / "out"]
+    message = refused(capsys, train.main, *words, "--block_size", 4, "--use_cpu")
+    assert "token id 200, but the model's vocabulary has 120 tokens" in message
+
+
+@pytest.mark.slow
+def test_the_launcher(model_dir: Path, collected: Path, tmp_path: Path) -> None:
+    words = [str(model_dir), str(collected / "t"), str(tmp_path / "out"), "4"]
+    more = ["--max_steps", "1", "--use_cpu", "--report_to", "none", "--save_strategy", "no"]
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", str(LAUNCHER), *words, *more], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "CLLM saved in" in done.stdout and (tmp_path / "out" / "model.safetensors").is_file()
+    short = subprocess.run(["bash", str(LAUNCHER), *words[:2]], capture_output=True, text=True, env=environment)
+    assert short.returncode == 2 and short.stderr.startswith("usage: bash train_cllm.sh MODEL TRAJECTORIES")

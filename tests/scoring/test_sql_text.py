@@ -1,0 +1,114 @@
+"""cllm.scoring.sql_text: SQL is found in chatty replies."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cllm.scoring.sql_text import find_sql, pieces, without_distinct
+
+Q = "SELECT count(*) FROM singer"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Q,
+        f"{Q};",
+        f"  {Q} ;\n",
+        f"SQL: {Q}",
+        f"**SQL:** {Q}",
+        f"SQL query:\n{Q};\n",
+        f"```sql\n{Q};\n```",
+        f"```SQL\n{Q}\n```\nThis query counts the singers.",
+        f"```\n{Q}\n```",
+        f"```sql {Q}```",
+        f"```{Q}```",
+        f"~~~sql\n{Q}\n~~~",
+        f"Sure! To select all singers from the table:\n\n```sqlite\n{Q}\n",
+        f"First a look at Python:\n```python\nprint(1)\n```\nand then\n```sql\n{Q};\n```",
+        f"```sql\n{Q};\n```\nor\n```sql\nSELECT count(id) FROM singer;\n```",
+        f"The query is `{Q}`, which counts.",
+        f"Here is the SQL query that you need: {Q};",
+        f"I would write {Q}",
+        f"{Q};\n\nThis query selects the number of singers. Don't worry.",
+        f"{Q}; It counts them.",
+        f"{Q}; With this you get the number.",
+        f"{Q}\n\nExplanation: `count(*)` counts.",
+        f"{Q}\nThis query counts the singers.",
+        f"{Q}\n### Instruction:\nHow old are they?\n### Response:\nSELECT age FROM singer",
+        f"{Q}\n\n\nQuestion: And the songs?\nSELECT count(*) FROM song",
+        f"{Q}\n</s>",
+        f"{Q}\n<|EOT|>",
+        f"{Q}\n```\nThat is all.",
+        f"{Q};\n-- the end; really",
+    ],
+)
+def test_found(reply: str) -> None:
+    assert find_sql(reply) == Q
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT name\nFROM singer\nWHERE age > 20\n  AND country = 'France'",
+        "SELECT\n  *\nFROM\n  singer",
+        "SELECT name\n\nFROM singer\n\nORDER BY age",
+        "SELECT a FROM t\nUNION\n\nSELECT b FROM u",
+        "SELECT name FROM singer WHERE song = 'a;b\n\nThis is it' AND x = \"c;d\"",
+        "SELECT name FROM (\n\nSELECT * FROM singer\n\n)",
+        "SELECT name -- the name; really\nFROM singer",
+        "WITH t AS (SELECT 1) SELECT * FROM t",
+        "WITH RECURSIVE t(x) AS (SELECT 1) SELECT * FROM t",
+        "select name from singer where a = 'it''s'",
+        "SELECT 1",
+    ],
+)
+def test_whole_queries_are_kept(query: str) -> None:
+    assert find_sql(query) == query
+    assert find_sql(f"```sql\n{query};\n```\nThis is it.") == query
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"{Q}; {Q}",
+        f"{Q};\n-- and\nDROP TABLE singer",
+        f"{Q};\n\nINSERT INTO singer VALUES (1);",
+        f"DROP TABLE singer; {Q}",
+        f"```sql\n{Q};\n{Q};\n```",
+    ],
+)
+def test_several_statements_stay_several(reply: str) -> None:
+    sql = find_sql(reply)
+    assert sql.count("singer") == 2 and ";" in sql
+
+
+@pytest.mark.parametrize(
+    "reply", ["", "   ", "I do not know.", "With this in mind, select a row.", "```python\nx\n```", ";"]
+)
+def test_nothing_found(reply: str) -> None:
+    assert find_sql(reply) == ""
+
+
+def test_distinct_outside_of_quotes() -> None:
+    query = "SELECT DISTINCT count(distinct a), 'DISTINCT', \"distinct\", distincts FROM t -- DISTINCT"
+    assert without_distinct(query) == "SELECT  count( a), 'DISTINCT', \"distinct\", distincts FROM t -- DISTINCT"
+
+
+@given(st.text(alphabet="aS;'\"`-/*\n ()[]:#", max_size=40))
+def test_pieces_are_the_whole(text: str) -> None:
+    assert "".join(pieces(text)) == text
+    assert find_sql(f"{Q} {text}").startswith(Q)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["`" * 99_999, "select " * 20_000, "SELECT " * 20_000, "WITH a AS " * 9000, "/*" * 30_000, f"{Q};" + "/*/" * 30_000,
+     "CREATE TEMP " * 9000, "'" * 50_001, f"{Q};" + "\n -- " * 9000, "SELECT\n\n" * 9000, "WITH" + " " * 50_000],
+)  # fmt: skip
+def test_long_replies_are_quick(reply: str) -> None:
+    start = time.process_time()
+    find_sql(reply)
+    assert time.process_time() - start < 5

@@ -1,0 +1,314 @@
+"""The FastChat adapter, against the real package where it is installed."""
+
+import json
+import sys
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from tiny import EOS_ID, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from transformers import AutoConfig
+
+from cllm.cli import fastchat as command
+from cllm.decoding import JacobiDecoder
+from cllm.errors import UsageError
+from cllm.models import write_record
+from cllm.prompts import PromptTemplate
+from cllm.serving import fastchat as ours
+
+needs_fastchat = pytest.mark.skipif(find_spec("fastchat") is None, reason="fschat is not installed")
+MESSAGES = [
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "content": "a1"},
+    {"role": "user", "content": "q2"},
+]
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe {kind}.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def cllm(tmp_path_factory):
+    return make_cllm(tmp_path_factory.mktemp("models") / "vicuna-of-mine", prompt_template="chat")
+
+
+def make_cllm(folder, **record):
+    """A checkpoint whose config.json says that it is a CLLM; its name would mislead a look at parts of the path."""
+    save_tiny_checkpoint(folder)
+    config = AutoConfig.from_pretrained(folder)
+    write_record(config, {"block_size": 5, **record})
+    config.save_pretrained(folder)
+    return folder
+
+
+# -------------------------------------------------------------- generating
+
+
+def stream(prompt, model=None, tokenizer=None, **params):
+    model, tokenizer = model or tiny_model(), tokenizer or tiny_tokenizer()
+    params = {"prompt": prompt, "temperature": 0, "max_new_tokens": 20, "echo": False} | params
+    return list(ours.generate_stream(model, tokenizer, params, "cpu", 256))
+
+
+def greedy(prompt, count=20):
+    tokenizer = tiny_tokenizer()
+    result = JacobiDecoder(tiny_model(), 1, eos_token_ids=[EOS_ID]).generate(
+        [tokenizer(prompt).input_ids], max_new_tokens=count
+    )
+    return tokenizer.decode(result[0].token_ids, skip_special_tokens=True), result[0]
+
+
+def test_the_stream_grows_to_the_greedy_text():
+    text, result = greedy("Hello there")
+    items = stream("Hello there")
+    assert items[-1]["text"] == text and len(items) > 2
+    for before, after in zip(items, items[1:]):
+        assert after["text"].startswith(before["text"]) and before["finish_reason"] is None
+    count = len(result.token_ids)
+    assert items[-1]["usage"] == {"prompt_tokens": 11, "completion_tokens": count, "total_tokens": 11 + count}
+    assert items[-1]["finish_reason"] == ("stop" if result.stop == "eos" else "length")
+    json.dumps(items)  # the worker sends them
+
+
+def test_echo_puts_the_prompt_in_front():
+    assert stream("Hello", echo=True)[-1]["text"] == "Hello" + stream("Hello")[-1]["text"]
+
+
+def test_a_stop_string_ends_the_text_and_is_never_shown():
+    text, _ = greedy("Hello there")
+    stop = text[6:8]
+    items = stream("Hello there", stop=stop)
+    assert items[-1]["text"] == text[: text.index(stop)] and items[-1]["finish_reason"] == "stop"
+    assert not any(stop in item["text"] for item in items)
+    assert stream("Hello there", stop=["\x00", stop])[-1] == items[-1]
+
+
+def test_an_unfinished_stop_string_is_held_back():
+    assert ours._sure("answer</", ["</s>"]) == "answer" and ours._sure("a < b", ["</s>"]) == "a < b"
+    assert ours._sure("caf\ufffd", []) == "caf" and ours._sure("x</s", ["</s>", "\n\n"]) == "x"
+
+
+def test_stop_tokens_of_the_request():
+    _, result = greedy("Hello there")
+    token = result.token_ids[4]
+    items = stream("Hello there", stop_token_ids=[token])
+    assert items[-1]["finish_reason"] == "stop"
+    assert items[-1]["usage"]["completion_tokens"] == result.token_ids.index(token) + 1
+
+
+def test_a_long_prompt_keeps_its_end():
+    items = list(
+        ours.generate_stream(
+            tiny_model(), tiny_tokenizer(), {"prompt": "x" * 300 + "Hello", "max_new_tokens": 20}, "cpu", 64
+        )
+    )
+    assert items[-1]["usage"]["prompt_tokens"] == 64 - 20 - 1 and items[-1]["usage"]["completion_tokens"] <= 20
+
+
+def test_what_cannot_be_had_is_said(caplog):
+    with pytest.raises(ValueError, match="log-probabilities"):
+        stream("x", logprobs=1)
+    with pytest.raises(ValueError, match="empty"):
+        stream("")
+    stream("Hello", temperature=0.7)
+    assert "decoded greedily" in caplog.text
+
+
+def test_the_first_token_is_not_doubled():
+    class Tokenizer:
+        bos_token = "<s>"
+
+        def __call__(self, text, add_special_tokens):
+            return SimpleNamespace(input_ids=[add_special_tokens, text])
+
+    assert ours._encode("<s>hi", Tokenizer()) == [False, "<s>hi"] and ours._encode("hi", Tokenizer()) == [True, "hi"]
+
+
+# ------------------------------------------------------------- conversations
+
+
+def rendered(parts, messages, system=None):
+    """FastChat's SeparatorStyle.NO_COLON_TWO, as its documentation has it."""
+    text = parts["system_template"].format(system_message=parts["system_message"] if system is None else system)
+    for n, message in enumerate(messages):
+        text += parts["roles"][n % 2] + message["content"] + (parts["sep2"] if n % 2 else "")
+    return text + parts["roles"][1]
+
+
+@pytest.mark.parametrize("name", ["abel", "deepseek-instruct", "Q: {question}\nA: ", "tiny", "chatml"])
+def test_dialogue_parts_write_the_templates_own_prompts(name):
+    tokenizer = tiny_tokenizer()
+    if name == "chatml":
+        tokenizer.chat_template = CHATML
+    template = PromptTemplate("chat" if name in ("tiny", "chatml") else name)
+    parts = ours.dialogue_parts(template, tokenizer)
+    for messages in (MESSAGES[:1], MESSAGES):
+        assert rendered(parts, messages) == ours._render(template, messages, tokenizer)
+    if name == "chatml":
+        assert parts["system_message"] == "Be {kind}." and parts["roles"][0].endswith("<|im_start|>user\n")
+        system = [{"role": "system", "content": "Be terse."}]
+        assert rendered(parts, MESSAGES, "Be terse.") == ours._render(template, system + MESSAGES, tokenizer)
+
+
+def test_a_template_that_drops_turns_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}>"
+    with pytest.raises(UsageError, match="leaves a turn out"):
+        ours.dialogue_parts(PromptTemplate("chat"), tokenizer)
+
+
+def test_only_cllms_match(cllm, tiny_model_dir, tmp_path):
+    adapter = ours.CllmAdapter()
+    assert adapter.match(str(cllm)) and adapter.match("cllm/consistency-llm-7b-sharegpt48k")
+    for other in (str(tiny_model_dir), "GAIR/Abel-7B-001", "lmsys/vicuna-7b-v1.5", "consistency-llm", str(tmp_path)):
+        assert not adapter.match(other)
+    (tmp_path / "config.json").write_text("[]")
+    assert not adapter.match(str(tmp_path))
+
+
+# ------------------------------------------------------- the real package
+
+
+@pytest.fixture
+def fastchat(monkeypatch, tmp_path):
+    """FastChat with our adapter; everything is put back afterwards."""
+    monkeypatch.chdir(tmp_path)  # the worker writes a log file
+    from fastchat import utils
+    from fastchat.model import model_adapter as adapters
+
+    places = {"get_model_adapter": adapters, "get_generate_stream_function": adapters, "get_context_length": utils}
+    theirs = {name: getattr(module, name) for name, module in places.items()}
+    known = list(adapters.model_adapters)
+    ours.register()
+    changed = {name: getattr(module, name) for name, module in places.items()}
+    yield adapters
+    adapters.model_adapters[:] = known
+    for name in places:
+        ours._replace(name, changed[name], theirs[name])
+
+
+@needs_fastchat
+def test_registered_once_and_in_front(fastchat, cllm, tiny_model_dir):
+    ours.register()
+    assert sum(isinstance(a, ours.CllmAdapter) for a in fastchat.model_adapters) == 1
+    assert isinstance(fastchat.get_model_adapter(str(cllm)), ours.CllmAdapter)
+    assert not isinstance(fastchat.get_model_adapter("lmsys/vicuna-7b-v1.5"), ours.CllmAdapter)
+    assert fastchat.get_generate_stream_function(tiny_model(), str(cllm)) is ours.generate_stream
+    assert fastchat.get_generate_stream_function(tiny_model(), str(tiny_model_dir)) is not ours.generate_stream
+
+
+@needs_fastchat
+def test_conversation_of_a_chat_template(fastchat, cllm):
+    conversation = fastchat.get_conversation_template(str(cllm))
+    for message in MESSAGES:
+        conversation.append_message(conversation.roles[message["role"] == "assistant"], message["content"])
+    conversation.append_message(conversation.roles[1], None)
+    tokenizer = tiny_tokenizer()
+    assert tokenizer(conversation.get_prompt()).input_ids == PromptTemplate("chat").encode(MESSAGES, tokenizer)
+    assert fastchat.get_conversation_template(str(cllm)).messages == []
+
+
+@needs_fastchat
+def test_conversation_of_vicuna_is_exact(fastchat, tmp_path):
+    conversation = fastchat.get_conversation_template(str(make_cllm(tmp_path / "m", prompt_template="vicuna")))
+    for message in MESSAGES:
+        conversation.append_message(conversation.roles[message["role"] == "assistant"], message["content"])
+    conversation.append_message(conversation.roles[1], None)
+    assert conversation.get_prompt() == PromptTemplate("vicuna").render(MESSAGES)
+
+
+@needs_fastchat
+def test_fastchats_own_cli_chats_with_a_cllm(fastchat, cllm, monkeypatch, capsys):
+    """`cllm fastchat cli`, from its command line to the end of the conversation."""
+    lines = iter(["Hi", "And then?", "!!exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    decoded = []
+    iterate = JacobiDecoder.iterate
+    monkeypatch.setattr(
+        JacobiDecoder,
+        "iterate",
+        lambda self, prompts, **k: decoded.append((self.block_size, prompts[0])) or iterate(self, prompts, **k),
+    )
+    argv = list(sys.argv)
+    command.main(["cli", "--model-path", str(cllm), "--device", "cpu", "--temperature", "0", "--max-new-tokens", "12"])
+    assert sys.argv == argv
+    tokenizer = tiny_tokenizer()
+    (size, first), (_, second) = decoded
+    assert size == 5 and first == PromptTemplate("chat").encode([{"role": "user", "content": "Hi"}], tokenizer)
+    reply = greedy(tokenizer.decode(first), 12)[0].strip()
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " ".join(reply.split(" "))}]
+    assert second == PromptTemplate("chat").encode([*talk, {"role": "user", "content": "And then?"}], tokenizer)
+    assert reply.split()[0] in capsys.readouterr().out
+
+
+@needs_fastchat
+def test_fastchats_model_worker_streams_a_cllm(fastchat, cllm):
+    pytest.importorskip("uvicorn")
+    from fastchat.serve.model_worker import ModelWorker
+
+    worker = ModelWorker(
+        "http://127.0.0.1:1", "http://127.0.0.1:2", "w", str(cllm), ["mine"], 1, no_register=True, device="cpu",
+        num_gpus=1, max_gpu_memory=None,
+    )  # fmt: skip
+    prompt = "[user]Hi\n[assistant]"
+    params = {"prompt": prompt, "temperature": 0, "max_new_tokens": 12, "echo": False}
+    chunks = [json.loads(chunk[:-1]) for chunk in worker.generate_stream_gate(params)]
+    assert [chunk["error_code"] for chunk in chunks] == [0] * len(chunks)
+    assert chunks[-1]["text"] == greedy(prompt, 12)[0] and chunks[-1]["finish_reason"] in ("stop", "length")
+    assert worker.context_len == 256
+    failed = json.loads(next(worker.generate_stream_gate(params | {"logprobs": 1}))[:-1])
+    assert failed["error_code"] != 0 and "log-probabilities" in failed["text"]
+
+
+@needs_fastchat
+def test_answers_and_judgments_load_in_fastchats_llm_judge(shared_data, tmp_path, monkeypatch):
+    """Its module wants clients of paid services to import; it gets empty ones, since only its readers are used."""
+    from cllm.tasks import get_task
+    from cllm.tasks.source import load_examples
+
+    for name in ("openai", "anthropic"):
+        if find_spec(name) is None:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    common = pytest.importorskip("fastchat.llm_judge.common")
+    questions = common.load_questions(str(shared_data / "mt_bench" / "question.jsonl"), None, None)
+    task, path = get_task("sharegpt"), tmp_path / "model_answer" / "mine.jsonl"
+    rows = [
+        {"question": e.messages[-1]["content"], "target": e.target, "reply": "b", "replies": [f"a{n}", "b"]}
+        for n, e in enumerate(load_examples(task, shared_data / "mt_bench" / "question.jsonl", "test"))
+    ]
+    assert task.export(rows, path)
+    answers = common.load_model_answers(str(path.parent))
+    judges = common.load_judge_prompts(str(shared_data / "mt_bench" / "judge_prompts.jsonl"))
+    assert set(judges) >= {"single-v1", "single-math-v1-multi-turn"}
+    common.check_data(questions, answers, {"gpt-4": {}}, ["mine"], {})
+    assert len(answers["mine"]) == 80
+    assert all(
+        answers["mine"][q["question_id"]]["choices"][0]["turns"] == [f"a{n}", "b"] for n, q in enumerate(questions)
+    )
+
+
+def test_without_fastchat_the_command_says_what_to_install(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "fastchat"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastchat", None)
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["cli"])
+    assert exit_.value.code == 2 and "pip install fschat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["gradio"]])
+def test_unknown_services(words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(words)
+    assert exit_.value.code == 2 and "{cli,model_worker,multi_model_worker}" in capsys.readouterr().err

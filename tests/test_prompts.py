@@ -1,0 +1,173 @@
+"""Templates: which is chosen, what it says, and which tokens end a reply in it."""
+
+import os
+
+import pytest
+from tiny import EOS_ID, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+
+from cllm.checkpoints import PUBLISHED, published_of, published_record
+from cllm.errors import UsageError
+from cllm.models import load_model, load_tokenizer, read_record, stop_token_ids, write_record
+from cllm.prompts import DIALOGUES, PromptTemplate, choose_template
+
+TALK = [
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "content": "a1"},
+    {"role": "user", "content": "q2"},
+]
+SYSTEM = {"role": "system", "content": "S."}
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "two"),
+    [
+        ("vicuna", f"{VICUNA} USER: q1 ASSISTANT:", f"{VICUNA} USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT:"),
+        (
+            "abel",
+            "Question:\nq1\nAnswer:\nLet's think step by step.\n",
+            "Question:\nq1\nAnswer:\nLet's think step by step.\na1\n\nQuestion:\nq2\nAnswer:\nLet's think step by step.\n",
+        ),
+        (
+            "deepseek-instruct",
+            "### Instruction:\nq1\n### Response:\n",
+            "### Instruction:\nq1\n### Response:\na1\n<|EOT|>\n### Instruction:\nq2\n### Response:\n",
+        ),
+        ("Q: {question}\nA:", "Q: q1\nA:", "Q: q1\nA:a1\n\nQ: q2\nA:"),
+    ],
+)
+def test_dialogues(name, one, two):
+    template = PromptTemplate(name)
+    assert template.render(TALK[:1]) == one and template.render(TALK) == two
+    assert template.render([SYSTEM, *TALK]).startswith("S.") and VICUNA not in template.render([SYSTEM, *TALK])
+
+
+@pytest.mark.parametrize("name", DIALOGUES)
+def test_a_text_that_equals_a_dialogue_is_one(name):
+    """A task's plain template may be such a text: further turns are then written as the dialogue has it."""
+    assert PromptTemplate(DIALOGUES[name].text).render(TALK) == PromptTemplate(name).render(TALK)
+
+
+def test_places_in_a_question_stay():
+    assert (
+        PromptTemplate("vicuna")
+        .render([{"role": "user", "content": "{question} {reply}"}])
+        .endswith("USER: {question} {reply} ASSISTANT:")
+    )
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UsageError, match="one of chat, plain, abel, deepseek-instruct, vicuna, or a text that"):
+        PromptTemplate("llama")
+
+
+@pytest.mark.parametrize(
+    ("option", "record", "chat", "expected"),
+    [
+        (None, {}, True, "chat"),
+        (None, {}, False, "P {question}"),
+        (None, {"prompt_template": "vicuna"}, True, "vicuna"),
+        ("abel", {"prompt_template": "vicuna"}, True, "abel"),
+        ("plain", {"prompt_template": "vicuna"}, True, "P {question}"),
+        ("A\\n{question}", {}, True, "A\n{question}"),
+    ],
+)
+def test_which_is_chosen(option, record, chat, expected):
+    assert choose_template(option, "P {question}", tiny_tokenizer(chat), record).text == expected
+
+
+def test_published_checkpoints_go_by_their_whole_name(tmp_path):
+    assert len(PUBLISHED) == 8 and len({c.name for c in PUBLISHED}) == 8
+    assert {c.prompt_template for c in PUBLISHED} <= set(DIALOGUES)
+    names = {c.name for c in PUBLISHED}
+    assert all(c.target is None or c.target in names for c in PUBLISHED)
+    assert all(len(published_of(c.task)) == 2 for c in PUBLISHED)
+    config = tiny_config()
+    config._name_or_path = "cllm/consistency-llm-7b-math"
+    assert read_record(config) == {"prompt_template": "abel", "task": "gsm8k", "target_model": "GAIR/Abel-7B-001"}
+    for other in ("/models/cllm/consistency-llm-7b-math", "consistency-llm-7b-math", "x/abel-vicuna-spider", "", None):
+        config._name_or_path = other
+        assert read_record(config) == published_record(other) == {}
+
+
+def test_a_record_of_its_own_is_stronger():
+    config = tiny_config()
+    config._name_or_path = "GAIR/Abel-7B-001"
+    write_record(config, {"prompt_template": "chat"})
+    assert read_record(config) == {"prompt_template": "chat"}
+
+
+def test_a_folder_named_after_a_model_is_no_such_model(tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "cllm" / "consistency-llm-7b-math")
+    assert read_record(load_model(str(folder), device="cpu").config) == {}
+
+
+# -------------------------------------------------------------------- stops
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}\n<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chatml_tokenizer(special=True):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "</s>", "<|EOT|>"], special_tokens=special)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_the_chat_templates_end_of_turn_stops_a_reply():
+    tokenizer = chatml_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert PromptTemplate("chat").stop_ids(tokenizer) == [end]
+    model = tiny_model()
+    assert stop_token_ids(model, tokenizer, PromptTemplate("chat")) == sorted({EOS_ID, end})
+    assert stop_token_ids(model, tokenizer) == [EOS_ID]
+
+
+def test_ordinary_text_behind_a_reply_is_no_stop():
+    assert PromptTemplate("chat").stop_ids(tiny_tokenizer()) == []
+    assert PromptTemplate("chat").stop_ids(chatml_tokenizer(special=False)) == []
+
+
+def test_a_template_that_refuses_replies_gives_no_stop():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert PromptTemplate("chat").stop_ids(tokenizer) == []
+
+
+def test_named_templates_stop_at_their_tokens():
+    tokenizer = chatml_tokenizer()
+    for name, stop in {"vicuna": "</s>", "deepseek-instruct": "<|EOT|>"}.items():
+        assert PromptTemplate(name).stop_ids(tokenizer) == [tokenizer.convert_tokens_to_ids(stop)]
+        assert PromptTemplate(name).stop_ids(tiny_tokenizer()) == []
+    assert PromptTemplate("abel").stop_ids(tokenizer) == PromptTemplate("{question}").stop_ids(tokenizer) == []
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('by turns') }}"
+    "{% endif %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+)
+
+
+def test_a_chat_template_without_system_messages():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM
+    template = PromptTemplate("chat")
+    assert tokenizer.decode(template.encode([SYSTEM, *TALK], tokenizer)) == "[user]S.\n\nq1[assistant]a1[user]q2"
+    with pytest.raises(UsageError, match="refuses the conversation: by turns"):
+        template.encode([SYSTEM, TALK[1]], tokenizer)
+
+
+@pytest.mark.real_model
+def test_smollm_stops_at_its_turn_end():
+    path = os.environ.get("CLLM_TEST_MODEL")
+    if not path:
+        pytest.skip("CLLM_TEST_MODEL does not name a model")
+    tokenizer = load_tokenizer(path)
+    assert PromptTemplate("chat").stop_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
