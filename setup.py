@@ -17,6 +17,7 @@ setup(
         "accelerate>=1.10",
         "tqdm",
         "math-verify>=0.8",
+        "jinja2",
     ],
     extras_require={
         "gguf": ["gguf"],
@@ -24,6 +25,7 @@ setup(
         "flash-attn": ["flash-attn"],
         "deepspeed": ["deepspeed"],
         "fastchat": ["fschat"],
+        "spider": ["sqlglot"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-timeout"],
     },
     entry_points={"console_scripts": ["cllm = cllm.cli.main:main"]},

@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,7 @@ _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _FIRST_UID, _UIDS = 61184, 4000  # user ids that systemd keeps for throw-away users; nobody's files belong to them
 _MODULES = ("copy", "json", "math", "random", "re")  # what tests stand on
+_PARSER = threading.Lock()  # ast.parse of CPython 3.11 is not safe in several threads at once
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,8 @@ def _visible() -> list[str]:
 def _imports(test: str) -> set[str]:
     """Modules of the standard library that a test imports."""
     try:
-        nodes = list(ast.walk(ast.parse(test)))
+        with _PARSER:
+            nodes = list(ast.walk(ast.parse(test)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return set()
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

@@ -204,8 +204,9 @@ class CodeSearchNet(Task):
             figures = mean_pass_at_k(
                 [(len(results), sum(results)) for results in problems.values()], (*USUAL_K, self.num_samples)
             )
-            review[title] = {"problems": len(problems), "samples": sum(map(len, problems.values()))}
-            review[title] |= {f"pass@{k}": value for k, value in figures.items()}
+            samples = sum(map(len, problems.values()))
+            line = f"{title} ({len(problems)} problems, {samples} samples)"
+            review[line] = {f"pass@{k}": value for k, value in figures.items()}
         return review
 
 

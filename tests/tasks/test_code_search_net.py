@@ -169,9 +169,9 @@ def test_review_estimates_pass_at_k() -> None:
     other = target | {"task_id": "HumanEval/1"}
     rows = [{"target": target, "pass@1": passed} for passed in (True, False)]
     rows += [{"target": other, "pass@1": False}] * 2
-    assert CODE.review(rows, Path("x")) == {"HumanEval": {"problems": 2, "samples": 4, "pass@1": 0.25}}
+    assert CODE.review(rows, Path("x")) == {"HumanEval (2 problems, 4 samples)": {"pass@1": 0.25}}
     two = configured(num_samples=2, eval_only=True)
-    assert two.review(rows, Path("x"))["HumanEval"]["pass@2"] == 0.5
+    assert next(iter(two.review(rows, Path("x")).values())) == {"pass@1": 0.25, "pass@2": 0.5}
     with pytest.raises(UsageError, match="num_samples is 2, but HumanEval/1 has 1 samples"):
         two.review(rows[:-1], Path("x"))
 
