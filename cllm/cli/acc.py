@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +95,32 @@ def rescore(args: argparse.Namespace) -> dict[str, Any]:
     """Score an answer file as it is."""
     from cllm.evaluation import accuracy
     from cllm.evaluation.environment import environment
+    from cllm.files import read_jsonl_tolerant
     from cllm.tasks import get_task
 
     if args.data_size:
         raise UsageError("--eval_only scores every answer there is; leave out --data_size")
     task = get_task(args.task).configure(args)
     _check_export(args, task)
-    rows = {row["id"]: row for row in accuracy.read_answers(args.output_file_name)}
-    if not rows:
+    found = read_jsonl_tolerant(args.output_file_name)
+    if not found:
         raise UsageError(f"no answers in {args.output_file_name}")
-    chosen = accuracy.select(map(accuracy.example_of, rows.values()), task, args.dev_set, None)
+    answers = accuracy.checked_answers(task.answers(found, _questions(args, task)), args.output_file_name)
+    rows = {row["id"]: row for row in answers}
+    chosen = accuracy.select(map(accuracy.example_of, answers), task, args.dev_set, None)
     settings = accuracy.read_settings(args.output_file_name) or {"task": task.name, "model": args.model}
     scored = accuracy.rescore(task, [rows[e.id] for e in chosen])
     summary = accuracy.summarise(task, scored, seed=args.seed)
     report = {"settings": settings | {"dev_set": args.dev_set}, "environment": environment("cpu"), "summary": summary}
     return _finish(args, task, scored, report)
+
+
+def _questions(args: argparse.Namespace, task: Any) -> Iterator[Any]:
+    """The examples that answers belong to, found only when a task looks at them."""
+    from cllm.evaluation.prompt import default_file
+    from cllm.tasks.source import load_examples
+
+    yield from load_examples(task, default_file(args.filename, Path.cwd()), "test")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -161,7 +172,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     context = context_length(model.config)
     prompts, too_long = encode((e for e in examples if not answers.has(e)), template, tokenizer, context)
     if too_long:
-        answers.append([accuracy.too_long_row(task, prompt) for prompt in too_long])
+        answers.append(accuracy.too_long_rows(task, too_long))
     with tqdm(total=len(prompts), desc="answers", unit="answer", file=sys.stderr, disable=None) as bar:
         for rows in accuracy.answer(
             decoder, tokenizer, task, prompts, template, max_new_tokens=args.max_tokens, batch_size=args.batch_size
@@ -170,7 +181,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             bar.update(len(rows))
     scored = accuracy.rescore(task, [answers.rows[e.id] for e in examples])
     report = {
-        "settings": settings | {"filename": filename or "hub", "dev_set": args.dev_set, "batch_size": args.batch_size},
+        "settings": settings | {"filename": stream.source, "dev_set": args.dev_set, "batch_size": args.batch_size},
         "environment": environment(model.device),
         "record": record,
         "bad_rows": dict(stream.bad),

@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {
             **_settings(args),
             "block_size": block_size,
-            "filename": filename or f"hub: {task.hub.path}" if task.hub else filename,
+            "filename": stream.source,
             "prompt_template": template.text,
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,

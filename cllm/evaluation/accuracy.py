@@ -41,7 +41,7 @@ class AnswerFile:
             self.path.unlink(missing_ok=True)
         if self.path.exists() and self.path.stat().st_size:
             self._check(settings)
-            self.rows = {row["id"]: row for row in read_answers(self.path)}
+            self.rows = {row["id"]: row for row in checked_answers(read_jsonl_tolerant(self.path), self.path)}
         write_json(self.settings_path, dict(settings))
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -92,9 +92,8 @@ def read_settings(answers: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_answers(path: str | Path) -> list[Row]:
-    """The rows of an answer file. Raises UsageError if there are none, or one is no answer."""
-    rows = read_jsonl_tolerant(path)
+def checked_answers(rows: list[Row], path: str | Path) -> list[Row]:
+    """The rows themselves. Raises UsageError, naming the file, if one is no answer."""
     for row in rows:
         missing = [name for name in NEEDED if name not in row]
         if missing:
@@ -118,12 +117,12 @@ def answer(
     """
     for batch in batches(sorted(prompts, key=lambda prompt: len(prompt.ids)), batch_size):
         turns = _converse(decoder, tokenizer, batch, template, max_new_tokens)
-        yield [_row(task, prompt, of) for prompt, of in zip(batch, turns, strict=True)]
+        yield rescore(task, [_row(prompt, of) for prompt, of in zip(batch, turns, strict=True)])
 
 
-def too_long_row(task: Task, prompt: Prompt) -> Row:
-    """A prompt that leaves no room in the model's context: an empty reply, which counts as wrong."""
-    return _row(task, prompt, [NO_ROOM])
+def too_long_rows(task: Task, prompts: Sequence[Prompt]) -> list[Row]:
+    """Prompts that leave no room in the model's context: empty replies, which count as wrong."""
+    return rescore(task, [_row(prompt, [NO_ROOM]) for prompt in prompts])
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def conversation(example: Example, replies: Sequence[str]) -> list[Message]:
     return messages
 
 
-def _row(task: Task, prompt: Prompt, turns: Sequence[Turn]) -> Row:
+def _row(prompt: Prompt, turns: Sequence[Turn]) -> Row:
     """``reply`` is the last one, which is what gets scored; ``replies`` are all, "" for those never asked for."""
     example = prompt.example
     replies = [turn.reply for turn in turns]
@@ -182,8 +181,8 @@ def _row(task: Task, prompt: Prompt, turns: Sequence[Turn]) -> Row:
     row["reply"] = replies[-1]
     if example.follow_ups:
         row |= {"follow_ups": list(example.follow_ups), "replies": replies}
-    row |= {"tags": dict(example.tags)} | task.score(replies[-1], example)
     return row | {
+        "tags": dict(example.tags),
         "prompt_tokens": len(prompt.ids),
         "tokens": sum(turn.tokens for turn in turns),
         "forwards": sum(turn.forwards for turn in turns),
@@ -223,9 +222,10 @@ def select(examples: Iterable[Example], task: Task, dev_set: str, limit: int | N
     return chosen
 
 
-def rescore(task: Task, rows: Iterable[Row]) -> list[Row]:
+def rescore(task: Task, rows: Sequence[Row]) -> list[Row]:
     """The rows with fresh scores, from their own question, target and reply."""
-    return [row | task.score(row["reply"], example_of(row)) for row in rows]
+    scores = task.score_all([(row["reply"], example_of(row)) for row in rows])
+    return [row | of for row, of in zip(rows, scores, strict=True)]
 
 
 def example_of(row: Row) -> Example:

@@ -90,7 +90,7 @@ def score_replies(
 ) -> list[bool | float]:
     """The task's metric of every response."""
     texts = tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
-    return [task.score(text, example)[task.metric] for text, example in zip(texts, examples, strict=True)]
+    return [scores[task.metric] for scores in task.score_all(list(zip(texts, examples, strict=True)))]
 
 
 @torch.inference_mode()

@@ -70,12 +70,28 @@ class Task(ABC):
         ``split`` goes into the examples' ids.
         """
 
+    def default_file(self, split: str) -> Path | None:
+        """The local file to read where none is named; None for the hub dataset. Raises UsageError where there is neither."""
+        return None
+
     @abstractmethod
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
         """Score one reply, the last one where the example has follow-ups.
 
         Never raises, whatever the reply; has ``metric`` among its keys.
         """
+
+    def score_all(self, answers: Sequence[tuple[str, Example]]) -> list[dict[str, bool | float]]:
+        """The scores of many replies, for tasks that judge several side by side."""
+        return [self.score(reply, example) for reply, example in answers]
+
+    def answers(self, rows: Sequence[Mapping[str, Any]], examples: Iterable[Example]) -> list[dict[str, Any]]:
+        """Rows of an answer file as they are to be scored, each with an id of its own.
+
+        A task that can read its dataset's own answer format, or several replies to one example, overrides this;
+        ``examples`` are the questions, to be read only if needed.
+        """
+        return [dict(row) for row in {row.get("id"): row for row in rows}.values()]
 
     def add_options(self, options: ArgumentParser, command: str) -> None:
         """Add command-line options of the task's own; ``command`` is collect, speedup or acc."""

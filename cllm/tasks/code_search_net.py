@@ -169,9 +169,10 @@ class CodeSearchNet(Task):
             if "completion" in row and "reply" not in row:
                 problems = problems or {e.target["task_id"]: e for e in examples if e.target}
                 answer = _from_sample(row, problems, number)
-            times[answer["id"]] += 1
-            if times[answer["id"]] > 1:
-                answer["id"] += f"#{times[answer['id']]}"
+            name = str(answer.get("id"))
+            times[name] += 1
+            if times[name] > 1:
+                answer["id"] = f"{name}#{times[name]}"
             found.append(answer)
         return found
 

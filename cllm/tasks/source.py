@@ -18,11 +18,12 @@ LOGGED_BAD_ROWS = 10
 class ExampleStream:
     """The examples of a source, in order. Every iteration reads the source anew, in constant memory.
 
-    ``bad`` counts the rows passed over so far in the latest iteration, by reason.
+    ``bad`` counts the rows passed over so far in the latest iteration, by reason. ``source`` is what is read, for people.
     """
 
     def __init__(self, task: Task, filename: StrPath | None, split: str, limit: int | None) -> None:
         self.bad: Counter[str] = Counter()
+        self.source = f"hub dataset of {task.name}" if filename is None else str(filename)
         self._task, self._filename, self._split, self._limit = task, filename, split, limit
         self._found: list[str] = []
 
@@ -36,7 +37,7 @@ class ExampleStream:
         if not count:
             raise UsageError(self._nothing())
         if self.bad:
-            logger.warning("%s: %d bad rows passed over", self._where(), self.bad.total())
+            logger.warning("%s: %d bad rows passed over", self.source, self.bad.total())
 
     def _good(self) -> Iterator[Example]:
         for item in self._task.read(self._rows(), self._split):
@@ -45,7 +46,7 @@ class ExampleStream:
                 continue
             self.bad[item.reason] += 1
             if self.bad.total() <= LOGGED_BAD_ROWS:
-                logger.warning("%s: passed over %s", self._where(), item)
+                logger.warning("%s: passed over %s", self.source, item)
 
     def _rows(self) -> Iterator[NumberedRow]:
         if self._filename is not None:
@@ -57,20 +58,17 @@ class ExampleStream:
                 self._found.extend(map(str, row))
             yield number, row
 
-    def _where(self) -> str:
-        return str(self._filename) if self._filename is not None else f"hub dataset of {self._task.name}"
-
     def _nothing(self) -> str:
         found = f"found the fields {', '.join(self._found[:20])}" if self._found else "found no JSON object"
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.bad.most_common(3)) or "no rows"
         return (
-            f"no usable row for task {self._task.name!r} in {self._where()}: "
+            f"no usable row for task {self._task.name!r} in {self.source}: "
             f"expected rows with {self._task.fields}; {found} ({reasons})"
         )
 
 
 def load_examples(task: Task, filename: StrPath | None, split: str, limit: int | None = None) -> ExampleStream:
-    """The examples of a local file or, when ``filename`` is None, of the task's hub dataset.
+    """The examples of a local file or, when ``filename`` is None, of the task's default file or its hub dataset.
 
     Args:
         task: says how rows are read (:func:`cllm.tasks.get_task`).
@@ -83,6 +81,8 @@ def load_examples(task: Task, filename: StrPath | None, split: str, limit: int |
     """
     if limit is not None and limit < 1:
         raise UsageError(f"the number of examples must be >= 1, got {limit}")
+    if filename is None:
+        filename = task.default_file(split)
     if filename is None:
         _hub_split(task, split)
     return ExampleStream(task, filename, split, limit)

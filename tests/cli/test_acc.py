@@ -11,6 +11,8 @@ import torch
 from tiny import save_tiny_checkpoint, tiny_tokenizer
 
 from cllm.cli import acc
+from cllm.errors import UsageError
+from cllm.scoring.sandbox import protection
 from cllm.tasks import get_task
 
 QUESTIONS = ["What is 1 + 2?", "How many legs have 3 dogs?", "Tom has 5 apples and eats 2. How many are left?"]
@@ -181,3 +183,37 @@ def test_the_papers_command(tmp_path, tiny_model_dir, data):
     assert "gsm8k, 2 questions" in done.stdout and "plain text template" in done.stdout
     assert len((tmp_path / "cllm_generated_gsm8k.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "cllm_generated_gsm8k.accuracy.json").exists()
+
+
+def score_samples(tmp_path, *samples, more=()):
+    """``acc --eval_only`` of the code task on samples of one problem in the form of HumanEval."""
+    try:
+        protection()
+    except UsageError as error:
+        pytest.skip(str(error))
+    problem = {
+        "task_id": "Mine/0",
+        "prompt": "def double(x):\n",
+        "entry_point": "double",
+        "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+    }
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps({"task_id": "Mine/0", "completion": code}) + "\n" for code in samples))
+    words = ["--model_dir", "none", "--eval_only", "--filename", str(tmp_path / "problems.jsonl"), *more]
+    acc.main([*words, "--output_file_name", str(file)], task="code_search_net")
+    return json.loads((tmp_path / "samples.accuracy.json").read_text())
+
+
+def test_several_samples_of_a_problem_all_count(tmp_path):
+    right, wrong = "    return 2 * x\n", "    return x\n"
+    report = score_samples(tmp_path, right, wrong, right, wrong, more=["--num_samples", "2"])
+    assert report["summary"]["answers"] == 4 and report["summary"]["scores"]["pass@1"]["mean"] == 0.5
+    figures = report["review"]["Mine (1 problems, 4 samples)"]
+    assert figures["pass@1"] == 0.5 and figures["pass@2"] == pytest.approx(1 - 1 / 6)
+
+
+def test_samples_without_their_problems_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        score_samples(tmp_path, "    return x\n", more=["--filename", "missing.jsonl"])
+    assert exit_.value.code == 2 and "cannot read missing.jsonl" in capsys.readouterr().err

@@ -99,11 +99,9 @@ def test_resume_refuses_another_question_under_the_same_id(tmp_path):
             answers.has(other)
 
 
-def test_rows_that_are_no_answers_are_refused(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"id": 1}\n')
-    with pytest.raises(UsageError, match="no question, target, reply"):
-        accuracy.read_answers(path)
+def test_rows_that_are_no_answers_are_refused():
+    with pytest.raises(UsageError, match="x.jsonl is not a file of answers: a row has no question, target, reply"):
+        accuracy.checked_answers([{"id": 1}], "x.jsonl")
 
 
 def test_summary_of_hand_made_rows():
@@ -134,7 +132,7 @@ def test_rescoring_ignores_the_scores_in_the_file():
 
 def test_a_prompt_that_is_too_long_is_a_wrong_answer():
     _, too_long = encode([example()], PromptTemplate("{question}"), tiny_tokenizer(), 3)
-    found = accuracy.too_long_row(TASK, too_long[0])
+    found = accuracy.too_long_rows(TASK, too_long)[0]
     assert (found["accuracy"], found["tokens"], found["stop"]) == (False, 0, accuracy.TOO_LONG)
 
 

@@ -121,6 +121,18 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
         list(load_examples(GSM8K, None, "train"))
 
 
+def test_the_tasks_default_file_comes_before_the_hub(tmp_path: Path) -> None:
+    class Local(type(GSM8K)):  # type: ignore[misc]
+        def default_file(self, split: str) -> Path | None:
+            return path if split == "test" else None
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "How many?", "answer": "#### 3"}) + "\n")
+    stream = load_examples(Local(), None, "test")
+    assert [e.id for e in stream] == ["gsm8k-test-1"] and stream.source == str(path)
+    assert load_examples(Local(), None, "train").source == "hub dataset of gsm8k"
+
+
 def test_hub_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="unknown split 'dev' of openai/gsm8k; choose from train, test"):
         load_examples(GSM8K, None, "dev")
