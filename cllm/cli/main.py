@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "sft": "fine-tune a general model on a task's answers: the target model",
     "collect": "store the Jacobi trajectories of a target model",
     "train": "fine-tune the target model into a CLLM",
     "speedup": "measure tokens per forward and tokens per second against AR decoding",

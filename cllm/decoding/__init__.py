@@ -1,6 +1,7 @@
 """Jacobi decoding: token ids in, token ids and statistics out."""
 
-from cllm.decoding.engine import Iteration, JacobiDecoder, RowResult
+from cllm.decoding.engine import Iteration, JacobiDecoder, Request, RowResult
 from cllm.decoding.guess import FreshGuess, context_tokens
+from cllm.decoding.queue import Queue
 
-__all__ = ["FreshGuess", "Iteration", "JacobiDecoder", "RowResult", "context_tokens"]
+__all__ = ["FreshGuess", "Iteration", "JacobiDecoder", "Queue", "Request", "RowResult", "context_tokens"]

@@ -41,6 +41,20 @@ class RowCache(Cache):
         for layer in self.row_layers:
             layer.select(rows)
 
+    def put(self, other: RowCache, free: torch.Tensor) -> None:
+        """Take in the rows of ``other``: in the place of the free ones first (int64 indices), then behind the last.
+
+        ``other`` is used up.
+        """
+        if not self.row_layers:
+            self.row_layers, self.layers = other.row_layers, other.layers
+            for layer in self.row_layers:
+                layer.cache = self
+        else:
+            for layer, theirs in zip(self.row_layers, other.row_layers, strict=True):
+                layer.put(theirs, free)
+        self.stride = max(self.stride, other.stride)
+
     def _new_layer(self) -> RowCacheLayer:
         self.row_layers.append(RowCacheLayer(self))
         return self.row_layers[-1]
@@ -86,6 +100,11 @@ class RowCacheLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None  # a forward has filled the cache
         self.keys, self.values = self.keys[rows], self.values[rows]
 
+    def put(self, other: RowCacheLayer, free: torch.Tensor) -> None:
+        assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
+        self.keys = put_rows(self.keys, other.keys, free)
+        self.values = put_rows(self.values, other.values, free)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.length, 0
 
@@ -94,3 +113,21 @@ class RowCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def put_rows(mine: torch.Tensor, theirs: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+    """``mine`` [B, S, ...] with the rows of ``theirs`` [B', S', ...] in the free places, and behind when those run out.
+
+    The shorter of S and S' is filled up with zeros. ``mine`` is used up: it is written to where that saves a copy.
+    """
+    if mine.dim() > 1:
+        longest = max(mine.shape[1], theirs.shape[1])
+        mine, theirs = (_lengthen(rows, longest) for rows in (mine, theirs))
+    replaced = min(len(free), len(theirs))
+    mine.index_copy_(0, free[:replaced], theirs[:replaced])
+    return mine if replaced == len(theirs) else torch.cat([mine, theirs[replaced:]])
+
+
+def _lengthen(rows: torch.Tensor, length: int) -> torch.Tensor:
+    missing = length - rows.shape[1]
+    return torch.cat([rows, rows.new_zeros(len(rows), missing, *rows.shape[2:])], dim=1) if missing else rows

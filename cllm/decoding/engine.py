@@ -7,15 +7,15 @@ Shapes: B rows, W window width, P longest prompt, T tokens of a forward, S posit
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from cllm.attention import check_model, model_mask
-from cllm.decoding.cache import RowCache
+from cllm.decoding.cache import RowCache, put_rows
 from cllm.decoding.guess import FreshGuess, context_tokens
 from cllm.errors import UsageError
 from cllm.models import context_length, embedding_device
@@ -36,10 +36,21 @@ class Streamer(Protocol):
 
 
 @dataclass(frozen=True)
+class Request:
+    """One prompt (token ids) and how many tokens its response may have."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+
+
+Feed = Callable[[list[int]], Sequence[Request]]  # numbers of the rows still running -> requests that join them, maybe none
+
+
+@dataclass(frozen=True)
 class Iteration:
     """One forward pass, seen by whoever drives the loop. All tensors live on the model's device."""
 
-    rows_B: torch.Tensor  # which prompt each row belongs to
+    rows_B: torch.Tensor  # which prompt each row belongs to, counted in the order they were fed
     start_B: torch.Tensor  # position of the window's first token, which is verified
     window_BW: torch.Tensor  # the state that went in
     choices_BW: torch.Tensor  # the model's choice for the position after each window token
@@ -49,20 +60,31 @@ class Iteration:
     running_B: torch.Tensor  # False for rows that were finished before
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowResult:
     """The response to one prompt and what it cost."""
 
-    token_ids: list[int]  # the end-of-sequence token included where one was reached
-    forwards: int  # prefill counted as one
-    accepted: list[int]  # tokens gained by each forward; sums to len(token_ids)
-    fast_forwarded: int
-    stationary: int
-    stop: Stop
+    token_ids: list[int] = field(default_factory=list)  # the end-of-sequence token included where one was reached
+    accepted: list[int] = field(default_factory=list)  # tokens gained by each forward; sums to len(token_ids)
+    fast_forwarded: int = 0
+    stationary: int = 0
+    stop: Stop = "length"
+
+    @property
+    def forwards(self) -> int:
+        """The prefill counts as one."""
+        return len(self.accepted)
 
     @property
     def tokens_per_forward(self) -> float:
         return len(self.token_ids) / self.forwards if self.forwards else 0.0
+
+    def gain(self, token_ids: list[int], fast_forwarded: int, stationary: int) -> None:
+        """Add what one forward brought."""
+        self.token_ids += token_ids
+        self.accepted.append(len(token_ids))
+        self.fast_forwarded += fast_forwarded
+        self.stationary += stationary
 
 
 @dataclass
@@ -82,6 +104,11 @@ class _Rows:
     def select(self, rows: torch.Tensor) -> None:
         for name, value in vars(self).items():
             setattr(self, name, value[rows])
+
+    def put(self, other: _Rows, free: torch.Tensor) -> None:
+        """Take in the rows of ``other``: in the place of the free ones first (int64 indices), then behind the last."""
+        for name, value in vars(self).items():
+            setattr(self, name, put_rows(value.clone(), vars(other)[name], free))  # iterations hold on to the old ones
 
 
 class JacobiDecoder:
@@ -134,92 +161,117 @@ class JacobiDecoder:
         ``max_new_tokens``: per row; a row also stops at an end-of-sequence id or at the end of the model's context.
         """
         prompts = unpad(input_ids, attention_mask)
+        tally = Tally(self.eos_ids.tolist())
         if streamer is not None:
             if len(prompts) != 1:
                 raise UsageError(f"a streamer takes one prompt at a time, got {len(prompts)}")
             streamer.put(torch.tensor(prompts[0]))
-        history = []
         for iteration in self.iterate(prompts, max_new_tokens=max_new_tokens):
-            history.append(iteration)
+            tally.add(iteration)
             if streamer is not None and (emitted := int(iteration.emitted_B[0])):
                 streamer.put(iteration.choices_BW[0, :emitted].cpu())
         if streamer is not None:
             streamer.end()
-        return self._collect(prompts, history, max_new_tokens)
+        return [tally.take(row, max_new_tokens) for row in range(len(prompts))]
 
-    @torch.inference_mode()
     def iterate(self, prompts: Prompts, *, max_new_tokens: int) -> Iterator[Iteration]:
-        """The loop itself: one :class:`Iteration` per forward, until every row is finished.
+        """One :class:`Iteration` per forward, until every row of this one batch is finished.
 
         Raises UsageError for an empty prompt, or one that leaves no room in the model's context.
         """
-        self._check(prompts, max_new_tokens)
+        waiting = [Request(prompt, max_new_tokens) for prompt in prompts]
+
+        def feed(running: list[int]) -> list[Request]:
+            batch, waiting[:] = waiting[:], []
+            return batch
+
+        return self.flow(feed)
+
+    @torch.inference_mode()
+    def flow(self, feed: Feed) -> Iterator[Iteration]:
+        """The loop itself, with rows that come and go: one :class:`Iteration` per forward, until no row is left.
+
+        Whenever the host looks at the rows (after every iteration on a CPU, every few on a GPU), ``feed`` is asked for
+        requests to take in. Those are prefilled together, as an iteration of their own, and then join the others.
+        Raises UsageError for an empty prompt, or one that leaves no room in the model's context.
+        """
         training = self.model.training
         self.model.eval()
         try:
-            yield from self._loop(prompts, max_new_tokens)
+            yield from self._loop(feed)
         finally:
             self.model.train(training)
 
     # ------------------------------------------------------------- internals
 
-    def _check(self, prompts: Prompts, max_new_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-        for index, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise UsageError(f"prompt {index} is empty; decoding needs at least one token to start from")
-            if self.context is not None and len(prompt) >= self.context:
+    def _check(self, requests: Sequence[Request], first: int) -> None:
+        for number, request in enumerate(requests, first):
+            length = len(request.prompt)
+            if request.max_new_tokens < 1:
+                raise UsageError(f"max_new_tokens must be >= 1, got {request.max_new_tokens}")
+            if length == 0:
+                raise UsageError(f"prompt {number} is empty; decoding needs at least one token to start from")
+            if self.context is not None and length >= self.context:
                 raise UsageError(
-                    f"prompt {index} has {len(prompt)} tokens, which leaves no room in the model's context of {self.context}"
+                    f"prompt {number} has {length} tokens, which leaves no room in the model's context of {self.context}"
                 )
 
-    def _loop(self, prompts: Prompts, max_new_tokens: int) -> Iterator[Iteration]:
-        rows, prefix_BT = self._start(prompts, max_new_tokens)
-        cache = RowCache()
-        longest = max(map(len, prompts), default=0)
-        reach = longest - 1 + self.width  # no row's window ends beyond this
-        step = 0
-        while len(rows.ids_B):
-            tokens, positions = rows.window_BW, rows.start_B[:, None] + torch.arange(self.width, device=self.device)
-            if step == 0:  # the prefill is the first iteration: the prompt goes in front of the window
-                ahead = torch.arange(1 - longest, 0, device=self.device)
-                tokens = torch.cat([prefix_BT, tokens], dim=1)
-                positions = torch.cat([(rows.start_B[:, None] + ahead).clamp(min=-1), positions], dim=1)
-            choices = self._choose(tokens, positions, cache, reach)
-            yield self._advance(rows, choices)
-            step += 1
-            reach += self.width
+    def _loop(self, feed: Feed) -> Iterator[Iteration]:
+        rows, cache = self._start([], 0)[0], RowCache()
+        fed = step = reach = 0
+        while True:
             if step % self.sync_interval == 0:
                 running = (~rows.done_B).nonzero().flatten()
+                if requests := feed(rows.ids_B[running].tolist()):
+                    self._check(requests, fed)
+                    new, prefix_BT = self._start(requests, fed)
+                    own = RowCache()
+                    yield self._advance(new, self._prefill(new, prefix_BT, own))
+                    fed += len(requests)
+                    free = rows.done_B.nonzero().flatten()
+                    rows.put(new, free)
+                    cache.put(own, free)
+                    continue
                 if len(running) < len(rows.ids_B):
                     rows.select(running)
                     cache.select(running)
-                if len(running):
-                    reach = int(rows.start_B.max()) + self.width
+                if not len(running):
+                    return
+                reach = int(rows.start_B.max()) + self.width  # no row's window ends beyond this
+            positions = rows.start_B[:, None] + torch.arange(self.width, device=self.device)
+            yield self._advance(rows, self._choose(rows.window_BW, positions, cache, reach))
+            step += 1
+            reach += self.width
 
-    def _start(self, prompts: Prompts, max_new_tokens: int) -> tuple[_Rows, torch.Tensor]:
-        """The rows before the first forward, and what precedes their windows: [B, P - 1], padded on the left."""
-        B, longest = len(prompts), max(map(len, prompts), default=0)
-        text = torch.zeros(B, longest + max_new_tokens + 2 * self.width, dtype=torch.long)
+    def _prefill(self, rows: _Rows, prefix_BT: torch.Tensor, cache: RowCache) -> torch.Tensor:
+        """The first iteration of new rows: their prompts stand in front of the windows."""
+        ahead = torch.arange(-prefix_BT.shape[1], self.width, device=self.device)
+        positions = (rows.start_B[:, None] + ahead).clamp(min=-1)
+        return self._choose(torch.cat([prefix_BT, rows.window_BW], dim=1), positions, cache, len(ahead))
+
+    def _start(self, requests: Sequence[Request], first: int) -> tuple[_Rows, torch.Tensor]:
+        """Rows ``first``, ... before their first forward, and what precedes the windows: [B, P - 1], padded on the left."""
+        B, longest = len(requests), max((len(r.prompt) for r in requests), default=0)
+        most = max((r.max_new_tokens for r in requests), default=0)
+        text = torch.zeros(B, longest + most + 2 * self.width, dtype=torch.long)
         prefix = torch.zeros(B, max(longest - 1, 0), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids = torch.as_tensor(prompt, dtype=torch.long)
+        for row, request in enumerate(requests):
+            ids = torch.as_tensor(request.prompt, dtype=torch.long)
             text[row, : len(ids)] = ids
             prefix[row, longest - len(ids) :] = ids[:-1]
         text = text.to(self.device)
-        length = torch.tensor([len(p) for p in prompts], dtype=torch.long, device=self.device)
+        length = torch.tensor([len(r.prompt) for r in requests], dtype=torch.long, device=self.device)
         seed = torch.full_like(length, self.seed)
-        end = length + max_new_tokens
+        end = length + torch.tensor([r.max_new_tokens for r in requests], dtype=torch.long, device=self.device)
         if self.context is not None:
             end = end.clamp(max=self.context)
         rows = _Rows(
-            ids_B=torch.arange(B, device=self.device),
+            ids_B=torch.arange(first, first + B, device=self.device),
             seed_B=seed,
             text_BS=text,
             start_B=length - 1,
             end_B=end,
-            window_BW=torch.empty(0),
+            window_BW=torch.zeros(B, self.width, dtype=torch.long, device=self.device),
             stayed_BW=torch.zeros(B, self.width, dtype=torch.bool, device=self.device),
             held_B=torch.zeros_like(length),
             done_B=torch.zeros(B, dtype=torch.bool, device=self.device),
@@ -308,27 +360,35 @@ class JacobiDecoder:
         ends_B = running & (advance_B > 0) & (advance_B == last_B)
         return verified_B * running, advance_B * running, ends_B
 
-    def _collect(self, prompts: Prompts, history: list[Iteration], max_new_tokens: int) -> list[RowResult]:
-        tokens: list[list[int]] = [[] for _ in prompts]
-        accepted: list[list[int]] = [[] for _ in prompts]
-        fast, stationary = [0] * len(prompts), [0] * len(prompts)
-        for it in history:
+
+class Tally:
+    """Adds iterations up to results, row by row. Tensors are fetched from the device only when a result is taken."""
+
+    def __init__(self, eos_ids: Sequence[int]) -> None:
+        self._eos = set(eos_ids)
+        self._history: list[Iteration] = []
+        self._rows: dict[int, RowResult] = {}
+
+    def add(self, iteration: Iteration) -> None:
+        self._history.append(iteration)
+
+    def take(self, row: int, max_new_tokens: int) -> RowResult:
+        """The result of a finished row, which is forgotten here."""
+        self._fetch()
+        result = self._rows.pop(row)
+        result.stop = "length" if len(result.token_ids) == max_new_tokens else "context"
+        if result.token_ids and result.token_ids[-1] in self._eos:
+            result.stop = "eos"
+        return result
+
+    def _fetch(self) -> None:
+        for it in self._history:
             columns = (it.rows_B, it.emitted_B, it.fast_forwarded_B, it.stationary_B, it.running_B)
             choices = it.choices_BW.tolist()
-            for index, (row, emitted, ff, st, running) in enumerate(torch.stack(columns, dim=1).tolist()):
+            for index, (row, emitted, fast, stationary, running) in enumerate(torch.stack(columns, dim=1).tolist()):
                 if running:
-                    tokens[row] += choices[index][:emitted]
-                    accepted[row].append(emitted)
-                    fast[row] += ff
-                    stationary[row] += st
-        eos = set(self.eos_ids.tolist())
-        results = []
-        for row, ids in enumerate(tokens):
-            stop: Stop = "length" if len(ids) == max_new_tokens else "context"
-            if ids and ids[-1] in eos:
-                stop = "eos"
-            results.append(RowResult(ids, len(accepted[row]), accepted[row], fast[row], stationary[row], stop))
-        return results
+                    self._rows.setdefault(row, RowResult()).gain(choices[index][:emitted], fast, stationary)
+        self._history.clear()
 
 
 def unpad(input_ids: torch.Tensor | Prompts, attention_mask: torch.Tensor | None = None) -> list[list[int]]:

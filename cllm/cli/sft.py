@@ -1,0 +1,58 @@
+"""``cllm sft``: fine-tune a general model on a task's answers, which gives the target model to collect from."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cllm.cli.command import command
+from cllm.cli.training import checkpoint, make_trainer, parse, train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunArguments:
+    """What to train on."""
+
+    model: str = field(metadata={"help": "the general model: checkpoint folder or hub name"})
+    task: str = field(metadata={"help": "whose answers to learn; `cllm tasks` lists them"})
+    filename: str | None = field(default=None, metadata={"help": "local data, plain or .gz; default: the hub dataset"})
+    data_size: int | None = field(default=None, metadata={"help": "use only the first so many examples"})
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "as in `cllm collect`; default: the model's chat template, else the task's plain prompt"},
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"}
+    )
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from cllm.models import context_length, load_model, load_tokenizer, read_record, write_record
+    from cllm.prompts import choose_template
+    from cllm.tasks import get_task
+    from cllm.tasks.source import load_examples
+    from cllm.training.sft import AnswerCollator, AnswerDataset
+
+    words = sys.argv[1:] if argv is None else argv
+    run, args = parse(words, "cllm sft", __doc__, RunArguments, TrainingArguments)
+    args.remove_unused_columns = False
+    resume_from = checkpoint(args)
+    task = get_task(run.task)
+    examples = load_examples(task, run.filename, "train", run.data_size)
+    tokenizer = load_tokenizer(run.model)
+    model = load_model(run.model, dtype=run.dtype, device="cpu")
+    template = choose_template(run.prompt_template, task.plain_template, tokenizer, read_record(model.config))
+    rows = AnswerDataset(examples, template, tokenizer, context_length(model.config))
+    for reason, count in rows.left_out.items():
+        logger.warning("%d examples left out: %s", count, reason)
+    write_record(model.config, {"prompt_template": template.text, "task": task.name, "base_model": run.model})
+    collator = AnswerCollator(tokenizer.pad_token_id)
+    parts = {"model": model, "train_dataset": rows, "data_collator": collator, "processing_class": tokenizer}
+    train(make_trainer(Trainer, args, **parts), resume_from, "target model")

@@ -1,0 +1,91 @@
+"""What the commands that train share: options from dataclasses, and a run that can be resumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cllm.cli.command import Parser
+from cllm.errors import UsageError
+
+AT_LEAST = {
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+}  # what transformers itself refuses late and with a traceback, if at all
+
+
+def parse(words: Sequence[str], prog: str, description: str | None, run_type: Any, args_type: Any) -> tuple[Any, Any]:
+    """A command's own arguments and its training arguments. Raises UsageError for what they do not allow."""
+    from transformers import HfArgumentParser
+
+    class TrainParser(Parser, HfArgumentParser):
+        """All fields of the two dataclasses as options, errors in one line."""
+
+    types: Any = (run_type, args_type)
+    parser = TrainParser(types, prog=prog, description=description)
+    parser.set_defaults(disable_tqdm=False)
+    try:
+        run, args, unknown = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(str(error).strip()) from error
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name} must be a finite number, got {value}")
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise UsageError(f"{name} must be >= {AT_LEAST[name]}, got {value}")
+    return run, args
+
+
+def make_trainer(kind: Any, args: Any, **parts: Any) -> Any:
+    """A trainer; what its options do not allow is a UsageError."""
+    try:
+        return kind(args=args, **parts)
+    except (ValueError, ImportError) as error:  # options that do not go together
+        raise UsageError(str(error).strip()) from error
+    except OSError as error:
+        raise UsageError(f"cannot write to {args.output_dir}: {error.strerror}") from error
+
+
+def checkpoint(args: Any) -> str | None:
+    """``--resume_from_checkpoint``: a folder, or ``True`` for the last one in the output folder, if there is one.
+
+    ``trainer_state.json`` is written last; a checkpoint without it was torn by a kill or a full disk.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted in (None, "False", "false"):
+        return None
+    if wanted not in ("True", "true"):
+        if not Path(wanted, "trainer_state.json").is_file():
+            raise UsageError(f"resume_from_checkpoint must be a whole checkpoint of a training run or True, got {wanted}")
+        return wanted
+    whole = [state.parent for state in Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.partition("-")[2]))) if whole else None
+
+
+def train(trainer: Any, resume_from: str | None, made: str) -> None:
+    """Train, save, and say what was ``made``. Raises UsageError for a full disk."""
+    args = trainer.args
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+        trainer.save_model()
+        trainer.save_state()
+    except Exception as error:
+        if _disk_full(error):
+            raise UsageError(f"cannot write to {args.output_dir}: no space left on the disk") from error
+        raise
+    if trainer.is_world_process_zero():
+        print(f"{made} saved in {args.output_dir}")
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is a full disk, in the words of safetensors and ``torch.save``."""
+    signs = ("No space left on device", "Disk quota exceeded", "file write failed", "iostream error")
+    return error is not None and (any(sign in str(error) for sign in signs) or _disk_full(error.__context__))

@@ -1,0 +1,93 @@
+"""Continuous batching: requests wait in a queue, and one takes the place of every row that finishes.
+
+The sliding window makes this cheap: each row has its own position, so a new row need not wait for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from cllm.decoding.engine import JacobiDecoder, Request, RowResult, Tally
+from cllm.errors import UsageError
+
+LOOKAHEAD = 16  # batches of requests that are sorted by length together
+
+
+@dataclass
+class Queue:
+    """Decodes any number of requests, ``batch_size`` rows at a time, in bounded memory.
+
+    ``max_slots`` bounds the key-value cache: rows times the longest text that any of them may reach, in tokens. A batch
+    then has fewer rows while long texts are in it. None: no bound but the batch size.
+    """
+
+    decoder: JacobiDecoder
+    batch_size: int
+    max_slots: int | None = None
+    _waiting: list[tuple[int, Request]] = field(default_factory=list, init=False)  # the longest last
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size must be >= 1, got {self.batch_size}")
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, RowResult]]:
+        """Results as their rows finish, each with the number of its request, counted from 0.
+
+        Requests are read as they are needed. Raises UsageError for one that alone needs more than ``max_slots``, and as
+        :meth:`JacobiDecoder.flow` does.
+        """
+        source = enumerate(requests)
+        tally = Tally(self.decoder.eos_ids.tolist())
+        inside: dict[int, tuple[int, Request]] = {}  # rows of the engine
+        fed = 0
+        finished: list[int] = []
+
+        def feed(running: list[int]) -> list[Request]:
+            nonlocal fed
+            finished.extend(inside.keys() - set(running) - set(finished))
+            taken = self._take(source, [inside[row][1] for row in running])
+            for item in taken:
+                inside[fed] = item
+                fed += 1
+            return [request for _, request in taken]
+
+        def results() -> Iterator[tuple[int, RowResult]]:
+            for row in sorted(finished):
+                number, request = inside.pop(row)
+                yield number, tally.take(row, request.max_new_tokens)
+            finished.clear()
+
+        for iteration in self.decoder.flow(feed):
+            yield from results()
+            tally.add(iteration)
+        yield from results()
+
+    def _take(self, source: Iterator[tuple[int, Request]], running: list[Request]) -> list[tuple[int, Request]]:
+        """The next requests that there is room for beside those running, the longest first, so that none is left over."""
+        if len(running) >= self.batch_size:
+            return []
+        if len(self._waiting) < self.batch_size:
+            self._waiting += islice(source, LOOKAHEAD * self.batch_size)
+            self._waiting.sort(key=lambda item: (self._slots(item[1]), -item[0]))
+        taken: list[tuple[int, Request]] = []
+        while self._waiting and len(running) + len(taken) < self.batch_size:
+            beside = [*running, *(request for _, request in taken)]
+            if not self._fits([*beside, self._waiting[-1][1]]):
+                break
+            taken.append(self._waiting.pop())
+        return taken
+
+    def _fits(self, requests: list[Request]) -> bool:
+        if self.max_slots is None:
+            return True
+        longest = max(map(self._slots, requests))
+        if longest > self.max_slots:
+            raise UsageError(f"a request may need {longest} cache slots, which is more than max_slots {self.max_slots}")
+        return len(requests) * longest <= self.max_slots
+
+    def _slots(self, request: Request) -> int:
+        """How long its text may become, the window behind it included."""
+        most = len(request.prompt) + request.max_new_tokens
+        return min(most, self.decoder.context or most) + self.decoder.width

@@ -1,0 +1,91 @@
+"""Continuous batching changes who stands beside whom, never what is written."""
+
+import random
+from itertools import count
+
+import pytest
+from tiny import KINDS, tiny_model
+
+from cllm.decoding import JacobiDecoder, Queue, Request
+from cllm.errors import UsageError
+
+
+def requests(seed: int, number: int, vocabulary: int = 97) -> list[Request]:
+    draw = random.Random(seed)
+    return [
+        Request([draw.randrange(1, vocabulary) for _ in range(draw.randint(1, 25))], draw.randint(1, 30))
+        for _ in range(number)
+    ]
+
+
+def alone(decoder: JacobiDecoder, wanted: list[Request]):
+    return [decoder.generate([r.prompt], max_new_tokens=r.max_new_tokens)[0] for r in wanted]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", ["sliding", "block"])
+def test_every_row_is_what_it_is_alone(kind: str, window) -> None:
+    """Results and their statistics; rows join and leave at any moment; with and without an end of the text."""
+    for case in range(5):
+        draw = random.Random(f"{kind} {case}")
+        model = tiny_model(kind, case, vocab_size=97, eos_token_id=None)
+        eos = draw.choice([[], [draw.randrange(97) for _ in range(8)]])
+        decoder = JacobiDecoder(model, draw.randint(1, 12), eos_token_ids=eos, window=window)
+        wanted = requests(case, draw.randint(1, 14))
+        found = dict(Queue(decoder, draw.randint(1, 5)).run(iter(wanted)))
+        assert [found[n] for n in range(len(wanted))] == alone(decoder, wanted)
+
+
+def test_looking_seldom_changes_nothing() -> None:
+    """As on a GPU, where finished rows stay until the host looks again."""
+    decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 5, eos_token_ids=[3, 4, 5, 6])
+    wanted = requests(1, 12)
+    expected = alone(decoder, wanted)
+    decoder.sync_interval = 7
+    found = dict(Queue(decoder, 4).run(wanted))
+    assert [found[n] for n in range(12)] == expected
+
+
+def test_a_finished_row_makes_room_at_once() -> None:
+    decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 1)
+    wanted = [Request([1], 40), *(Request([2, n], 4) for n in range(1, 10))]
+    order = [number for number, _ in Queue(decoder, 2).run(wanted)]
+    assert order[-1] == 0 and sorted(order) == list(range(10))  # the long one ran beside all the others
+
+
+def test_requests_are_read_as_they_are_needed() -> None:
+    decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 4)
+    read = count()
+    endless = (Request([1 + next(read) % 90], 3) for _ in iter(int, 1))
+    results = Queue(decoder, 2).run(endless)
+    for _ in range(5):
+        next(results)
+    results.close()
+    assert next(read) < 100
+
+
+def test_the_cache_keeps_to_its_bound() -> None:
+    decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 4)
+    wanted = requests(3, 20)
+    rows, flow = [], decoder.flow
+
+    def watched(feed):
+        for iteration in flow(feed):
+            rows.append(len(iteration.rows_B))
+            yield iteration
+
+    decoder.flow = watched  # type: ignore[method-assign]
+    found = dict(Queue(decoder, 8, max_slots=150).run(wanted))
+    assert len(found) == 20 and [found[n].token_ids for n in range(20)] == [r.token_ids for r in alone(decoder, wanted)]
+    longest = max(len(r.prompt) + r.max_new_tokens + 4 for r in wanted)
+    assert 150 // longest < max(rows) < 8  # more rows once the long ones are gone, never as many as without the bound
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "max_slots", "message"),
+    [(0, None, "batch_size must be >= 1, got 0"), (2, 10, "may need 16 cache slots, which is more than max_slots 10")],
+)
+def test_bad_bounds(batch_size: int, max_slots: int | None, message: str) -> None:
+    decoder = JacobiDecoder(tiny_model(), 4)
+    with pytest.raises(UsageError, match=message):
+        list(Queue(decoder, batch_size, max_slots).run([Request([1, 2], 10)]))
