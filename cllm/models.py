@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +16,14 @@ from transformers.utils import logging as transformers_logging
 
 from cllm.checkpoints import published_record
 from cllm.errors import UsageError
+from cllm.files import write_json
 
 if TYPE_CHECKING:
     from cllm.prompts import PromptTemplate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_WIDTH = 16  # the paper's block size
+WIDTH = "decoding_width"  # a key of the record
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -109,6 +113,24 @@ def read_record(config: PretrainedConfig) -> dict[str, Any]:
 
 def write_record(config: PretrainedConfig, record: Mapping[str, Any]) -> None:
     setattr(config, RECORD, dict(record))
+
+
+def default_width(record: Mapping[str, Any]) -> int:
+    """The window to decode with: the one that ``cllm tune`` found fastest, else the block size of the training."""
+    return int(record.get(WIDTH) or record.get("block_size") or DEFAULT_WIDTH)
+
+
+def store_width(path: str, width: int) -> None:
+    """Write the window that :func:`default_width` then finds into a checkpoint's config.json, atomically.
+
+    Raises UsageError for what is no local checkpoint.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise UsageError(f"only a local checkpoint can remember its width; there is no {file}")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config[RECORD] = (config.get(RECORD) or {}) | {WIDTH: width}
+    write_json(file, config)
 
 
 def _check_path(path: str) -> None:

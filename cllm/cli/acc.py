@@ -12,7 +12,6 @@ from typing import Any
 from cllm.cli.command import add_model_options, add_task_option, command, parser, positive
 from cllm.errors import UsageError
 
-DEFAULT_BLOCK_SIZE = 16
 MATH_SINGLE = "math-single"
 
 logger = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from cllm.evaluation import accuracy
     from cllm.evaluation.environment import check_writable, environment
     from cllm.evaluation.prompt import default_file, encode
-    from cllm.models import context_length, load_model, load_tokenizer, read_record, stop_token_ids
+    from cllm.models import context_length, default_width, load_model, load_tokenizer, read_record, stop_token_ids
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
@@ -148,7 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     record = read_record(model.config)
     block_size = 1
     if args.use_consistency_decoding:
-        block_size = args.max_new_tokens_for_consistency or record.get("block_size") or DEFAULT_BLOCK_SIZE
+        block_size = args.max_new_tokens_for_consistency or default_width(record)
     template = choose_prompt(args.prompt_template, args.prompt_type, task.plain_template, tokenizer, record)
     stops = stop_token_ids(model, tokenizer, template)
     decoder = JacobiDecoder(model, block_size, eos_token_ids=stops, seed=args.seed)

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _open(args: argparse.Namespace, plain_template: str):
     from cllm.decoding import JacobiDecoder
-    from cllm.models import load_model, load_tokenizer, read_record, stop_token_ids
+    from cllm.models import default_width, load_model, load_tokenizer, read_record, stop_token_ids
     from cllm.prompts import choose_template
     from cllm.serving.chat import Conversation
 
@@ -65,7 +65,7 @@ def _open(args: argparse.Namespace, plain_template: str):
         args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation
     )
     record = read_record(model.config)
-    size = args.block_size if args.block_size is not None else record.get("block_size", 16)
+    size = args.block_size if args.block_size is not None else default_width(record)
     template = choose_template(args.prompt_template, plain_template, tokenizer, record)
     decoder = JacobiDecoder(model, size, eos_token_ids=stop_token_ids(model, tokenizer, template))
     return Conversation(decoder, tokenizer, template, args.max_new_seq_len)

@@ -12,7 +12,6 @@ from typing import Any
 from cllm.cli.command import add_model_options, add_task_option, command, parser, positive
 from cllm.errors import UsageError
 
-DEFAULT_BLOCK_SIZE = 16
 SHOWN_DIVERGENCES = 5
 
 
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns what goes into the JSON file."""
     from cllm.evaluation import method, prompt, quality, speed
     from cllm.evaluation.environment import check_writable, environment
-    from cllm.models import context_length, load_model, load_tokenizer, read_record, stop_token_ids
+    from cllm.models import context_length, default_width, load_model, load_tokenizer, read_record, stop_token_ids
     from cllm.prompts import choose_template
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.model)
     model = _load(load_model, args, args.model)
     record = read_record(model.config)
-    block_size = args.max_new_tokens or record.get("block_size") or DEFAULT_BLOCK_SIZE
+    block_size = args.max_new_tokens or default_width(record)
     template = choose_template(args.prompt_template, task.plain_template, tokenizer, record)
     target = _load(load_model, args, args.target_model) if args.target_model else None
     if target is not None and load_tokenizer(args.target_model).get_vocab() != tokenizer.get_vocab():

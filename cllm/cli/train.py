@@ -10,6 +10,7 @@ from cllm.cli.command import command
 from cllm.cli.training import checkpoint, make_trainer, parse, train
 from cllm.errors import UsageError
 
+
 @dataclass
 class RunArguments:
     """What to train from."""

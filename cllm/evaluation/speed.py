@@ -84,19 +84,19 @@ def _timed_call(method: Method, prompts: Prompts, max_new_tokens: int) -> Run:
 
     def note_first(*_: Any) -> None:
         if not first_forward:
-            first_forward.append(_now(device))
+            first_forward.append(now(device))
 
     handle = method.model.register_forward_hook(note_first)
     try:
-        start = _now(device)
+        start = now(device)
         responses = method.decode(prompts, max_new_tokens)
-        end = _now(device)
+        end = now(device)
     finally:
         handle.remove()
     return Run(end - start, (first_forward or [end])[0] - start, responses)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, read when the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -20,12 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from cllm.checkpoints import published_record
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
-from cllm.models import RECORD, context_length, load_tokenizer, read_record, stop_token_ids
+from cllm.models import RECORD, context_length, default_width, load_tokenizer, read_record, stop_token_ids
 from cllm.prompts import CHAT, PromptTemplate, choose_template
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BLOCK_SIZE = 16
 DEFAULT_CONTEXT = 2048
 PLAIN_CHAT = "USER: {question}\nASSISTANT: "  # where neither the checkpoint nor its tokenizer says anything
 _THEIR_NAMES = {"vicuna": "vicuna_v1.1"}  # the same dialogue in FastChat, exact for further turns as well
@@ -157,8 +156,7 @@ def generate_stream(
     room = max(1, min(int(params.get("max_new_tokens", 256)), context_len - 2))
     ids = ids[-max(1, context_len - room - 1) :]
     eos = [*stop_token_ids(model, tokenizer), *(params.get("stop_token_ids") or [])]
-    size = read_record(model.config).get("block_size") or DEFAULT_BLOCK_SIZE
-    decoder = JacobiDecoder(model, size, eos_token_ids=eos)
+    decoder = JacobiDecoder(model, default_width(read_record(model.config)), eos_token_ids=eos)
     stops = params.get("stop") or []
     stops = [stops] if isinstance(stops, str) else list(stops)
 

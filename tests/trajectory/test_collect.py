@@ -154,7 +154,7 @@ class Canned:
 
     def generate(self, prompts: list[list[int]], **_: Any) -> list[RowResult]:
         assert len(prompts) == len(self.responses)
-        return [RowResult(ids, len(ids), [1] * len(ids), 0, 0, "length") for ids in self.responses]
+        return [RowResult(ids, [1] * len(ids)) for ids in self.responses]
 
 
 def test_responses_left_out(model: Any) -> None:

@@ -1,0 +1,68 @@
+"""The tune command on a tiny model: what it measures, which width it picks, and where that is found again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import question_rows, refused, write_rows
+from tiny import save_tiny_checkpoint, tiny_model
+from transformers import AutoConfig
+
+from cllm.cli import tune
+from cllm.decoding import JacobiDecoder
+from cllm.errors import UsageError
+from cllm.evaluation.width import Width, fastest, measure_widths
+from cllm.models import default_width, read_record
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    model = save_tiny_checkpoint(tmp_path / "m")
+    data = write_rows(tmp_path / "test.jsonl", question_rows(3))
+    given = ["--model", model, "--task", "gsm8k", "--filename", data, "--output", tmp_path / "tune.json"]
+    return [*map(str, given), "--device", "cpu", "--widths", "1", "4", "--max_new_seq_len", "16"]
+
+
+def test_the_width_is_found_again(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tune.main([*words, "--batch_size", "1", "2", "--save"])
+    report = json.loads((tmp_path / "tune.json").read_text())
+    assert [(m["batch_size"], m["width"]) for m in report["widths"]] == [(1, 1), (1, 4), (2, 1), (2, 4)]
+    best = report["best"]["1"]
+    assert default_width(read_record(AutoConfig.from_pretrained(tmp_path / "m"))) == best
+    assert f"Width {best} stored" in capsys.readouterr().out
+
+
+def test_gain_and_cost_are_those_of_the_decoder() -> None:
+    model, prompts = tiny_model(), [[5, 6, 7], [8] * 9]
+    one, four = measure_widths(model, prompts, [1, 4], [2], max_new_tokens=12, rounds=1)
+    results = JacobiDecoder(model, 4).generate(prompts, max_new_tokens=12)
+    assert one.tokens_per_forward == 1.0
+    assert four.tokens_per_forward == sum(len(r.token_ids) for r in results) / sum(r.forwards for r in results)
+    assert one.seconds > 0 and one.tokens_per_second == 2 / one.seconds
+
+
+def test_the_fastest_is_that_of_its_batch_size() -> None:
+    slow, quick, other = Width(1, 1, 0.1, 1.0), Width(8, 1, 0.12, 2.0), Width(4, 2, 0.01, 9.0)
+    assert fastest([slow, quick, other], 1) is quick and fastest([slow, quick, other], 2) is other
+
+
+def test_what_is_trained_counts_where_nothing_was_measured() -> None:
+    assert [default_width(r) for r in ({}, {"block_size": 8}, {"block_size": 8, "decoding_width": 4})] == [16, 8, 4]
+
+
+def test_no_room_to_measure() -> None:
+    with pytest.raises(UsageError, match="leave no room"):
+        measure_widths(tiny_model(), [[1] * 255], [4], [1], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--widths", "0"], "must be an integer >= 1, got '0'"),
+        (["--widths", "300"], "got 300"),
+        (["--filename", "none.jsonl"], "cannot read none.jsonl"),
+        (["--model", "someone/model", "--save"], "--save needs a local checkpoint, got 'someone/model'"),
+    ],
+)
+def test_bad_input(words: list[str], more: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert message in refused(capsys, tune.main, *words, *more)
