@@ -1,0 +1,53 @@
+"""Continuous batching against fixed batches: tokens per second on the same requests of mixed length.
+
+Both sides are the same engine at the same width and batch size, and in both a finished row costs nothing more. Fixed batches
+wait for their longest row; the queue puts the next request into every place that falls free. They take turns, round by round.
+
+    python scripts/benchmarks/batching.py --model MODEL --filename gsm8k_train.jsonl --prompts 64 --block_size 1 --output batching.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+from common import add_options, load, publish
+
+from cllm.decoding import JacobiDecoder, Queue, Request
+from cllm.evaluation.speed import now
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(options, prompts=64)
+    options.add_argument("--batch_size", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=2)
+    args = options.parse_args()
+    model, _, prompts = load(args)
+    decoder, draw = JacobiDecoder(model, args.block_size), random.Random(0)
+    requests = [Request(prompt, draw.randint(8, args.length)) for prompt in prompts]
+    sides = {"fixed batches": fixed, "continuous batching": continuous}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for at in range(args.rounds):
+        for name in sorted(sides, reverse=at % 2 == 1):
+            start = now(model.device)
+            tokens = sides[name](decoder, requests, args.batch_size)
+            seconds[name].append(now(model.device) - start)
+            print(f"round {at}, {name}: {tokens} tokens, {seconds[name][-1]:.1f} s", flush=True)
+    total = {name: sum(times) for name, times in seconds.items()}
+    rates = {f"tokens/s, {name}": args.rounds * tokens / of for name, of in total.items()}
+    ratio = total["fixed batches"] / total["continuous batching"]
+    publish(args, model, {"tokens": tokens, "seconds": seconds, **rates, "times faster": ratio})
+
+
+def fixed(decoder: JacobiDecoder, requests: list[Request], size: int) -> int:
+    """Batch after batch in the order of the requests; returns the number of tokens."""
+    return sum(continuous(decoder, requests[at : at + size], size) for at in range(0, len(requests), size))
+
+
+def continuous(decoder: JacobiDecoder, requests: list[Request], size: int) -> int:
+    return sum(len(result.token_ids) for _, result in Queue(decoder, size).run(requests))
+
+
+if __name__ == "__main__":
+    main()
