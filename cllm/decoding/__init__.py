@@ -2,5 +2,6 @@
 
 from cllm.decoding.engine import Iteration, JacobiDecoder, RowResult
 from cllm.decoding.guess import FreshGuess, context_tokens
+from cllm.decoding.sampling import GREEDY, Sampling
 
-__all__ = ["FreshGuess", "Iteration", "JacobiDecoder", "RowResult", "context_tokens"]
+__all__ = ["GREEDY", "FreshGuess", "Iteration", "JacobiDecoder", "RowResult", "Sampling", "context_tokens"]

@@ -1,7 +1,8 @@
 """Jacobi decoding: several tokens per forward pass, the same tokens as autoregressive (AR) decoding.
 
 Paper: arXiv 2403.00835, section 3.1 and Algorithm 1. The engine knows tokens, not text.
-Shapes: B rows, W window width, P longest prompt, T tokens of a forward, S positions of the text, V vocabulary.
+Shapes: B rows, W window width, P longest prompt, T tokens of a forward, S positions of the text, V vocabulary,
+O sampling options of a row.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from cllm.attention import check_model, model_mask
 from cllm.decoding.cache import RowCache
 from cllm.decoding.guess import FreshGuess, context_tokens
+from cllm.decoding.sampling import GREEDY, Chooser, Sampling, per_prompt
 from cllm.errors import UsageError
 from cllm.models import context_length, embedding_device
 
@@ -70,7 +72,9 @@ class _Rows:
     """The state of the rows still in the batch."""
 
     ids_B: torch.Tensor
-    seed_B: torch.Tensor
+    seed_B: torch.Tensor  # of the fresh guesses
+    options_BO: torch.Tensor  # see Sampling.options
+    noise_seed_B: torch.Tensor
     text_BS: torch.Tensor
     start_B: torch.Tensor
     end_B: torch.Tensor  # first position that the row may not fill
@@ -85,7 +89,7 @@ class _Rows:
 
 
 class JacobiDecoder:
-    """Greedy Jacobi decoding of any causal language model with full or sliding-window attention.
+    """Jacobi decoding of any causal language model with full or sliding-window attention.
 
     ``block_size`` n: with ``window="sliding"`` the window holds the last verified token and n - 1 guesses, and slides on by
     what each iteration verifies; with ``window="block"`` (the paper's procedure) n guesses behind the verified text are
@@ -126,12 +130,14 @@ class JacobiDecoder:
         attention_mask: torch.Tensor | None = None,
         *,
         max_new_tokens: int,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
         streamer: Streamer | None = None,
     ) -> list[RowResult]:
         """Decode a batch; the results are in the order of the prompts.
 
         ``input_ids``: a list of prompts, or [B, P] padded on either side with its ``attention_mask``.
         ``max_new_tokens``: per row; a row also stops at an end-of-sequence id or at the end of the model's context.
+        ``sampling``: of all rows, or one for each prompt. What a row draws depends on its prompt and its options alone.
         """
         prompts = unpad(input_ids, attention_mask)
         if streamer is not None:
@@ -139,7 +145,7 @@ class JacobiDecoder:
                 raise UsageError(f"a streamer takes one prompt at a time, got {len(prompts)}")
             streamer.put(torch.tensor(prompts[0]))
         history = []
-        for iteration in self.iterate(prompts, max_new_tokens=max_new_tokens):
+        for iteration in self.iterate(prompts, max_new_tokens=max_new_tokens, sampling=sampling):
             history.append(iteration)
             if streamer is not None and (emitted := int(iteration.emitted_B[0])):
                 streamer.put(iteration.choices_BW[0, :emitted].cpu())
@@ -148,16 +154,19 @@ class JacobiDecoder:
         return self._collect(prompts, history, max_new_tokens)
 
     @torch.inference_mode()
-    def iterate(self, prompts: Prompts, *, max_new_tokens: int) -> Iterator[Iteration]:
+    def iterate(
+        self, prompts: Prompts, *, max_new_tokens: int, sampling: Sampling | Sequence[Sampling] = GREEDY
+    ) -> Iterator[Iteration]:
         """The loop itself: one :class:`Iteration` per forward, until every row is finished.
 
-        Raises UsageError for an empty prompt, or one that leaves no room in the model's context.
+        Raises UsageError for an empty prompt, one that leaves no room in the model's context, or a sampling too few.
         """
         self._check(prompts, max_new_tokens)
+        samplings = per_prompt(sampling, len(prompts))
         training = self.model.training
         self.model.eval()
         try:
-            yield from self._loop(prompts, max_new_tokens)
+            yield from self._loop(prompts, max_new_tokens, samplings)
         finally:
             self.model.train(training)
 
@@ -174,8 +183,9 @@ class JacobiDecoder:
                     f"prompt {index} has {len(prompt)} tokens, which leaves no room in the model's context of {self.context}"
                 )
 
-    def _loop(self, prompts: Prompts, max_new_tokens: int) -> Iterator[Iteration]:
-        rows, prefix_BT = self._start(prompts, max_new_tokens)
+    def _loop(self, prompts: Prompts, max_new_tokens: int, samplings: Sequence[Sampling]) -> Iterator[Iteration]:
+        rows, prefix_BT = self._start(prompts, max_new_tokens, samplings)
+        chooser = Chooser(samplings)
         cache = RowCache()
         longest = max(map(len, prompts), default=0)
         reach = longest - 1 + self.width  # no row's window ends beyond this
@@ -186,7 +196,7 @@ class JacobiDecoder:
                 ahead = torch.arange(1 - longest, 0, device=self.device)
                 tokens = torch.cat([prefix_BT, tokens], dim=1)
                 positions = torch.cat([(rows.start_B[:, None] + ahead).clamp(min=-1), positions], dim=1)
-            choices = self._choose(tokens, positions, cache, reach)
+            choices = self._choose(rows, chooser, tokens, positions, cache, reach)
             yield self._advance(rows, choices)
             step += 1
             reach += self.width
@@ -198,7 +208,9 @@ class JacobiDecoder:
                 if len(running):
                     reach = int(rows.start_B.max()) + self.width
 
-    def _start(self, prompts: Prompts, max_new_tokens: int) -> tuple[_Rows, torch.Tensor]:
+    def _start(
+        self, prompts: Prompts, max_new_tokens: int, samplings: Sequence[Sampling]
+    ) -> tuple[_Rows, torch.Tensor]:
         """The rows before the first forward, and what precedes their windows: [B, P - 1], padded on the left."""
         B, longest = len(prompts), max(map(len, prompts), default=0)
         text = torch.zeros(B, longest + max_new_tokens + 2 * self.width, dtype=torch.long)
@@ -216,6 +228,8 @@ class JacobiDecoder:
         rows = _Rows(
             ids_B=torch.arange(B, device=self.device),
             seed_B=seed,
+            options_BO=torch.tensor([s.options() for s in samplings], device=self.device),
+            noise_seed_B=torch.tensor([s.seed for s in samplings], dtype=torch.long, device=self.device),
             text_BS=text,
             start_B=length - 1,
             end_B=end,
@@ -232,7 +246,13 @@ class JacobiDecoder:
         return rows, prefix.to(self.device)
 
     def _choose(
-        self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, cache: RowCache, reach: int
+        self,
+        rows: _Rows,
+        chooser: Chooser,
+        tokens_BT: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: RowCache,
+        reach: int,
     ) -> torch.Tensor:
         """One forward; the model's choices [B, W] behind the last W tokens. Position -1 marks padding."""
         length = -(-reach // SLOT_BUCKET) * SLOT_BUCKET
@@ -250,7 +270,10 @@ class JacobiDecoder:
             use_cache=True,
             **keep,
         )
-        return output.logits[:, -self.width :].argmax(dim=-1)
+        logits_BWV = output.logits[:, -self.width :]
+        return chooser.choose(
+            logits_BWV, rows.text_BS, rows.window_BW, rows.start_B, rows.options_BO, rows.noise_seed_B
+        )
 
     def _advance(self, rows: _Rows, choices_BW: torch.Tensor) -> Iteration:
         """Accept what the forward verified, move the windows on, fill them up. No value leaves the device."""
