@@ -102,18 +102,9 @@ class Chooser:
         if not (self.draws or self.penalises):
             return logits_BWV.argmax(dim=-1)
         rows = max(1, CHUNK // logits_BWV[0].numel())
-        columns = (logits_BWV, text_BS, window_BW, start_B, options_BO, seed_B)
-        return torch.cat([self._choose(*part) for part in zip(*(column.split(rows) for column in columns), strict=True)])
-
-    def _choose(
-        self,
-        logits_BWV: torch.Tensor,
-        text_BS: torch.Tensor,
-        window_BW: torch.Tensor,
-        start_B: torch.Tensor,
-        options_BO: torch.Tensor,
-        seed_B: torch.Tensor,
-    ) -> torch.Tensor:
+        if len(logits_BWV) > rows:
+            columns = (logits_BWV, text_BS, window_BW, start_B, options_BO, seed_B)
+            return torch.cat([self.choose(*part) for part in zip(*(of.split(rows) for of in columns), strict=True)])
         positions_BW = start_B[:, None] + torch.arange(window_BW.shape[1], device=start_B.device)
         scores_BWV = logits_BWV.float()
         if self.penalises:

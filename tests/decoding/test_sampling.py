@@ -237,7 +237,8 @@ def test_the_penalty_works_on_greedy_decoding_too():
 
 
 def test_plain_greedy_decoding_takes_none_of_the_steps(monkeypatch):
-    monkeypatch.setattr(Chooser, "_choose", None)
+    for step in ("seen", "penalise", "gumbel_noise", "Chooser.warp"):
+        monkeypatch.setattr(f"cllm.decoding.sampling.{step}", None)
     model = tiny_model(vocab_size=97, eos_token_id=None)
     (result,) = JacobiDecoder(model, 4).generate([[1]], max_new_tokens=8, sampling=Sampling(top_k=3, top_p=0.2, seed=9))
     assert len(result.token_ids) == 8
@@ -283,6 +284,12 @@ def test_bad_values(options, message):
     with pytest.raises(UsageError) as error:
         Sampling(**options)
     assert str(error.value) == message
+
+
+def test_the_label_names_what_matters():
+    assert GREEDY.label == Sampling(top_p=0.5, top_k=3, seed=7).label == "greedy"
+    assert Sampling(repetition_penalty=1.2).label == "greedy, repetition_penalty 1.2"
+    assert Sampling(0.8, top_k=40, top_p=0.95, seed=7).label == "temperature 0.8, top_k 40, top_p 0.95"
 
 
 def test_a_sampling_for_each_prompt():
