@@ -6,10 +6,11 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cllm.cli.command import add_model_options, add_task_option, command, parser, positive
+from cllm.cli.command import add_model_options, add_sampling_options, add_task_option, command, parser, positive, sampling_of
 from cllm.errors import UsageError
 
 MATH_SINGLE = "math-single"
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     result = parser(
-        "Answer a task's questions greedily and score the replies. Run again, it goes on where it was stopped.",
+        "Answer a task's questions and score the replies. Run again, it goes on where it was stopped.",
         "cllm acc" if task is None else "acc.py",
     )
     add_task_option(result, task, "acc", argv)
@@ -31,8 +32,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
         "--max_new_tokens_for_consistency", type=positive, help="block size; default: the checkpoint's own, else 16"
     )
     result.add_argument("--max_tokens", type=positive, default=1024, help="new tokens per reply at most")
-    result.add_argument("--temperature", type=float, default=0.0, help="only 0 (greedy) so far")
-    result.add_argument("--top_p", type=float, default=1.0, help="without meaning at temperature 0")
+    add_sampling_options(result)
     result.add_argument(
         "--prompt_type",
         choices=(MATH_SINGLE,),
@@ -48,7 +48,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     )
     result.add_argument("--data_size", type=positive, help="questions at most")
     result.add_argument("--batch_size", type=positive, default=8, help="questions answered together")
-    result.add_argument("--seed", type=int, default=0, help="of the fresh guesses and of the bootstrap")
+    result.add_argument("--seed", type=int, default=0, help="of the draws, the fresh guesses and the bootstrap")
     result.add_argument("--output_file_name", help="JSONL file of answers; default: cllm_generated_TASK.jsonl")
     result.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="keep the answers of an earlier run"
@@ -67,10 +67,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
 @command
 def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
     args = options(task, argv).parse_args(argv)
-    if args.temperature != 0:
-        raise UsageError(f"temperature must be 0 (greedy): sampling is not available yet, got {args.temperature}")
-    if not 0 < args.top_p <= 1:
-        raise UsageError(f"top_p must be above 0 and at most 1, got {args.top_p}")
+    sampling_of(args, args.seed)  # an option that is out of range is refused before anything is loaded
     import torch
 
     from cllm.files import write_json
@@ -137,10 +134,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_writable(args.results)
     check_writable(args.output_file_name)
     task = get_task(args.task).configure(args)
+    sampling = sampling_of(args, args.seed)
+    if task.num_samples > 1 and sampling.temperature == 0:
+        raise UsageError(
+            f"num_samples must be 1 at temperature 0, got {task.num_samples}: greedy decoding gives the same sample every "
+            "time; pass a --temperature above 0"
+        )
     _check_export(args, task)
     filename = default_file(args.filename, Path.cwd())
     stream = load_examples(task, filename, "test", None)
-    examples = accuracy.select(stream, task, args.dev_set, args.data_size)
+    questions = accuracy.select(stream, task, args.dev_set, args.data_size)
+    examples = accuracy.samples(questions, task.num_samples)
 
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation)
@@ -160,6 +164,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": args.max_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": model.config._attn_implementation,
+        "sampling": asdict(sampling),
         "seed": args.seed,
     }
     if task.settings():
@@ -174,13 +179,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         answers.append(accuracy.too_long_rows(task, too_long))
     with tqdm(total=len(prompts), desc="answers", unit="answer", file=sys.stderr, disable=None) as bar:
         for rows in accuracy.answer(
-            decoder, tokenizer, task, prompts, template, max_new_tokens=args.max_tokens, batch_size=args.batch_size
+            decoder,
+            tokenizer,
+            task,
+            prompts,
+            template,
+            max_new_tokens=args.max_tokens,
+            batch_size=args.batch_size,
+            sampling=sampling,
         ):
             answers.append(rows)
             bar.update(len(rows))
     scored = accuracy.rescore(task, [answers.rows[e.id] for e in examples])
     report = {
-        "settings": settings | {"filename": stream.source, "dev_set": args.dev_set, "batch_size": args.batch_size},
+        "settings": settings
+        | {
+            "filename": stream.source,
+            "dev_set": args.dev_set,
+            "num_samples": task.num_samples,
+            "batch_size": args.batch_size,
+        },
         "environment": environment(model.device),
         "record": record,
         "bad_rows": dict(stream.bad),
@@ -239,17 +257,20 @@ def choose_prompt(
 
 def render(report: dict[str, Any]) -> str:
     """The report as text for people."""
+    from cllm.decoding import Sampling
     from cllm.prompts import PromptTemplate
 
     settings, summary = report["settings"], report["summary"]
-    head = [
-        f"{settings.get('model')} on {settings.get('task')}, {summary['answers']} questions; brackets: 95% intervals"
-    ]
+    count = f"{summary['answers']} questions"
+    if settings.get("num_samples", 1) > 1:
+        count = f"{summary['answers']} answers ({settings['num_samples']} samples of each question)"
+    head = [f"{settings.get('model')} on {settings.get('task')}, {count}; brackets: 95% intervals"]
     if "block_size" in settings:
         width = settings["block_size"]
         decoding = f"Jacobi decoding, block size {width}" if width > 1 else "autoregressive decoding"
         prompts = PromptTemplate(settings["prompt_template"]).label
-        head.append(f"{decoding}, greedy, {settings['dtype']}, {prompts}, up to {settings['max_tokens']} new tokens")
+        choices = Sampling(**settings.get("sampling", {})).label
+        head.append(f"{decoding}, {choices}, {settings['dtype']}, {prompts}, up to {settings['max_tokens']} new tokens")
     review = [_review_table(report["review"])] if report.get("review") else []
     return "\n".join([*head, "", _table(summary), *review, *_notes(report)])
 

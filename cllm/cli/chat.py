@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 
-from cllm.cli.command import add_model_options, command, parser, positive
+from cllm.cli.command import add_model_options, add_sampling_options, command, parser, positive, sampling_of
 from cllm.errors import UsageError
 
 HELP = "/stats shows the last answer's speed, /reset starts a new conversation, /exit leaves (so does Ctrl-D)"
@@ -23,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--block_size", type=int, help="default: the one the checkpoint was trained with, else 16")
     options.add_argument("--max_new_seq_len", type=positive, default=512, help="longest answer, in tokens")
+    add_sampling_options(options)
+    options.add_argument("--seed", type=int, help="of the draws, for a talk that can be repeated; default: a new one each time")
     options.add_argument("--stats", action="store_true", help="show tokens per forward and tokens/s after every answer")
     return options
 
@@ -33,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cllm.tasks import get_task
 
     task = get_task(args.cllm_type)
+    if args.seed is None:
+        args.seed = random.getrandbits(32)
     conversation = _open(args, task.plain_template)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, TextIOWrapper):
@@ -60,6 +65,7 @@ def _open(args: argparse.Namespace, plain_template: str):
     from cllm.prompts import choose_template
     from cllm.serving.chat import Conversation
 
+    sampling = sampling_of(args, args.seed)
     tokenizer = load_tokenizer(args.model)
     model = load_model(
         args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation
@@ -68,7 +74,7 @@ def _open(args: argparse.Namespace, plain_template: str):
     size = args.block_size if args.block_size is not None else default_width(record)
     template = choose_template(args.prompt_template, plain_template, tokenizer, record)
     decoder = JacobiDecoder(model, size, eos_token_ids=stop_token_ids(model, tokenizer, template))
-    return Conversation(decoder, tokenizer, template, args.max_new_seq_len)
+    return Conversation(decoder, tokenizer, template, args.max_new_seq_len, sampling)
 
 
 def _turns(interactive: bool) -> Iterator[str]:

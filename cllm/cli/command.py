@@ -9,9 +9,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from cllm.decoding import Sampling
 
 # Written out here, because `--help` must not wait for torch; tests hold them to cllm.models and cllm.attention.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -106,6 +109,24 @@ def add_model_options(options: argparse.ArgumentParser, *names: str) -> None:
         help=f"chat (the tokenizer's), plain (the task's), {', '.join(DIALOGUES)}, or a text with {{question}}; "
         "default: what the checkpoint was trained with, else chat where the tokenizer has it, else plain",
     )
+
+
+def add_sampling_options(options: argparse.ArgumentParser) -> None:
+    """How tokens are chosen; :func:`sampling_of` reads them."""
+    options.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding; above it, tokens are drawn")
+    options.add_argument("--top_k", type=int, default=0, help="draw from the k most likely tokens only; 0: from all")
+    options.add_argument("--top_p", type=float, default=1.0, help="draw from the most likely tokens that have this probability")
+    options.add_argument("--min_p", type=float, default=0.0, help="draw from tokens this times as likely as the likeliest")
+    options.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="on tokens of the prompt and the reply so far; 1: none"
+    )
+
+
+def sampling_of(args: argparse.Namespace, seed: int = 0) -> Sampling:
+    """The options of :func:`add_sampling_options` with a seed. Raises UsageError for a value that is out of range."""
+    from cllm.decoding import Sampling
+
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, seed)
 
 
 def positive(text: str) -> int:

@@ -3,5 +3,8 @@
 from cllm.decoding.engine import Iteration, JacobiDecoder, Request, RowResult
 from cllm.decoding.guess import FreshGuess, context_tokens
 from cllm.decoding.queue import Queue
+from cllm.decoding.sampling import GREEDY, Sampling
 
-__all__ = ["FreshGuess", "Iteration", "JacobiDecoder", "Queue", "Request", "RowResult", "context_tokens"]
+__all__ = [
+    "GREEDY", "FreshGuess", "Iteration", "JacobiDecoder", "Queue", "Request", "RowResult", "Sampling", "context_tokens"
+]  # fmt: skip

@@ -1,7 +1,8 @@
 """Jacobi decoding: several tokens per forward pass, the same tokens as autoregressive (AR) decoding.
 
 Paper: arXiv 2403.00835, section 3.1 and Algorithm 1. The engine knows tokens, not text.
-Shapes: B rows, W window width, P longest prompt, T tokens of a forward, S positions of the text, V vocabulary.
+Shapes: B rows, W window width, P longest prompt, T tokens of a forward, S positions of the text, V vocabulary,
+O sampling options of a row.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from cllm.attention import check_model, model_mask
 from cllm.decoding.cache import RowCache, put_rows
 from cllm.decoding.guess import FreshGuess, context_tokens
+from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
 from cllm.errors import UsageError
 from cllm.models import context_length, embedding_device
 
@@ -37,10 +39,11 @@ class Streamer(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt (token ids) and how many tokens its response may have."""
+    """One prompt (token ids), how many tokens its response may have, and how they are chosen."""
 
     prompt: Sequence[int]
     max_new_tokens: int
+    sampling: Sampling = GREEDY
 
 
 Feed = Callable[[list[int]], Sequence[Request]]  # numbers of the rows still running -> requests that join them, maybe none
@@ -92,7 +95,9 @@ class _Rows:
     """The state of the rows still in the batch."""
 
     ids_B: torch.Tensor
-    seed_B: torch.Tensor
+    seed_B: torch.Tensor  # of the fresh guesses
+    options_BO: torch.Tensor  # see Sampling.options
+    noise_seed_B: torch.Tensor
     text_BS: torch.Tensor
     start_B: torch.Tensor
     end_B: torch.Tensor  # first position that the row may not fill
@@ -112,7 +117,7 @@ class _Rows:
 
 
 class JacobiDecoder:
-    """Greedy Jacobi decoding of any causal language model with full or sliding-window attention.
+    """Jacobi decoding of any causal language model with full or sliding-window attention.
 
     ``block_size`` n: with ``window="sliding"`` the window holds the last verified token and n - 1 guesses, and slides on by
     what each iteration verifies; with ``window="block"`` (the paper's procedure) n guesses behind the verified text are
@@ -153,12 +158,14 @@ class JacobiDecoder:
         attention_mask: torch.Tensor | None = None,
         *,
         max_new_tokens: int,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
         streamer: Streamer | None = None,
     ) -> list[RowResult]:
         """Decode a batch; the results are in the order of the prompts.
 
         ``input_ids``: a list of prompts, or [B, P] padded on either side with its ``attention_mask``.
         ``max_new_tokens``: per row; a row also stops at an end-of-sequence id or at the end of the model's context.
+        ``sampling``: of all rows, or one for each prompt. What a row draws depends on its prompt and its options alone.
         """
         prompts = unpad(input_ids, attention_mask)
         tally = Tally(self.eos_ids.tolist())
@@ -166,7 +173,7 @@ class JacobiDecoder:
             if len(prompts) != 1:
                 raise UsageError(f"a streamer takes one prompt at a time, got {len(prompts)}")
             streamer.put(torch.tensor(prompts[0]))
-        for iteration in self.iterate(prompts, max_new_tokens=max_new_tokens):
+        for iteration in self.iterate(prompts, max_new_tokens=max_new_tokens, sampling=sampling):
             tally.add(iteration)
             if streamer is not None and (emitted := int(iteration.emitted_B[0])):
                 streamer.put(iteration.choices_BW[0, :emitted].cpu())
@@ -174,12 +181,15 @@ class JacobiDecoder:
             streamer.end()
         return [tally.take(row, max_new_tokens) for row in range(len(prompts))]
 
-    def iterate(self, prompts: Prompts, *, max_new_tokens: int) -> Iterator[Iteration]:
+    def iterate(
+        self, prompts: Prompts, *, max_new_tokens: int, sampling: Sampling | Sequence[Sampling] = GREEDY
+    ) -> Iterator[Iteration]:
         """One :class:`Iteration` per forward, until every row of this one batch is finished.
 
-        Raises UsageError for an empty prompt, or one that leaves no room in the model's context.
+        Raises UsageError for an empty prompt, one that leaves no room in the model's context, or a sampling too few.
         """
-        waiting = [Request(prompt, max_new_tokens) for prompt in prompts]
+        samplings = per_prompt(sampling, len(prompts))
+        waiting = [Request(prompt, max_new_tokens, of) for prompt, of in zip(prompts, samplings, strict=True)]
 
         def feed(running: list[int]) -> list[Request]:
             batch, waiting[:] = waiting[:], []
@@ -218,15 +228,20 @@ class JacobiDecoder:
 
     def _loop(self, feed: Feed) -> Iterator[Iteration]:
         rows, cache = self._start([], 0)[0], RowCache()
+        samplings: dict[int, Sampling] = {}
         fed = step = reach = 0
         while True:
             if step % self.sync_interval == 0:
                 running = (~rows.done_B).nonzero().flatten()
-                if requests := feed(rows.ids_B[running].tolist()):
+                inside = rows.ids_B[running].tolist()
+                samplings = {row: samplings[row] for row in inside}
+                if requests := feed(inside):
                     self._check(requests, fed)
                     new, prefix_BT = self._start(requests, fed)
                     own = RowCache()
-                    yield self._advance(new, self._prefill(new, prefix_BT, own))
+                    chooser = Chooser([request.sampling for request in requests])
+                    yield self._advance(new, self._prefill(new, chooser, prefix_BT, own))
+                    samplings |= {row: request.sampling for row, request in enumerate(requests, fed)}
                     fed += len(requests)
                     free = rows.done_B.nonzero().flatten()
                     rows.put(new, free)
@@ -237,17 +252,18 @@ class JacobiDecoder:
                     cache.select(running)
                 if not len(running):
                     return
+                chooser = Chooser(list(samplings.values()))
                 reach = int(rows.start_B.max()) + self.width  # no row's window ends beyond this
             positions = rows.start_B[:, None] + torch.arange(self.width, device=self.device)
-            yield self._advance(rows, self._choose(rows.window_BW, positions, cache, reach))
+            yield self._advance(rows, self._choose(rows, chooser, rows.window_BW, positions, cache, reach))
             step += 1
             reach += self.width
 
-    def _prefill(self, rows: _Rows, prefix_BT: torch.Tensor, cache: RowCache) -> torch.Tensor:
+    def _prefill(self, rows: _Rows, chooser: Chooser, prefix_BT: torch.Tensor, cache: RowCache) -> torch.Tensor:
         """The first iteration of new rows: their prompts stand in front of the windows."""
         ahead = torch.arange(-prefix_BT.shape[1], self.width, device=self.device)
         positions = (rows.start_B[:, None] + ahead).clamp(min=-1)
-        return self._choose(torch.cat([prefix_BT, rows.window_BW], dim=1), positions, cache, len(ahead))
+        return self._choose(rows, chooser, torch.cat([prefix_BT, rows.window_BW], dim=1), positions, cache, len(ahead))
 
     def _start(self, requests: Sequence[Request], first: int) -> tuple[_Rows, torch.Tensor]:
         """Rows ``first``, ... before their first forward, and what precedes the windows: [B, P - 1], padded on the left."""
@@ -268,6 +284,8 @@ class JacobiDecoder:
         rows = _Rows(
             ids_B=torch.arange(first, first + B, device=self.device),
             seed_B=seed,
+            options_BO=torch.tensor([r.sampling.options() for r in requests], device=self.device).view(B, OPTIONS),
+            noise_seed_B=torch.tensor([r.sampling.seed for r in requests], dtype=torch.long, device=self.device),
             text_BS=text,
             start_B=length - 1,
             end_B=end,
@@ -284,7 +302,13 @@ class JacobiDecoder:
         return rows, prefix.to(self.device)
 
     def _choose(
-        self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, cache: RowCache, reach: int
+        self,
+        rows: _Rows,
+        chooser: Chooser,
+        tokens_BT: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: RowCache,
+        reach: int,
     ) -> torch.Tensor:
         """One forward; the model's choices [B, W] behind the last W tokens. Position -1 marks padding."""
         length = -(-reach // SLOT_BUCKET) * SLOT_BUCKET
@@ -302,7 +326,10 @@ class JacobiDecoder:
             use_cache=True,
             **keep,
         )
-        return output.logits[:, -self.width :].argmax(dim=-1)
+        logits_BWV = output.logits[:, -self.width :]
+        return chooser.choose(
+            logits_BWV, rows.text_BS, rows.window_BW, rows.start_B, rows.options_BO, rows.noise_seed_B
+        )
 
     def _advance(self, rows: _Rows, choices_BW: torch.Tensor) -> Iteration:
         """Accept what the forward verified, move the windows on, fill them up. No value leaves the device."""

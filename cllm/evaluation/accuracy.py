@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cllm.decoding import JacobiDecoder
+from cllm.decoding import GREEDY, JacobiDecoder, Sampling
 from cllm.errors import UsageError
 from cllm.evaluation.interval import ratio_interval
 from cllm.evaluation.prompt import Prompt, batches
@@ -110,13 +110,16 @@ def answer(
     *,
     max_new_tokens: int,
     batch_size: int,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[list[Row]]:
     """Decode prompts, the shortest first so that batches have little padding, and yield the rows of each batch.
 
-    An example with follow-ups is a conversation: each of them is asked, through ``template``, with the replies so far.
+    Each example draws with a seed that depends on ``sampling.seed`` and its id alone, so its reply is the same in any
+    batch. An example with follow-ups is a conversation: each of them is asked, through ``template``, with the replies so far.
     """
     for batch in batches(sorted(prompts, key=lambda prompt: len(prompt.ids)), batch_size):
-        turns = _converse(decoder, tokenizer, batch, template, max_new_tokens)
+        samplings = [replace(sampling, seed=sample_seed(prompt.example, sampling.seed)) for prompt in batch]
+        turns = _converse(decoder, tokenizer, batch, template, max_new_tokens, samplings)
         yield rescore(task, [_row(prompt, of) for prompt, of in zip(batch, turns, strict=True)])
 
 
@@ -144,12 +147,15 @@ def _converse(
     batch: Sequence[Prompt],
     template: PromptTemplate,
     max_new_tokens: int,
+    samplings: Sequence[Sampling],
 ) -> list[list[Turn]]:
     """The turns of each conversation. One that outgrows the model's context ends with NO_ROOM."""
     turns: list[list[Turn]] = [[] for _ in batch]
     asked = {at: prompt.ids for at, prompt in enumerate(batch)}
     while asked:
-        results = decoder.generate(list(asked.values()), max_new_tokens=max_new_tokens)
+        results = decoder.generate(
+            list(asked.values()), max_new_tokens=max_new_tokens, sampling=[samplings[at] for at in asked]
+        )
         for at, result in zip(list(asked), results, strict=True):
             reply = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
             turns[at].append(Turn(reply, len(result.token_ids), result.forwards, result.stop))
@@ -220,6 +226,20 @@ def select(examples: Iterable[Example], task: Task, dev_set: str, limit: int | N
             f"no row has the source {dev_set!r}; choose from all, {', '.join(list(sources)[:MOST_GROUPS])}"
         )
     return chosen
+
+
+def samples(examples: Iterable[Example], count: int) -> list[Example]:
+    """Each example ``count`` times, as NAME, NAME#2, NAME#3 and so on."""
+    return [
+        example if number == 1 else replace(example, id=f"{example.id}#{number}")
+        for example in examples
+        for number in range(1, count + 1)
+    ]
+
+
+def sample_seed(example: Example, seed: int) -> int:
+    """63 bits that depend on the seed of the run and on the example's id, which says which sample it is."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {example.id}".encode()).digest()[:8]) >> 1
 
 
 def rescore(task: Task, rows: Sequence[Row]) -> list[Row]:

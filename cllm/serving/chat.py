@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from cllm.decoding import JacobiDecoder, RowResult
+from cllm.decoding import GREEDY, JacobiDecoder, RowResult, Sampling
 from cllm.prompts import PromptTemplate
 
 
@@ -31,12 +31,16 @@ class Reply:
 
 @dataclass
 class Conversation:
-    """Keeps the turns so far; an answer that fails or is interrupted leaves them as they were."""
+    """Keeps the turns so far; an answer that fails or is interrupted leaves them as they were.
+
+    Every answer draws with the next seed, so a question that is asked again gets another answer.
+    """
 
     decoder: JacobiDecoder
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
     max_new_tokens: int
+    sampling: Sampling = GREEDY
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def ask(self, question: str, show: Callable[[str], None]) -> Reply:
@@ -46,9 +50,13 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         prompt = self.template.encode(messages, self.tokenizer)
+        self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
         start = time.perf_counter()
         (result,) = self.decoder.generate(
-            [prompt], max_new_tokens=self.max_new_tokens, streamer=_Printer(self.tokenizer, show)
+            [prompt],
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            streamer=_Printer(self.tokenizer, show),
         )
         seconds = time.perf_counter() - start
         text = str(self.tokenizer.decode(result.token_ids, skip_special_tokens=True)).strip()

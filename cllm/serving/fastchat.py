@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.checkpoints import published_record
-from cllm.decoding import JacobiDecoder
+from cllm.decoding import JacobiDecoder, Sampling
 from cllm.errors import UsageError
 from cllm.models import RECORD, context_length, default_width, load_tokenizer, read_record, stop_token_ids
 from cllm.prompts import CHAT, PromptTemplate, choose_template
@@ -145,12 +146,12 @@ def generate_stream(
 ) -> Iterator[dict[str, Any]]:
     """FastChat's interface: yields the text so far as it grows; the last item says why it ended.
 
-    Decodes greedily: a temperature or a penalty in ``params`` is passed over with a warning. Raises ValueError where
-    log-probabilities are asked for or the prompt is empty.
+    Decodes greedily where ``params`` has no temperature. Raises ValueError where log-probabilities are asked for, the
+    prompt is empty, or an option of the sampling is out of range.
     """
     if params.get("logprobs") is not None:
         raise ValueError("Jacobi decoding gives no log-probabilities")
-    _warn_of_sampling(params)
+    sampling = _sampling(params)
     prompt = params["prompt"]
     ids = _encode(prompt, tokenizer)
     room = max(1, min(int(params.get("max_new_tokens", 256)), context_len - 2))
@@ -163,7 +164,7 @@ def generate_stream(
     before = prompt if params.get("echo", True) else ""
     output: list[int] = []
     shown, text, stopped = 0, "", False
-    for iteration in decoder.iterate([ids], max_new_tokens=room):
+    for iteration in decoder.iterate([ids], max_new_tokens=room, sampling=sampling):
         output += iteration.choices_BW[0, : int(iteration.emitted_B[0])].tolist()
         text = str(tokenizer.decode(output, skip_special_tokens=True))
         text, stopped = _cut_at_stop(text, stops)
@@ -202,9 +203,14 @@ def _sure(text: str, stops: Sequence[str]) -> str:
     return text[: len(text) - longest]
 
 
-def _warn_of_sampling(params: Mapping[str, Any]) -> None:
-    if float(params.get("temperature", 0) or 0) >= 1e-5 or float(params.get("repetition_penalty", 1) or 1) != 1:
-        logger.warning("a CLLM is decoded greedily here; temperature and repetition penalty are passed over")
+def _sampling(params: Mapping[str, Any]) -> Sampling:
+    """As FastChat's own ``generate_stream`` reads a request: a temperature or top_p next to 0 is greedy, top_k -1 is off."""
+    temperature, top_p = float(params.get("temperature") or 0), float(params.get("top_p", 1.0))
+    penalty = float(params.get("repetition_penalty") or 1)
+    if temperature < 1e-5 or top_p < 1e-8:
+        return Sampling(repetition_penalty=penalty)
+    top_k = max(0, int(params.get("top_k", 0)))
+    return Sampling(temperature, top_k, top_p, repetition_penalty=penalty, seed=random.getrandbits(63))
 
 
 def _render(template: PromptTemplate, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:

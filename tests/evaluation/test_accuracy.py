@@ -62,6 +62,16 @@ def test_answers_come_shortest_first_and_carry_their_ids():
         json.dumps(answer)
 
 
+def test_samples_have_ids_and_seeds_of_their_own():
+    drawn = accuracy.samples([example("a"), example("b", "Why?")], 3)
+    assert [sample.id for sample in drawn] == ["a", "a#2", "a#3", "b", "b#2", "b#3"]
+    assert [sample.messages for sample in drawn[3:]] == [example("b", "Why?").messages] * 3
+    seeds = [accuracy.sample_seed(sample, seed) for sample in drawn for seed in (0, 1)]
+    assert len(set(seeds)) == 12 and all(0 <= seed < 1 << 63 for seed in seeds)
+    assert accuracy.sample_seed(example("a"), 0) == seeds[0]
+    assert accuracy.samples([example("a")], 1) == [example("a")]
+
+
 def test_resume_takes_answers_over(tmp_path):
     path, settings = tmp_path / "answers.jsonl", {"model": "m", "block_size": 4}
     accuracy.AnswerFile(path, settings).append([row("a"), row("b")])

@@ -116,13 +116,21 @@ def test_a_long_prompt_keeps_its_end():
     assert items[-1]["usage"]["prompt_tokens"] == 64 - 20 - 1 and items[-1]["usage"]["completion_tokens"] <= 20
 
 
-def test_what_cannot_be_had_is_said(caplog):
+def test_what_cannot_be_had_is_said():
     with pytest.raises(ValueError, match="log-probabilities"):
         stream("x", logprobs=1)
     with pytest.raises(ValueError, match="empty"):
         stream("")
-    stream("Hello", temperature=0.7)
-    assert "decoded greedily" in caplog.text
+    with pytest.raises(ValueError, match="top_p must be above 0 and at most 1, got 1.5"):
+        stream("Hello", temperature=0.7, top_p=1.5)
+
+
+def test_a_request_is_sampled_as_it_asks():
+    assert len({stream("Hello", temperature=1.0, top_k=-1, top_p=0.95)[-1]["text"] for _ in range(4)}) > 1
+    text, _ = greedy("Hello")
+    for almost in ({"temperature": 1e-6}, {"temperature": 1.0, "top_p": 0.0}, {"temperature": 1.0, "top_k": 1}):
+        assert stream("Hello", **almost)[-1]["text"] == text
+    assert stream("Hello", repetition_penalty=1.5)[-1]["text"] != text
 
 
 def test_the_first_token_is_not_doubled():

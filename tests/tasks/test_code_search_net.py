@@ -66,7 +66,7 @@ def configured(**given: Any) -> Any:
     options = ArgumentParser()
     CODE.add_options(options, "acc")
     args = options.parse_args([])
-    return CODE.configure(Namespace(**(vars(args) | {"eval_only": False} | given)))
+    return CODE.configure(Namespace(**(vars(args) | given)))
 
 
 def test_training_rows_get_the_papers_prompt() -> None:
@@ -170,15 +170,10 @@ def test_review_estimates_pass_at_k() -> None:
     rows = [{"target": target, "pass@1": passed} for passed in (True, False)]
     rows += [{"target": other, "pass@1": False}] * 2
     assert CODE.review(rows, Path("x")) == {"HumanEval (2 problems, 4 samples)": {"pass@1": 0.25}}
-    two = configured(num_samples=2, eval_only=True)
+    two = configured(num_samples=2)
     assert next(iter(two.review(rows, Path("x")).values())) == {"pass@1": 0.25, "pass@2": 0.5}
     with pytest.raises(UsageError, match="num_samples is 2, but HumanEval/1 has 1 samples"):
         two.review(rows[:-1], Path("x"))
-
-
-def test_several_samples_cannot_be_made_yet() -> None:
-    with pytest.raises(UsageError, match="num_samples must be 1, got 5: greedy decoding gives the same sample"):
-        configured(num_samples=5)
 
 
 def test_rows_without_tests_are_for_speed_only(sandboxed: None) -> None:
