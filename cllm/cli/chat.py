@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 
-from cllm.cli.command import add_model_options, command, parser, positive
+from cllm.cli.command import add_guess_option, add_model_options, command, parser, positive
 from cllm.errors import UsageError
 
 HELP = "/stats shows the last answer's speed, /reset starts a new conversation, /exit leaves (so does Ctrl-D)"
@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--block_size", type=int, help="default: the one the checkpoint was trained with, else 16")
     options.add_argument("--max_new_seq_len", type=positive, default=512, help="longest answer, in tokens")
+    add_guess_option(options)
     options.add_argument("--stats", action="store_true", help="show tokens per forward and tokens/s after every answer")
     return options
 
@@ -55,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _open(args: argparse.Namespace, plain_template: str):
-    from cllm.decoding import JacobiDecoder
+    from cllm.decoding import JacobiDecoder, make_guess
     from cllm.models import load_model, load_tokenizer, read_record, stop_token_ids
     from cllm.prompts import choose_template
     from cllm.serving.chat import Conversation
 
+    guess = make_guess(args.guess)
     tokenizer = load_tokenizer(args.model)
     model = load_model(
         args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation
@@ -67,7 +69,8 @@ def _open(args: argparse.Namespace, plain_template: str):
     record = read_record(model.config)
     size = args.block_size if args.block_size is not None else record.get("block_size", 16)
     template = choose_template(args.prompt_template, plain_template, tokenizer, record)
-    decoder = JacobiDecoder(model, size, eos_token_ids=stop_token_ids(model, tokenizer, template))
+    stops = stop_token_ids(model, tokenizer, template)
+    decoder = JacobiDecoder(model, size, eos_token_ids=stops, guess=guess)
     return Conversation(decoder, tokenizer, template, args.max_new_seq_len)
 
 

@@ -16,6 +16,7 @@ from cllm.errors import UsageError
 # Written out here, because `--help` must not wait for torch; tests hold them to cllm.models and cllm.attention.
 DTYPES = ("float32", "bfloat16", "float16")
 MASKABLE = ("sdpa", "eager")
+GUESSES = ("context", "filler", "prompt_lookup", "pool")
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -105,6 +106,19 @@ def add_model_options(options: argparse.ArgumentParser, *names: str) -> None:
         "--prompt_template",
         help=f"chat (the tokenizer's), plain (the task's), {', '.join(DIALOGUES)}, or a text with {{question}}; "
         "default: what the checkpoint was trained with, else chat where the tokenizer has it, else plain",
+    )
+
+
+def add_guess_option(options: argparse.ArgumentParser, several: bool = False) -> None:
+    """``--guess``: a strategy for fresh guesses, or ``several`` of them."""
+    more = "; several are measured in turn, as methods of their own" if several else ""
+    options.add_argument(
+        "--guess",
+        metavar="NAME",
+        nargs="+" if several else None,
+        default=["context"] if several else "context",
+        help=f"fresh guesses of Jacobi decoding: {', '.join(GUESSES)}, or some of them joined by +, as in "
+        f"pool+prompt_lookup, tried in that order. They decide the speed, never the text{more}",
     )
 
 

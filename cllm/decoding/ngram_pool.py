@@ -38,7 +38,7 @@ class NgramPool(Guess):
         first_BW = torch.cat([before_B[:, None], window_BW[:, :-1]], dim=1)
         keys_BE = torch.cat([(NO_TOKEN << TOKEN_BITS) | window_BW, (first_BW << TOKEN_BITS) | window_BW], dim=1)
         entries_BE = (keys_BE << TOKEN_BITS) | choices_BW.repeat(1, 2)
-        memory_BM.scatter_(1, _newest(_slot(keys_BE)), entries_BE)
+        memory_BM.scatter_(1, _newest(slot_of(keys_BE)), entries_BE)
 
     def fill(self, memory_BM: torch.Tensor, draft: Draft) -> Draft:
         tokens = list(draft.window_BW.unbind(dim=1))
@@ -59,13 +59,13 @@ def _recall(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Whether a choice behind the second token is known, whether one behind both is, and what it is; all [B]."""
     keys_B2 = torch.stack([torch.full_like(first_B, NO_TOKEN), first_B], dim=1) << TOKEN_BITS | second_B[:, None]
-    entries_B2 = memory_BM.gather(1, _slot(keys_B2))
+    entries_B2 = memory_BM.gather(1, slot_of(keys_B2))
     single_B, double_B = (entries_B2 >> TOKEN_BITS == keys_B2).unbind(dim=1)
     behind_one_B, behind_two_B = (entries_B2 & TOKEN_MASK).unbind(dim=1)
     return single_B, double_B, torch.where(double_B, behind_two_B, behind_one_B)
 
 
-def _slot(keys: torch.Tensor) -> torch.Tensor:
+def slot_of(keys: torch.Tensor) -> torch.Tensor:
     """Where entries with these keys are kept: a hash, 0 .. SLOTS - 1."""
     return ((keys ^ (keys >> TOKEN_BITS)) * 0x9E3779B1 >> 15) & (SLOTS - 1)
 
