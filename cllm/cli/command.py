@@ -118,7 +118,7 @@ def add_guess_option(options: argparse.ArgumentParser, several: bool = False) ->
         nargs="+" if several else None,
         default=["context"] if several else "context",
         help=f"fresh guesses of Jacobi decoding: {', '.join(GUESSES)}, or some of them joined by +, as in "
-        f"pool+prompt_lookup, tried in that order. They decide the speed, never the text{more}",
+        f"prompt_lookup+pool, tried in that order. They decide the speed, never the text{more}",
     )
 
 

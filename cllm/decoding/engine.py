@@ -92,9 +92,10 @@ class JacobiDecoder:
     ``block_size`` n: with ``window="sliding"`` the window holds the last verified token and n - 1 guesses, and slides on by
     what each iteration verifies; with ``window="block"`` (the paper's procedure) n guesses behind the verified text are
     iterated until nothing changes, then the next n follow. ``block_size=1`` with a sliding window is AR decoding.
+    ``guess``: how new positions of the window are filled, see :func:`cllm.decoding.guess.make_guess`.
 
-    Raises UsageError for a block size below 1 or beyond the model's context, UnsupportedModelError for models whose cache
-    cannot be rolled back.
+    Raises UsageError for a block size below 1 or beyond the model's context and for an unknown guess, UnsupportedModelError
+    for models whose cache cannot be rolled back.
     """
 
     def __init__(

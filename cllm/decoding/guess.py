@@ -94,7 +94,7 @@ STRATEGIES: dict[str, Guess] = {
 
 
 def make_guess(guess: str | Guess | FreshGuess) -> Guess:
-    """A strategy that fills every window: one as it is, or by the names of its parts, as in ``pool+prompt_lookup+filler``.
+    """A strategy that fills every window: one as it is, or by the names of its parts, as in ``prompt_lookup+pool+filler``.
 
     The parts are tried in that order. Random tokens of the context fill what all of them leave empty.
 
