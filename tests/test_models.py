@@ -14,6 +14,7 @@ from transformers import MambaConfig
 
 from cllm.attention import MASKABLE
 from cllm.cli import command
+from cllm.decoding.guess import STRATEGIES
 from cllm.errors import UsageError
 from cllm.models import (
     DTYPES,
@@ -195,3 +196,4 @@ def test_record_survives_saving(tmp_path: Path) -> None:
 
 def test_the_commands_offer_what_the_library_takes() -> None:
     assert tuple(DTYPES) == command.DTYPES and tuple(MASKABLE) == command.MASKABLE
+    assert tuple(STRATEGIES) == command.GUESSES

@@ -10,7 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cllm.cli.command import add_model_options, add_sampling_options, add_task_option, command, parser, positive, sampling_of
+from cllm.cli.command import (
+    add_guess_option,
+    add_model_options,
+    add_sampling_options,
+    add_task_option,
+    command,
+    parser,
+    positive,
+    sampling_of,
+)
 from cllm.errors import UsageError
 
 MATH_SINGLE = "math-single"
@@ -31,6 +40,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     result.add_argument(
         "--max_new_tokens_for_consistency", type=positive, help="block size; default: the checkpoint's own, else 16"
     )
+    add_guess_option(result)
     result.add_argument("--max_tokens", type=positive, default=1024, help="new tokens per reply at most")
     add_sampling_options(result)
     result.add_argument(
@@ -123,7 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answer what is not answered yet, and score everything asked for."""
     from tqdm import tqdm
 
-    from cllm.decoding import JacobiDecoder
+    from cllm.decoding import JacobiDecoder, make_guess
     from cllm.evaluation import accuracy
     from cllm.evaluation.environment import check_writable, environment
     from cllm.evaluation.prompt import default_file, encode
@@ -131,6 +141,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
+    guess = make_guess(args.guess)
     check_writable(args.results)
     check_writable(args.output_file_name)
     task = get_task(args.task).configure(args)
@@ -154,7 +165,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         block_size = args.max_new_tokens_for_consistency or default_width(record)
     template = choose_prompt(args.prompt_template, args.prompt_type, task.plain_template, tokenizer, record)
     stops = stop_token_ids(model, tokenizer, template)
-    decoder = JacobiDecoder(model, block_size, eos_token_ids=stops, seed=args.seed)
+    decoder = JacobiDecoder(model, block_size, eos_token_ids=stops, guess=guess, seed=args.seed)
     settings = {
         "task": task.name,
         "model": args.model,
@@ -167,6 +178,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "sampling": asdict(sampling),
         "seed": args.seed,
     }
+    if args.use_consistency_decoding:
+        settings["guess"] = guess.name
     if task.settings():
         settings["task_options"] = task.settings()
     answers = accuracy.AnswerFile(args.output_file_name, settings, args.resume)

@@ -8,7 +8,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 
-from cllm.cli.command import add_model_options, add_sampling_options, command, parser, positive, sampling_of
+from cllm.cli.command import (
+    add_guess_option,
+    add_model_options,
+    add_sampling_options,
+    command,
+    parser,
+    positive,
+    sampling_of,
+)
 from cllm.errors import UsageError
 
 HELP = "/stats shows the last answer's speed, /reset starts a new conversation, /exit leaves (so does Ctrl-D)"
@@ -24,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--block_size", type=int, help="default: the one the checkpoint was trained with, else 16")
     options.add_argument("--max_new_seq_len", type=positive, default=512, help="longest answer, in tokens")
+    add_guess_option(options)
     add_sampling_options(options)
     options.add_argument("--seed", type=int, help="of the draws, for a talk that can be repeated; default: a new one each time")
     options.add_argument("--stats", action="store_true", help="show tokens per forward and tokens/s after every answer")
@@ -60,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _open(args: argparse.Namespace, plain_template: str):
-    from cllm.decoding import JacobiDecoder
+    from cllm.decoding import JacobiDecoder, make_guess
     from cllm.models import default_width, load_model, load_tokenizer, read_record, stop_token_ids
     from cllm.prompts import choose_template
     from cllm.serving.chat import Conversation
 
-    sampling = sampling_of(args, args.seed)
+    sampling, guess = sampling_of(args, args.seed), make_guess(args.guess)
     tokenizer = load_tokenizer(args.model)
     model = load_model(
         args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation
@@ -73,7 +82,8 @@ def _open(args: argparse.Namespace, plain_template: str):
     record = read_record(model.config)
     size = args.block_size if args.block_size is not None else default_width(record)
     template = choose_template(args.prompt_template, plain_template, tokenizer, record)
-    decoder = JacobiDecoder(model, size, eos_token_ids=stop_token_ids(model, tokenizer, template))
+    stops = stop_token_ids(model, tokenizer, template)
+    decoder = JacobiDecoder(model, size, eos_token_ids=stops, guess=guess)
     return Conversation(decoder, tokenizer, template, args.max_new_seq_len, sampling)
 
 

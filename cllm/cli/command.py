@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Written out here, because `--help` must not wait for torch; tests hold them to cllm.models and cllm.attention.
 DTYPES = ("float32", "bfloat16", "float16")
 MASKABLE = ("sdpa", "eager")
+GUESSES = ("context", "filler", "prompt_lookup", "pool")
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -127,6 +128,19 @@ def sampling_of(args: argparse.Namespace, seed: int = 0) -> Sampling:
     from cllm.decoding import Sampling
 
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, seed)
+
+
+def add_guess_option(options: argparse.ArgumentParser, several: bool = False) -> None:
+    """``--guess``: a strategy for fresh guesses, or ``several`` of them."""
+    more = "; several are measured in turn, as methods of their own" if several else ""
+    options.add_argument(
+        "--guess",
+        metavar="NAME",
+        nargs="+" if several else None,
+        default=["context"] if several else "context",
+        help=f"fresh guesses of Jacobi decoding: {', '.join(GUESSES)}, or some of them joined by +, as in "
+        f"prompt_lookup+pool, tried in that order. They decide the speed, never the text{more}",
+    )
 
 
 def positive(text: str) -> int:

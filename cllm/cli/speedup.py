@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cllm.cli.command import add_model_options, add_task_option, command, parser, positive
+from cllm.cli.command import add_guess_option, add_model_options, add_task_option, command, parser, positive
 from cllm.errors import UsageError
 
 SHOWN_DIVERGENCES = 5
@@ -42,6 +42,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     result.add_argument(
         "--window", choices=("sliding", "block"), default="sliding", help="block: the paper's procedure"
     )
+    add_guess_option(result, several=True)
     result.add_argument(
         "--target_model", metavar="PATH", help="the model before training: adds its text's quality, side by side"
     )
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns what goes into the JSON file."""
+    from cllm.decoding import make_guess
     from cllm.evaluation import method, prompt, quality, speed
     from cllm.evaluation.environment import check_writable, environment
     from cllm.models import context_length, default_width, load_model, load_tokenizer, read_record, stop_token_ids
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
+    guesses = [make_guess(name) for name in dict.fromkeys(args.guess)]
     check_writable(args.output)
     task = get_task(args.task).configure(args)
     filename = prompt.default_file(args.filename, Path.cwd())
@@ -99,7 +102,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     eos_ids = stop_token_ids(model, tokenizer, template)
     methods = method.build_methods(
-        model, args.baseline, block_size=block_size, window=args.window, eos_ids=eos_ids, seed=args.seed
+        model,
+        args.baseline,
+        block_size=block_size,
+        window=args.window,
+        guesses=guesses,
+        eos_ids=eos_ids,
+        seed=args.seed,
     )
     batches = [[p.ids for p in batch] for batch in prompt.batches(prompts, args.batch_size)]
     measured = speed.measure(methods, batches, args.max_new_seq_len, context=context, progress=_bar("speed"))
@@ -126,6 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {
             **_settings(args),
             "block_size": block_size,
+            "guess": [guess.name for guess in guesses],
             "filename": stream.source,
             "prompt_template": template.text,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -264,19 +274,22 @@ def _speed_table(report: dict[str, Any]) -> str:
 
 def _gain_table(report: dict[str, Any]) -> str:
     """Where Jacobi decoding's tokens came from."""
-    from cllm.evaluation.method import JACOBI
+    from cllm.evaluation.method import is_jacobi
     from cllm.evaluation.table import format_table, number
 
-    of, kinds = report["methods"][JACOBI], ("fast_forwarded", "stationary")
-    rows = [
-        [f"{kind.replace('_', '-')} tokens", *(number(of[f"{kind}_per_{per}"]) for per in ("response", "forward"))]
-        for kind in kinds
-    ]
-    return format_table([report["labels"][JACOBI], "per response", "per forward"], rows)
+    tables = []
+    for name, of in report["methods"].items():
+        if is_jacobi(name):
+            rows = [
+                [f"{kind.replace('_', '-')} tokens", *(number(of[f"{kind}_per_{per}"]) for per in ("response", "forward"))]
+                for kind in ("fast_forwarded", "stationary")
+            ]
+            tables.append(format_table([report["labels"][name], "per response", "per forward"], rows))
+    return "\n\n".join(tables)
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    from cllm.evaluation.method import JACOBI
+    from cllm.evaluation.method import is_jacobi
 
     notes = []
     if "prompt_lookup" in report["methods"] and report["settings"]["batch_size"] > 1:
@@ -290,7 +303,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         if len(parted) > SHOWN_DIVERGENCES:
             lines.append(f"  ... and {len(parted) - SHOWN_DIVERGENCES} more in the JSON file")
         notes.append("\n".join(lines))
-    if report["settings"]["dtype"] == "float32" and any(d["method"] == JACOBI for d in parted):
+    if report["settings"]["dtype"] == "float32" and any(is_jacobi(d["method"]) for d in parted):
         notes.append(
             "WARNING: in float32 Jacobi decoding must write what AR decoding writes. Unless a margin above is tiny "
             "(a tie), this is a defect: please report it."

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from cllm.attention import check_model, model_mask
 from cllm.decoding.cache import RowCache, put_rows
-from cllm.decoding.guess import FreshGuess, context_tokens
+from cllm.decoding.draft import Draft, Guess, token_before
+from cllm.decoding.guess import FreshGuess, make_guess
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
 from cllm.errors import UsageError
 from cllm.models import context_length, embedding_device
@@ -104,6 +105,7 @@ class _Rows:
     window_BW: torch.Tensor
     stayed_BW: torch.Tensor  # the guess was there, unchanged, one iteration ago
     held_B: torch.Tensor  # tokens of the present block verified so far (block mode)
+    memory_BM: torch.Tensor  # what the strategy for fresh guesses remembers
     done_B: torch.Tensor
 
     def select(self, rows: torch.Tensor) -> None:
@@ -122,9 +124,10 @@ class JacobiDecoder:
     ``block_size`` n: with ``window="sliding"`` the window holds the last verified token and n - 1 guesses, and slides on by
     what each iteration verifies; with ``window="block"`` (the paper's procedure) n guesses behind the verified text are
     iterated until nothing changes, then the next n follow. ``block_size=1`` with a sliding window is AR decoding.
+    ``guess``: how new positions of the window are filled, see :func:`cllm.decoding.guess.make_guess`.
 
-    Raises UsageError for a block size below 1 or beyond the model's context, UnsupportedModelError for models whose cache
-    cannot be rolled back.
+    Raises UsageError for a block size below 1 or beyond the model's context and for an unknown guess, UnsupportedModelError
+    for models whose cache cannot be rolled back.
     """
 
     def __init__(
@@ -134,7 +137,7 @@ class JacobiDecoder:
         *,
         eos_token_ids: Sequence[int] = (),
         window: Window = "sliding",
-        guess: FreshGuess = context_tokens,
+        guess: str | Guess | FreshGuess = "context",
         seed: int = 0,
     ) -> None:
         check_model(model)
@@ -143,7 +146,8 @@ class JacobiDecoder:
             raise UsageError(f"block_size must be between 1 and the context length {self.context}, got {block_size}")
         if window not in ("sliding", "block"):
             raise UsageError(f"window must be 'sliding' or 'block', got {window!r}")
-        self.model, self.block_size, self.window, self.guess, self.seed = model, block_size, window, guess, seed
+        self.model, self.block_size, self.window, self.seed = model, block_size, window, seed
+        self.guess = make_guess(guess)
         self.width = block_size + (window == "block")
         self.device = embedding_device(model)
         self.eos_ids = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=self.device)
@@ -292,14 +296,19 @@ class JacobiDecoder:
             window_BW=torch.zeros(B, self.width, dtype=torch.long, device=self.device),
             stayed_BW=torch.zeros(B, self.width, dtype=torch.bool, device=self.device),
             held_B=torch.zeros_like(length),
+            memory_BM=torch.full((B, self.guess.memory_size), -1, device=self.device),
             done_B=torch.zeros(B, dtype=torch.bool, device=self.device),
         )
         if B:
-            positions = rows.start_B[:, None] + torch.arange(self.width, device=self.device)
-            guesses = self.guess(text, length, positions, seed)
-            guesses[:, 0] = text.gather(1, rows.start_B[:, None])[:, 0]
-            rows.window_BW = guesses
+            rows.window_BW[:, :1] = text.gather(1, rows.start_B[:, None])
+            self._fill(rows, torch.ones_like(length))
         return rows, prefix.to(self.device)
+
+    def _fill(self, rows: _Rows, kept_B: torch.Tensor) -> None:
+        """Put guesses into the rows' windows behind the ``kept_B`` (>= 1) leading tokens; a sliding one may change more."""
+        firm_B = kept_B if self.window == "block" else torch.ones_like(kept_B)
+        draft = Draft(rows.text_BS, rows.start_B, rows.window_BW, firm_B, kept_B, rows.seed_B)
+        rows.window_BW = self.guess.fill(rows.memory_BM, draft).window_BW
 
     def _choose(
         self,
@@ -351,6 +360,7 @@ class JacobiDecoder:
             stationary_B=(newly_BW & rows.stayed_BW).sum(dim=1),
             running_B=~rows.done_B,
         )
+        self.guess.learn(rows.memory_BM, token_before(rows.text_BS, rows.start_B), window, choices_BW)
         # The text gets all choices; those not verified are overwritten later, like stale cache entries.
         rows.text_BS.scatter_(1, rows.start_B[:, None] + 1 + order_W, choices_BW)
         rows.start_B = rows.start_B + advance_B
@@ -358,13 +368,12 @@ class JacobiDecoder:
         rows.held_B = torch.zeros_like(rows.held_B) if self.window == "sliding" else verified_B * ~moved_B
         rows.done_B = rows.done_B | ends_B
 
-        source_BW = advance_B[:, None] + order_W
+        source_BW = (advance_B[:, None] + order_W).clamp(max=W)
+        rows.window_BW = shifted = torch.cat([window[:, :1], choices_BW], dim=1).gather(1, source_BW)
         kept = W + (self.window == "sliding")  # block mode starts every block from fresh guesses only
-        shifted = torch.cat([window[:, :1], choices_BW], dim=1).gather(1, source_BW.clamp(max=W))
-        fresh = self.guess(rows.text_BS, rows.start_B + 1, rows.start_B[:, None] + order_W, rows.seed_B)
-        rows.window_BW = torch.where(source_BW < kept, shifted, fresh)
-        stood = torch.nn.functional.pad(right, (1, 1)).gather(1, source_BW.clamp(max=W))
-        rows.stayed_BW = stood & (source_BW < W)
+        self._fill(rows, (kept - advance_B).clamp(max=W))
+        stood = torch.nn.functional.pad(right, (1, 1)).gather(1, source_BW)
+        rows.stayed_BW = stood & (rows.window_BW == shifted)
         return iteration
 
     def _accept(

@@ -1,17 +1,26 @@
 """Fresh guesses: what stands in a position that no iteration has refined yet. They decide speed, never the output.
 
-Shapes: B rows, S positions of the text, K positions to fill.
+Shapes: B rows, W window width, S positions of the text, K positions to fill.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
+from cllm.decoding.draft import Draft, Guess
+from cllm.decoding.ngram_pool import NgramPool
+from cllm.decoding.prompt_lookup import PromptLookup
+from cllm.errors import UsageError
+
+FILLER_ID = 0
+
 
 class FreshGuess(Protocol):
-    """A strategy for fresh guesses."""
+    """A guess for each position by itself."""
 
     def __call__(
         self, text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor
@@ -31,3 +40,80 @@ def context_tokens(
     for factor in (0x7FEB352D, 0x846CA68B):
         mixed = ((mixed ^ (mixed >> 16)) * factor) & 0xFFFFFFFF
     return text_BS.gather(1, (mixed ^ (mixed >> 15)) % known_B[:, None])
+
+
+def filler_tokens(
+    text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor
+) -> torch.Tensor:
+    """The same token everywhere."""
+    return torch.full_like(positions_BK, FILLER_ID)
+
+
+class EachPosition(Guess):
+    """Fills every empty position by a :class:`FreshGuess`, and replaces nothing."""
+
+    fills_all = True
+
+    def __init__(self, tokens: FreshGuess, name: str) -> None:
+        self.tokens, self.name = tokens, name
+
+    def fill(self, memory_BM: torch.Tensor, draft: Draft) -> Draft:
+        fresh_BW = self.tokens(draft.text_BS, draft.start_B + 1, draft.positions_BW, draft.seed_B)
+        full_B = torch.full_like(draft.filled_B, draft.window_BW.shape[1])
+        window_BW = torch.where(draft.order_W < draft.filled_B[:, None], draft.window_BW, fresh_BW)
+        return replace(draft, window_BW=window_BW, firm_B=full_B, filled_B=full_B)
+
+
+class Combination(Guess):
+    """Strategies in turn: each sees what those before it wrote, and fills what they left empty."""
+
+    def __init__(self, parts: Sequence[Guess]) -> None:
+        self.parts = parts
+        self.name = "+".join(part.name for part in parts)
+        self.sizes = [part.memory_size for part in parts]
+        self.memory_size = sum(self.sizes)
+        self.fills_all = any(part.fills_all for part in parts)
+
+    def learn(
+        self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor
+    ) -> None:
+        for part, own_BM in zip(self.parts, memory_BM.split(self.sizes, dim=1)):
+            part.learn(own_BM, before_B, window_BW, choices_BW)
+
+    def fill(self, memory_BM: torch.Tensor, draft: Draft) -> Draft:
+        for part, own_BM in zip(self.parts, memory_BM.split(self.sizes, dim=1)):
+            draft = part.fill(own_BM, draft)
+        return draft
+
+
+CONTEXT = EachPosition(context_tokens, "context")
+STRATEGIES: dict[str, Guess] = {
+    strategy.name: strategy
+    for strategy in (CONTEXT, EachPosition(filler_tokens, "filler"), PromptLookup(), NgramPool())
+}
+
+
+def make_guess(guess: str | Guess | FreshGuess) -> Guess:
+    """A strategy that fills every window: one as it is, or by the names of its parts, as in ``prompt_lookup+pool+filler``.
+
+    The parts are tried in that order. Random tokens of the context fill what all of them leave empty.
+
+    Raises UsageError for an unknown name, and for parts behind one that leaves nothing empty.
+    """
+    if isinstance(guess, str):
+        guess = _parse(guess)
+    elif not isinstance(guess, Guess):
+        guess = EachPosition(guess, getattr(guess, "__name__", type(guess).__name__))
+    return guess if guess.fills_all else Combination([guess, CONTEXT])
+
+
+def _parse(text: str) -> Guess:
+    names = text.split("+")
+    for name in names:
+        if name not in STRATEGIES:
+            raise UsageError(f"unknown guess {name!r}; choose from {', '.join(STRATEGIES)}, or several joined by +")
+    parts = [STRATEGIES[name] for name in names]
+    for part in parts[:-1]:
+        if part.fills_all:
+            raise UsageError(f"guess {text!r}: {part.name} leaves nothing for those behind it; put it last")
+    return parts[0] if len(parts) == 1 else Combination(parts)

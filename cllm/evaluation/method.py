@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from cllm.decoding import JacobiDecoder
+from cllm.decoding import Guess, JacobiDecoder, make_guess
 from cllm.errors import UsageError
 from cllm.trajectory.hygiene import cut_at_eos
 
@@ -88,23 +88,32 @@ def build_methods(
     *,
     block_size: int,
     window: str = "sliding",
+    guesses: Sequence[Guess] = (),
     eos_ids: Sequence[int],
     seed: int = 0,
 ) -> list[Method]:
-    """The Jacobi engine, the engine at width 1, and the Hugging Face baselines among ``names``.
+    """The Jacobi engine with each of ``guesses``, the engine at width 1, and the Hugging Face baselines among ``names``.
 
+    The first of the guesses (default: random tokens of the context) makes the method ``jacobi``, the others ``jacobi:NAME``.
     Prompt lookup drafts block_size - 1 tokens (at least one), so a forward covers as many positions as our window does.
     """
-    jacobi = JacobiDecoder(model, block_size, eos_token_ids=eos_ids, window=window, seed=seed)  # type: ignore[arg-type]
-    methods: list[Method] = [
-        Engine(jacobi, JACOBI, f"Jacobi {block_size} {window}"),
-        Engine(JacobiDecoder(model, 1, eos_token_ids=eos_ids), AR, "AR"),
-    ]
+    methods: list[Method] = []
+    for guess in guesses or [make_guess("context")]:
+        options: Any = {"window": window, "guess": guess, "seed": seed}
+        jacobi = JacobiDecoder(model, block_size, eos_token_ids=eos_ids, **options)
+        name = f"{JACOBI}:{guess.name}" if methods else JACOBI
+        methods.append(Engine(jacobi, name, f"Jacobi {block_size} {window}, {guess.name}"))
+    methods.append(Engine(JacobiDecoder(model, 1, eos_token_ids=eos_ids), AR, "AR"))
     if GENERATE in names:
         methods.append(HuggingFace(model, eos_ids))
     if PROMPT_LOOKUP in names:
         methods.append(HuggingFace(model, eos_ids, lookup=max(1, block_size - 1)))
     return methods
+
+
+def is_jacobi(method: str) -> bool:
+    """Whether a method of this name is our engine with a window of guesses."""
+    return method.split(":")[0] == JACOBI
 
 
 def pad_left(

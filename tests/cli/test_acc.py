@@ -45,6 +45,17 @@ def run(tmp_path, model, data, *more):
     return json.loads((tmp_path / "answers.accuracy.json").read_text())
 
 
+def test_guesses_change_no_reply_and_belong_to_the_settings(tmp_path, tiny_model_dir, data, capsys):
+    run(tmp_path, tiny_model_dir, data, "--use_consistency_decoding")
+    first = answers(tmp_path)
+    words = (tmp_path, tiny_model_dir, data, "--use_consistency_decoding", "--guess", "pool+prompt_lookup")
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert "guess was 'context' and is 'pool+prompt_lookup+context'" in capsys.readouterr().err
+    assert run(*words, "--no-resume")["settings"]["guess"] == "pool+prompt_lookup+context"
+    assert [row["reply"] for row in answers(tmp_path)] == [row["reply"] for row in first]
+
+
 def answers(tmp_path):
     return [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
 

@@ -53,8 +53,9 @@ def expected(model_dir: Path, conversation: str, tokens: int = 20) -> str:
     return tokenizer.decode(result.token_ids, skip_special_tokens=True)
 
 
-def test_piped(talk, model_dir: Path) -> None:
-    lines, errors = talk("hello")
+@pytest.mark.parametrize("options", [(), ("--guess", "pool+prompt_lookup")], ids=len)
+def test_piped(talk, model_dir: Path, options: tuple[str, ...]) -> None:
+    lines, errors = talk("hello", options=options)
     assert lines == expected(model_dir, "[user]hello\n[assistant]").splitlines() and not errors
 
 

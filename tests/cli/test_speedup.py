@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from commands import refused
 from tiny import save_tiny_checkpoint
 
 from cllm.cli import speedup
@@ -72,6 +74,20 @@ def test_all_methods_against_a_target_model(tmp_path, tiny_model_dir, data, caps
     printed = capsys.readouterr().out
     for text in ("Jacobi 6 sliding", "HF prompt lookup 5", "target model", "NLL under the target", "stationary"):
         assert text in printed
+
+
+def test_every_guess_is_a_method(tmp_path, tiny_model_dir, data, capsys):
+    report = run(tmp_path, tiny_model_dir, data, "--guess", "prompt_lookup", "context", "prompt_lookup")
+    assert list(report["methods"]) == ["jacobi", "jacobi:context", "ar"]
+    assert [figures["same_as_ar"] for figures in report["methods"].values()] == [1.0] * 3
+    assert report["settings"]["guess"] == ["prompt_lookup+context", "context"]
+    printed = capsys.readouterr().out
+    assert printed.count("Jacobi 6 sliding, prompt_lookup+context") == printed.count("Jacobi 6 sliding, context") == 2
+
+
+def test_an_unknown_guess_is_refused_before_anything_is_loaded(tmp_path, data, capsys):
+    words = ("--test_model", tmp_path / "none", "--filename", data, "--guess", "lucky")
+    assert "unknown guess 'lucky'" in refused(capsys, partial(speedup.main, task="gsm8k"), *words)
 
 
 @pytest.mark.parametrize("window", ["sliding", "block"])

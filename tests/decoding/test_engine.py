@@ -12,6 +12,7 @@ from cllm.decoding import JacobiDecoder
 from cllm.errors import UnsupportedModelError, UsageError
 
 CASES_PER_KIND = 60  # 360 over all kinds
+GUESSES = ("context", "filler", "prompt_lookup", "pool", "pool+prompt_lookup", "prompt_lookup+pool+filler")
 
 
 def tiny_model(kind: str = "llama", seed: int = 0, **changes):
@@ -44,7 +45,7 @@ def padded(prompts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_generate(kind):
-    """Seeds, widths 1 to 33, batches of 1 to 5, both paddings, both windows; EOS early, late, never."""
+    """Seeds, widths 1 to 33, batches of 1 to 5, both paddings, both windows, all guesses; EOS early, late, never."""
     checked = 0
     for case in range(CASES_PER_KIND):
         draw = random.Random(f"{kind} {case}")
@@ -54,7 +55,8 @@ def test_equals_generate(kind):
         free = [reference(model, prompt, new_tokens, []) for prompt in prompts]
         eos = draw.choice([[], [free[0][0]], [free[-1][-1], 3], [free[0][len(free[0]) // 2]]])
         expected = [cut(text, eos) for text in free]
-        decoder = JacobiDecoder(model, width, eos_token_ids=eos, window=draw.choice(["sliding", "sliding", "block"]))
+        window, guess = draw.choice(["sliding", "sliding", "block"]), draw.choice(GUESSES)
+        decoder = JacobiDecoder(model, width, eos_token_ids=eos, window=window, guess=guess)
         results = decoder.generate(*padded(prompts, draw.choice(["left", "right"])), max_new_tokens=new_tokens)
         assert [r.token_ids for r in results] == expected, case
         for result in results:

@@ -1,0 +1,76 @@
+"""Guesses from an n-gram pool: what the model chose behind the same tokens in earlier iterations, rejected or not.
+
+Sources: lookahead decoding, arXiv 2402.02057, section 3 (a pool of n-grams from past iterations); token recycling, arXiv
+2408.08696 (successors of single tokens, followed from token to token).
+Shapes: B rows, W window width, E entries, M slots of a row's memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from cllm.decoding.draft import Draft, Guess
+
+SLOTS = 1 << 12  # entries that are remembered of a row
+TOKEN_BITS = 21  # three tokens fit into an int64
+TOKEN_MASK = (1 << TOKEN_BITS) - 1
+NO_TOKEN = TOKEN_MASK  # in front of a token that is a key by itself
+
+
+class NgramPool(Guess):
+    """Remembers, for one and for two tokens in a row, the model's newest choice behind them.
+
+    Windows are filled token by token, each knowing those before it. Behind two tokens that are known a guess is replaced;
+    an empty position is filled behind one, too.
+
+    The memory is a hash table: a slot holds the key's two tokens and the choice, and a new entry takes the place of the old.
+    The last slot is for entries that are not kept.
+    """
+
+    name = "pool"
+    memory_size = SLOTS + 1
+
+    def learn(
+        self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor
+    ) -> None:
+        first_BW = torch.cat([before_B[:, None], window_BW[:, :-1]], dim=1)
+        keys_BE = torch.cat([(NO_TOKEN << TOKEN_BITS) | window_BW, (first_BW << TOKEN_BITS) | window_BW], dim=1)
+        entries_BE = (keys_BE << TOKEN_BITS) | choices_BW.repeat(1, 2)
+        memory_BM.scatter_(1, _newest(slot_of(keys_BE)), entries_BE)
+
+    def fill(self, memory_BM: torch.Tensor, draft: Draft) -> Draft:
+        tokens = list(draft.window_BW.unbind(dim=1))
+        firm_B, filled_B = draft.firm_B, draft.filled_B
+        for at in range(1, len(tokens)):
+            first_B = tokens[at - 2] if at > 1 else draft.before_B
+            single_B, double_B, guess_B = _recall(memory_BM, first_B, tokens[at - 1])
+            empty_B = filled_B == at
+            written_B = (empty_B & single_B) | (double_B & (firm_B <= at) & (at <= filled_B))
+            tokens[at] = torch.where(written_B, guess_B, tokens[at])
+            firm_B = torch.where(written_B, at + 1, firm_B)
+            filled_B = filled_B + (empty_B & written_B)
+        return replace(draft, window_BW=torch.stack(tokens, dim=1), firm_B=firm_B, filled_B=filled_B)
+
+
+def _recall(
+    memory_BM: torch.Tensor, first_B: torch.Tensor, second_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whether a choice behind the second token is known, whether one behind both is, and what it is; all [B]."""
+    keys_B2 = torch.stack([torch.full_like(first_B, NO_TOKEN), first_B], dim=1) << TOKEN_BITS | second_B[:, None]
+    entries_B2 = memory_BM.gather(1, slot_of(keys_B2))
+    single_B, double_B = (entries_B2 >> TOKEN_BITS == keys_B2).unbind(dim=1)
+    behind_one_B, behind_two_B = (entries_B2 & TOKEN_MASK).unbind(dim=1)
+    return single_B, double_B, torch.where(double_B, behind_two_B, behind_one_B)
+
+
+def slot_of(keys: torch.Tensor) -> torch.Tensor:
+    """Where entries with these keys are kept: a hash, 0 .. SLOTS - 1."""
+    return ((keys ^ (keys >> TOKEN_BITS)) * 0x9E3779B1 >> 15) & (SLOTS - 1)
+
+
+def _newest(slots_BE: torch.Tensor) -> torch.Tensor:
+    """The same slots, but the last one (SLOTS) for entries whose slot a later entry takes: which one stays is no accident."""
+    same_BEE = slots_BE[:, :, None] == slots_BE[:, None, :]
+    return torch.where(same_BEE.triu(diagonal=1).any(dim=2), SLOTS, slots_BE)

@@ -1,0 +1,73 @@
+"""Guesses copied from the text: what followed the last tokens when they stood there before.
+
+Source: Saxena 2023, "Prompt lookup decoding" (github.com/apoorvumang/prompt-lookup-decoding).
+Shapes: B rows, W window width, S positions of the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from cllm.decoding.draft import Draft, Guess
+
+LONGEST = 3  # tokens that are looked for at most
+TRUSTED = 2  # as many tokens of verified text, found again, speak louder than guesses that are there
+
+
+class PromptLookup(Guess):
+    """Looks for the last three, two or one tokens in the verified text, and copies what followed them there.
+
+    The tokens in front of the replaceable guesses are looked for first: a match of two or more replaces those guesses. Else
+    the guesses stay, and the tokens in front of the empty positions are looked for. Longer matches come before later ones.
+    """
+
+    name = "prompt_lookup"
+
+    def fill(self, memory_BM: torch.Tensor, draft: Draft) -> Draft:
+        order_W, W = draft.order_W, draft.window_BW.shape[1]
+        text_BS = draft.text_BS.scatter(1, draft.positions_BW, draft.window_BW)
+        firm_end_B, filled_end_B = draft.start_B + draft.firm_B - 1, draft.start_B + draft.filled_B - 1
+        firm_match_B = latest_match(text_BS, firm_end_B, draft.start_B, TRUSTED)
+        filled_match_B = latest_match(text_BS, filled_end_B, draft.start_B, 1)
+        replacing_B = (firm_match_B >= 0) & (draft.firm_B < W)
+        match_B = torch.where(replacing_B, firm_match_B, filled_match_B)
+        from_B = torch.where(replacing_B, draft.firm_B, draft.filled_B)
+        found_B = (match_B >= 0) & (from_B < W)
+
+        copied_BW = continuation(text_BS, match_B, draft.start_B + from_B - 1, draft.positions_BW)
+        return replace(
+            draft,
+            window_BW=torch.where(found_B[:, None] & (order_W >= from_B[:, None]), copied_BW, draft.window_BW),
+            firm_B=torch.where(found_B, W, draft.firm_B),
+            filled_B=torch.where(found_B, W, draft.filled_B),
+        )
+
+
+def latest_match(text_BS: torch.Tensor, end_B: torch.Tensor, limit_B: torch.Tensor, shortest: int) -> torch.Tensor:
+    """The last position before ``limit_B`` (<= ``end_B``) where the tokens that end at ``end_B`` end too: [B], -1 for none.
+
+    The longest match of ``shortest`` to ``LONGEST`` tokens counts.
+    """
+    at_S = torch.arange(text_BS.shape[1], device=text_BS.device)
+    same_BS = at_S < limit_B[:, None]
+    match_B = torch.full_like(end_B, -1)
+    for back in range(LONGEST):
+        token_B1 = text_BS.gather(1, (end_B - back).clamp(min=0)[:, None])
+        same_BS = same_BS & (at_S >= back) & (text_BS.roll(back, dims=1) == token_B1)
+        if back + 1 >= shortest:
+            latest_B = torch.where(same_BS, at_S, -1).amax(dim=1)
+            match_B = torch.where(latest_B >= 0, latest_B, match_B)
+    return match_B
+
+
+def continuation(
+    text_BS: torch.Tensor, match_B: torch.Tensor, end_B: torch.Tensor, positions_BW: torch.Tensor
+) -> torch.Tensor:
+    """What stands at ``positions_BW`` if the text goes on behind ``end_B`` as it did behind ``match_B``: [B, W].
+
+    A copy that reaches ``end_B`` goes on with what it has put there itself, so the text repeats with that period.
+    """
+    ahead_BW = positions_BW - end_B[:, None] - 1
+    return text_BS.gather(1, (match_B[:, None] + 1 + ahead_BW % (end_B - match_B)[:, None]).clamp(min=0))
