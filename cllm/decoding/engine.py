@@ -208,9 +208,7 @@ class JacobiDecoder:
                 if len(running):
                     reach = int(rows.start_B.max()) + self.width
 
-    def _start(
-        self, prompts: Prompts, max_new_tokens: int, samplings: Sequence[Sampling]
-    ) -> tuple[_Rows, torch.Tensor]:
+    def _start(self, prompts: Prompts, max_new_tokens: int, samplings: Sequence[Sampling]) -> tuple[_Rows, torch.Tensor]:
         """The rows before the first forward, and what precedes their windows: [B, P - 1], padded on the left."""
         B, longest = len(prompts), max(map(len, prompts), default=0)
         text = torch.zeros(B, longest + max_new_tokens + 2 * self.width, dtype=torch.long)
@@ -271,9 +269,7 @@ class JacobiDecoder:
             **keep,
         )
         logits_BWV = output.logits[:, -self.width :]
-        return chooser.choose(
-            logits_BWV, rows.text_BS, rows.window_BW, rows.start_B, rows.options_BO, rows.noise_seed_B
-        )
+        return chooser.choose(logits_BWV, rows.text_BS, rows.window_BW, rows.start_B, rows.options_BO, rows.noise_seed_B)
 
     def _advance(self, rows: _Rows, choices_BW: torch.Tensor) -> Iteration:
         """Accept what the forward verified, move the windows on, fill them up. No value leaves the device."""
