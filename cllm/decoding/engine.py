@@ -336,9 +336,7 @@ class JacobiDecoder:
             **keep,
         )
         logits_BWV = output.logits[:, -self.width :]
-        return chooser.choose(
-            logits_BWV, rows.text_BS, rows.window_BW, rows.start_B, rows.options_BO, rows.noise_seed_B
-        )
+        return chooser.choose(logits_BWV, rows.text_BS, rows.window_BW, rows.start_B, rows.options_BO, rows.noise_seed_B)
 
     def _advance(self, rows: _Rows, choices_BW: torch.Tensor) -> Iteration:
         """Accept what the forward verified, move the windows on, fill them up. No value leaves the device."""

@@ -90,7 +90,12 @@ def test_draws_depend_on_the_seed_and_the_question_alone(tmp_path, tiny_model_di
     plain = run(tmp_path, tiny_model_dir, data, *options, "--batch_size", "1")
     assert "autoregressive decoding, temperature 0.9, top_k 50, top_p 0.95, float32" in capsys.readouterr().out
     assert plain["settings"]["sampling"] == {
-        "temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0
+        "temperature": 0.9,
+        "top_k": 50,
+        "top_p": 0.95,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "seed": 0,
     }
     first = {row["id"]: row["reply"] for row in answers(tmp_path)}
     run(tmp_path, tiny_model_dir, data, *options, "--no-resume", "--use_consistency_decoding")
