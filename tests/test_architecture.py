@@ -12,6 +12,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 LAYERS = (  # from the bottom; a module may import its own layer and those below
     {"errors"},
     {"files", "checkpoints"},
+    {"result_file"},
     {"tasks", "scoring"},
     {"attention", "prompts", "models"},
     {"packing", "decoding", "reference"},

@@ -13,6 +13,7 @@ COMMANDS = {
     "speedup": "measure tokens per forward and tokens per second against AR decoding",
     "tune": "find the window width that is fastest on this device",
     "acc": "measure accuracy on a task",
+    "generate": "answer a file of prompts",
     "chat": "talk to a model",
     "fastchat": "FastChat's chat and model worker with our decoder (needs fschat)",
     "tasks": "list the tasks with their data, metric and prompt templates",

@@ -216,19 +216,19 @@ class JacobiDecoder:
         finally:
             self.model.train(training)
 
-    # ------------------------------------------------------------- internals
+    def check(self, request: Request, name: str = "the prompt") -> None:
+        """Raise UsageError, calling the prompt ``name``, where a request cannot be decoded."""
+        length = len(request.prompt)
+        if request.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be >= 1, got {request.max_new_tokens}")
+        if length == 0:
+            raise UsageError(f"{name} is empty; decoding needs at least one token to start from")
+        if self.context is not None and length >= self.context:
+            raise UsageError(
+                f"{name} has {length} tokens, which leaves no room in the model's context of {self.context}"
+            )
 
-    def _check(self, requests: Sequence[Request], first: int) -> None:
-        for number, request in enumerate(requests, first):
-            length = len(request.prompt)
-            if request.max_new_tokens < 1:
-                raise UsageError(f"max_new_tokens must be >= 1, got {request.max_new_tokens}")
-            if length == 0:
-                raise UsageError(f"prompt {number} is empty; decoding needs at least one token to start from")
-            if self.context is not None and length >= self.context:
-                raise UsageError(
-                    f"prompt {number} has {length} tokens, which leaves no room in the model's context of {self.context}"
-                )
+    # ------------------------------------------------------------- internals
 
     def _loop(self, feed: Feed) -> Iterator[Iteration]:
         rows, cache = self._start([], 0)[0], RowCache()
@@ -240,7 +240,8 @@ class JacobiDecoder:
                 inside = rows.ids_B[running].tolist()
                 samplings = {row: samplings[row] for row in inside}
                 if requests := feed(inside):
-                    self._check(requests, fed)
+                    for number, request in enumerate(requests, fed):
+                        self.check(request, f"prompt {number}")
                     new, prefix_BT = self._start(requests, fed)
                     own = RowCache()
                     chooser = Chooser([request.sampling for request in requests])

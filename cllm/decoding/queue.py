@@ -35,8 +35,7 @@ class Queue:
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, RowResult]]:
         """Results as their rows finish, each with the number of its request, counted from 0.
 
-        Requests are read as they are needed. Raises UsageError for one that alone needs more than ``max_slots``, and as
-        :meth:`JacobiDecoder.flow` does.
+        Requests are read as they are needed. Raises UsageError for one that :meth:`check` refuses.
         """
         source = enumerate(requests)
         tally = Tally(self.decoder.eos_ids.tolist())
@@ -64,12 +63,21 @@ class Queue:
             tally.add(iteration)
         yield from results()
 
+    def check(self, request: Request, name: str = "the prompt") -> None:
+        """Raise UsageError, calling the prompt ``name``, for a request that can never be decoded here."""
+        self.decoder.check(request, name)
+        slots = self._slots(request)
+        if self.max_slots is not None and slots > self.max_slots:
+            raise UsageError(f"{name} may need {slots} cache slots, which is more than max_slots {self.max_slots}")
+
     def _take(self, source: Iterator[tuple[int, Request]], running: list[Request]) -> list[tuple[int, Request]]:
         """The next requests that there is room for beside those running, the longest first, so that none is left over."""
         if len(running) >= self.batch_size:
             return []
         if len(self._waiting) < self.batch_size:
-            self._waiting += islice(source, LOOKAHEAD * self.batch_size)
+            for number, request in islice(source, LOOKAHEAD * self.batch_size):
+                self.check(request, f"prompt {number}")
+                self._waiting.append((number, request))
             self._waiting.sort(key=lambda item: (self._slots(item[1]), -item[0]))
         taken: list[tuple[int, Request]] = []
         while self._waiting and len(running) + len(taken) < self.batch_size:
@@ -80,12 +88,7 @@ class Queue:
         return taken
 
     def _fits(self, requests: list[Request]) -> bool:
-        if self.max_slots is None:
-            return True
-        longest = max(map(self._slots, requests))
-        if longest > self.max_slots:
-            raise UsageError(f"a request may need {longest} cache slots, which is more than max_slots {self.max_slots}")
-        return len(requests) * longest <= self.max_slots
+        return self.max_slots is None or len(requests) * max(map(self._slots, requests)) <= self.max_slots
 
     def _slots(self, request: Request) -> int:
         """How long its text may become, the window behind it included."""

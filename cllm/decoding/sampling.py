@@ -7,9 +7,10 @@ Shapes: B rows, W window width, S positions of the text, V vocabulary, O options
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -49,6 +50,11 @@ class Sampling:
             raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+
+    def of(self, name: str) -> Sampling:
+        """The same with a seed of its own, which depends on this one's seed and on ``name`` alone."""
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        return replace(self, seed=int.from_bytes(digest[:8]) >> 1)
 
     def options(self) -> tuple[float, ...]:
         """The O numbers that a :class:`Chooser` needs of a row. A greedy row keeps every token."""

@@ -83,7 +83,7 @@ def test_the_cache_keeps_to_its_bound() -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "max_slots", "message"),
-    [(0, None, "batch_size must be >= 1, got 0"), (2, 10, "may need 16 cache slots, which is more than max_slots 10")],
+    [(0, None, "batch_size must be >= 1, got 0"), (2, 10, "prompt 0 may need 16 cache slots, which is more than max_slots 10")],
 )
 def test_bad_bounds(batch_size: int, max_slots: int | None, message: str) -> None:
     decoder = JacobiDecoder(tiny_model(), 4)

@@ -1,0 +1,135 @@
+"""``cllm generate``: answer a file of prompts."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cllm.cli.command import (
+    add_guess_option,
+    add_model_options,
+    add_sampling_options,
+    command,
+    parser,
+    positive,
+    sampling_of,
+)
+from cllm.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+
+def options() -> argparse.ArgumentParser:
+    result = parser(
+        "Answer a file of prompts by Jacobi decoding with continuous batching. Run again, it goes on where it was stopped.",
+        "cllm generate",
+    )
+    add_model_options(result, "--model")
+    result.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="JSONL or a JSON list, plain or .gz: rows with `prompt` or `messages`, and, if wanted, `id` and `max_tokens`",
+    )
+    result.add_argument(
+        "--output", required=True, metavar="FILE", help="JSONL of {id, reply, tokens, forwards, stop}, as they finish"
+    )
+    result.add_argument("--block_size", type=positive, help="default: what `cllm tune` or the training stored, else 16")
+    result.add_argument("--max_tokens", type=positive, default=512, help="new tokens per reply at most")
+    result.add_argument("--batch_size", type=positive, default=8, help="prompts decoded together at most")
+    result.add_argument(
+        "--max_slots", type=positive, help="bound of the key-value cache: prompts together times the longest text, in tokens"
+    )
+    add_guess_option(result)
+    add_sampling_options(result)
+    result.add_argument("--seed", type=int, default=0, help="of the draws and the fresh guesses")
+    result.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="keep the replies of an earlier run"
+    )
+    return result
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = options().parse_args(argv)
+    sampling = sampling_of(args, args.seed)
+    from cllm.decoding import JacobiDecoder, make_guess
+    from cllm.evaluation.environment import check_writable
+    from cllm.models import default_width, load_model, load_tokenizer, read_record, stop_token_ids
+    from cllm.prompts import PLACE, choose_template
+    from cllm.result_file import ResultFile
+
+    guess = make_guess(args.guess)
+    check_writable(args.output)
+    total, bad = _count(args.prompts)
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation)
+    record = read_record(model.config)
+    template = choose_template(args.prompt_template, PLACE, tokenizer, record)
+    width = args.block_size or default_width(record)
+    stops = stop_token_ids(model, tokenizer, template)
+    decoder = JacobiDecoder(model, width, eos_token_ids=stops, guess=guess, seed=args.seed)
+    settings = {
+        "model": args.model,
+        "prompt_template": template.text,
+        "max_tokens": args.max_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "sampling": asdict(sampling),
+    }
+    results = ResultFile(args.output, settings, args.resume, "--output")
+    _answer(args, results, decoder, (tokenizer, template), total, sampling)
+    errors = sum("error" in row for row in results.rows.values())
+    print(f"{len(results.rows) - errors} replies in {args.output}")
+    for reason, number in {"prompts that cannot be answered (see `error`)": errors, **bad}.items():
+        if number:
+            print(f"  {number} {reason}")
+
+
+def _count(path: str) -> tuple[int, Counter[str]]:
+    """How many prompts a file has, and its bad rows by reason. Raises UsageError where there is no prompt."""
+    from cllm.serving.offline import Prompt, read_prompts
+
+    total, bad = 0, Counter[str]()
+    for item in read_prompts(path):
+        if isinstance(item, Prompt):
+            total += 1
+            continue
+        bad[f"rows passed over: {item.reason}"] += 1
+        logger.warning("%s: passed over %s", path, item)
+    if not total:
+        raise UsageError(f"no prompt in {path}; expected rows with `prompt` or `messages`")
+    return total, bad
+
+
+def _answer(args: argparse.Namespace, results: Any, decoder: Any, text: tuple, total: int, sampling: Any) -> None:
+    """Answer what has no result yet; out of memory, go on with half the batch."""
+    import torch
+    from tqdm import tqdm
+
+    from cllm.decoding import Queue
+    from cllm.serving.offline import Prompt, answer, read_prompts
+
+    def waiting() -> Iterator[Prompt]:
+        for item in read_prompts(args.prompts):
+            if isinstance(item, Prompt) and item.id not in results.rows:
+                yield item
+
+    size = args.batch_size
+    with tqdm(total=total, initial=len(results.rows), unit="reply", file=sys.stderr, disable=None) as bar:
+        while True:
+            queue = Queue(decoder, size, args.max_slots)
+            try:
+                for row in answer(queue, *text, waiting(), max_tokens=args.max_tokens, sampling=sampling):
+                    results.append([row])
+                    bar.update()
+                return
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = max(1, size // 2)
+                logger.warning("out of memory; going on with --batch_size %d", size)

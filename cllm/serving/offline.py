@@ -1,0 +1,109 @@
+"""Answering a file of prompts by continuous batching."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from cllm.decoding import GREEDY, Queue, Request, Sampling
+from cllm.errors import UsageError
+from cllm.files import BadRow, StrPath, read_rows
+from cllm.prompts import PromptTemplate
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation to go on with."""
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    max_tokens: int | None = None  # None: what the run allows
+
+
+def read_prompts(path: StrPath) -> Iterator[Prompt | BadRow]:
+    """The rows of a JSONL file or JSON list, plain or ``.gz``, read lazily.
+
+    A row has ``prompt``, a text, or ``messages``, a conversation that ends with a user's turn; it may have an ``id``
+    (default: its number) and ``max_tokens``. Raises UsageError when the file cannot be read.
+    """
+    seen: set[str] = set()
+    for number, row in read_rows(path):
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            prompt = _prompt(row, number)
+        except ValueError as error:
+            yield BadRow(number, str(error))
+            continue
+        if prompt.id in seen:
+            yield BadRow(number, "id given twice", prompt.id)
+            continue
+        seen.add(prompt.id)
+        yield prompt
+
+
+def _prompt(row: Mapping[str, Any], number: int) -> Prompt:
+    messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
+    if "messages" not in row and "prompt" not in row:
+        raise ValueError("neither prompt nor messages")
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError("prompt is no text, or messages are no list of {role, content}")
+    if messages[-1]["role"] != "user":
+        raise ValueError("the last message is not the user's")
+    most = row.get("max_tokens")
+    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise ValueError("max_tokens is no integer >= 1")
+    return Prompt(str(row.get("id", number)), tuple(messages), most)
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        return False
+    content = message.get("content")
+    return isinstance(content, str) and bool(content.strip())
+
+
+def answer(
+    queue: Queue,
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    prompts: Iterable[Prompt],
+    *,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+) -> Iterator[dict[str, Any]]:
+    """Rows ``{id, reply, tokens, forwards, stop}`` as they finish.
+
+    A prompt that cannot be answered (refused by the template, no room in the context or in the cache) gives
+    ``{id, error}`` and troubles no other. Each prompt draws with a seed of its own, made of ``sampling.seed`` and its id.
+    """
+    names: dict[int, str] = {}
+    numbers = count()
+    refused: list[dict[str, Any]] = []
+
+    def requests() -> Iterator[Request]:
+        for prompt in prompts:
+            try:
+                ids = template.encode(prompt.messages, tokenizer)
+                request = Request(ids, prompt.max_tokens or max_tokens, sampling.of(prompt.id))
+                queue.check(request)
+            except UsageError as error:
+                refused.append({"id": prompt.id, "error": str(error)})
+                continue
+            names[next(numbers)] = prompt.id
+            yield request
+
+    for number, result in queue.run(requests()):
+        yield from refused
+        refused.clear()
+        reply = tokenizer.decode(result.token_ids, skip_special_tokens=True)
+        facts = {"tokens": len(result.token_ids), "forwards": result.forwards, "stop": result.stop}
+        yield {"id": names.pop(number), "reply": reply} | facts
+    yield from refused
