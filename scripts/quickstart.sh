@@ -11,7 +11,7 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 TRAIN=192 TEST=24
+BLOCK=8 LENGTH=80 TRAIN=144 TEST=24
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
