@@ -279,7 +279,9 @@ def configured(args: argparse.Namespace) -> Judge | None:
         return None
     if args.judge_parallel < 1:
         raise UsageError(f"--judge_parallel must be >= 1, got {args.judge_parallel}")
-    key = os.environ.get(KEY_VARIABLE)
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{KEY_VARIABLE} must be printable ASCII characters, and has others")
     if args.judge_base_url is None and not key:
         raise UsageError(f"the judge at {DEFAULT_URL} needs a key; set {KEY_VARIABLE}, or pass --judge_base_url")
     return Judge(
