@@ -24,6 +24,7 @@ Row = dict[str, Any]  # one line of the answer file
 TOO_LONG = "prompt too long"
 MOST_GROUPS = 20  # values of a tag; one with more is no grouping
 NEEDED = ("id", "question", "target", "reply")
+TEXTS = ("id", "question", "reply")  # of these
 
 
 class AnswerFile:
@@ -98,6 +99,9 @@ def checked_answers(rows: list[Row], path: str | Path) -> list[Row]:
         missing = [name for name in NEEDED if name not in row]
         if missing:
             raise UsageError(f"{path} is not a file of answers: a row has no {', '.join(missing)}")
+        no_texts = [name for name in TEXTS if not isinstance(row[name], str)]
+        if no_texts:
+            raise UsageError(f"{path} is not a file of answers: {', '.join(no_texts)} of row {row['id']!r} is not text")
     return rows
 
 

@@ -154,12 +154,11 @@ def _fills(node: ast.stmt, assigned: set[str]) -> bool:
     """Whether a statement puts something into a table: ``T.append(x)``, ``T[i] = x``, or a loop of such."""
     if isinstance(node, ast.For):
         return all(_fills(inner, assigned) for inner in node.body)
-    if isinstance(node, ast.Assign):
-        places = [target for target in node.targets if isinstance(target, ast.Subscript)]
-    else:
-        call = node.value if isinstance(node, ast.Expr) else None
-        places = [call.func] if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) else []
-    return any(isinstance(place.value, ast.Name) and place.value.id in assigned for place in places)
+    place = node.targets[0] if isinstance(node, ast.Assign) else None
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        place = node.value.func
+    table = place.value if isinstance(place, ast.Subscript | ast.Attribute) else None
+    return isinstance(table, ast.Name) and table.id in assigned
 
 
 def _body(reply: str, prompt: str, name: str) -> str | None:

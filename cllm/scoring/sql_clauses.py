@@ -1,9 +1,9 @@
 """A query as clauses that can be compared: Spider's exact set match (Yu et al. 2018), on top of sqlglot.
 
 As in the official evaluator, values and DISTINCT do not count, nor does the order of columns, tables and conditions;
-columns that a foreign key ties are the same; of LIMIT only its presence counts, and of the directions of ORDER BY the last
-one that is written. The official evaluator cannot read outer joins; here they have to be the same. A nested query is compared by the same
-rules, where the official evaluator compares it letter by letter.
+columns that a foreign key ties are the same; of LIMIT only its presence counts, and of the directions of ORDER BY the
+last one that is written. A nested query is compared by the same rules, where the official evaluator compares it letter
+by letter; outer joins, which that one cannot read, have to be the same.
 """
 
 from __future__ import annotations

@@ -209,7 +209,9 @@ def _tags(query: str) -> dict[str, str]:
 
 def _is_name(database: str) -> bool:
     """Whether a database's id can be a folder's name, and leads nowhere else."""
-    return len(database.encode("utf-8", "replace")) <= LONGEST_NAME and bool(database.strip(". ")) and not set(database) & set("/\\\0:")
+    if len(database.encode("utf-8", "replace")) > LONGEST_NAME:
+        return False
+    return bool(database.strip(". ")) and not set(database) & set("/\\\0:")
 
 
 def _rows_file(path: Path, split: str) -> Path:

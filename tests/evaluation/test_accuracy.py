@@ -104,6 +104,12 @@ def test_rows_that_are_no_answers_are_refused():
         accuracy.checked_answers([{"id": 1}], "x.jsonl")
 
 
+@pytest.mark.parametrize("field", ["id", "question", "reply"])
+def test_answers_are_text(field):
+    with pytest.raises(UsageError, match=rf"x.jsonl is not a file of answers: {field} of row .* is not text"):
+        accuracy.checked_answers([row() | {field: None}], "x.jsonl")
+
+
 def test_summary_of_hand_made_rows():
     rows = [
         row("a", "#### 18", tokens=8, forwards=4),

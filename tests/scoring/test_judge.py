@@ -230,8 +230,11 @@ def test_parameters_that_a_model_does_not_take():
         ]
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8000", "ftp://x/v1", "", "http://[::1/v1", "http://h:abc/v1", "http://h/v 1",
-                                 "http://h/v\u00f6", "http://:80/v1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "localhost:8000", "ftp://x/v1", "", "http://[::1/v1", "http://h:abc/v1", "http://h/v 1",
+     "http://h/v\u00f6", "http://:80/v1"],
+)  # fmt: skip
 def test_only_http(url):
     with pytest.raises(UsageError, match="must look like http"):
         Endpoint(url, "m")
