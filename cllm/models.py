@@ -55,7 +55,7 @@ def load_model(
         model, info = loaded
         model = model.to(device).eval()
     except Exception as error:  # damaged files make the libraries raise nearly anything
-        raise UsageError(f"cannot load a causal language model from {path!r}: {_first_line(error)}") from error
+        raise UsageError(f"cannot load a causal language model from {path!r}: {first_line(error)}") from error
     unfit = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if unfit:
         some = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
@@ -73,7 +73,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # as in load_model
         bare = Path(path).is_dir() and not [*Path(path).glob("*token*"), *Path(path).glob("vocab*")]
-        reason = "it has no tokenizer files" if bare else _first_line(error)
+        reason = "it has no tokenizer files" if bare else first_line(error)
         raise UsageError(f"cannot load a tokenizer from {path!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {path!r} has no end-of-sequence token, so no response could ever end")
@@ -154,7 +154,7 @@ def _without_loading_bar() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's message, and the next where the first only leads to it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -25,7 +25,7 @@ class Echo(Task):
     name, description, fields, metric = "echo", "say it again", "text", "same"
     plain_template, default_question = "Say: {question}\\n", "Hello?"
     export_format = "lines"
-    loud = False
+    loud = strict = False
 
     def read(self, rows, split):
         for number, row in rows:
@@ -47,14 +47,18 @@ class Echo(Task):
 
     def add_options(self, options, command):
         options.add_argument("--loud", action="store_true", help=f"upper case ({command})")
+        options.add_argument("--strict", action="store_true")
 
     def configure(self, args):
         task = copy.copy(self)
-        task.loud = args.loud
+        task.loud, task.strict = args.loud, args.strict
         return task
 
     def settings(self):
         return {"loud": True} if self.loud else {}
+
+    def scoring_settings(self):
+        return {"strict": True} if self.strict else {}
 
     def export(self, rows, path):
         path.write_text("".join(json.dumps(row["replies"]) + "\\n" for row in rows))
@@ -141,6 +145,10 @@ def test_a_fifth_task_goes_all_the_way(tmp_path, echo, data, capsys):
     assert len(exported) == 12 and str(tmp_path / "answers.export.jsonl") in printed
     assert "echoes" in printed and "together" in printed
 
+    acc.main([*command, "--strict"])
+    assert "scored with strict=True" in capsys.readouterr().out
+    report = json.loads((tmp_path / "answers.accuracy.json").read_text())
+    assert report["settings"]["scoring_options"] == {"strict": True}
     with pytest.raises(SystemExit):
         acc.main([*command, "--loud"])
     assert "task_options" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
         "cllm acc" if task is None else "acc.py",
     )
     add_task_option(result, task, "acc", argv)
-    add_model_options(result, "--model_dir")
+    add_model_options(result, "--model_dir", required=False)
     result.add_argument(
         "--use_consistency_decoding", action="store_true", help="Jacobi decoding; without it, autoregressive decoding"
     )
@@ -54,7 +54,8 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     )
     result.add_argument(
         "--filename",
-        help="rows to answer; default: ./test.jsonl or ./test.jsonl.gz if there, else the hub's test split",
+        help="rows to answer; default: ./test.jsonl or ./test.jsonl.gz if there, else the task's own test rows: "
+        "those of the hub, or of an installed package",
     )
     result.add_argument("--data_size", type=positive, help="questions at most")
     result.add_argument("--batch_size", type=positive, default=8, help="questions answered together")
@@ -63,7 +64,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     result.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="keep the answers of an earlier run"
     )
-    result.add_argument("--eval_only", action="store_true", help="score the answers there are, without the model")
+    result.add_argument("--eval_only", action="store_true", help="score the answers there are; needs no --model_dir")
     result.add_argument("--results", help="JSON file of scores; default: OUTPUT_FILE_NAME's name with .accuracy.json")
     result.add_argument(
         "--export",
@@ -76,7 +77,10 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
 
 @command
 def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
-    args = options(task, argv).parse_args(argv)
+    words = options(task, argv)
+    args = words.parse_args(argv)
+    if args.model is None and not args.eval_only:
+        words.error("the following arguments are required: --model_dir")
     sampling_of(args, args.seed)  # an option that is out of range is refused before anything is loaded
     import torch
 
@@ -102,10 +106,15 @@ def rescore(args: argparse.Namespace) -> dict[str, Any]:
     from cllm.evaluation import accuracy
     from cllm.evaluation.environment import environment
     from cllm.files import read_jsonl_tolerant
+    from cllm.result_file import read_settings
     from cllm.tasks import get_task
 
     if args.data_size:
         raise UsageError("--eval_only scores every answer there is; leave out --data_size")
+    settings = read_settings(args.output_file_name) or {"task": args.task, "model": args.model}
+    if settings.get("task") != args.task:
+        raise UsageError(f"{args.output_file_name} holds answers of task {settings.get('task')!r}, not {args.task!r}")
+    args.model = settings.get("model")
     task = get_task(args.task).configure(args)
     _check_export(args, task)
     found = read_jsonl_tolerant(args.output_file_name)
@@ -114,10 +123,12 @@ def rescore(args: argparse.Namespace) -> dict[str, Any]:
     answers = accuracy.checked_answers(task.answers(found, _questions(args, task)), args.output_file_name)
     rows = {row["id"]: row for row in answers}
     chosen = accuracy.select(map(accuracy.example_of, answers), task, args.dev_set, None)
-    settings = accuracy.read_settings(args.output_file_name) or {"task": task.name, "model": args.model}
+    if strange := [example.id for example in chosen if not task.judgeable(example)]:
+        raise UsageError(f"{args.output_file_name} holds answers that are none of task {task.name!r}, such as {strange[0]}")
     scored = accuracy.rescore(task, [rows[e.id] for e in chosen])
     summary = accuracy.summarise(task, scored, seed=args.seed)
-    report = {"settings": settings | {"dev_set": args.dev_set}, "environment": environment("cpu"), "summary": summary}
+    settings |= {"dev_set": args.dev_set} | _scoring(task)
+    report = {"settings": settings, "environment": environment("cpu"), "summary": summary}
     return _finish(args, task, scored, report)
 
 
@@ -211,13 +222,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "dev_set": args.dev_set,
             "num_samples": task.num_samples,
             "batch_size": args.batch_size,
-        },
+        }
+        | _scoring(task),
         "environment": environment(model.device),
         "record": record,
         "bad_rows": dict(stream.bad),
         "summary": accuracy.summarise(task, scored, seed=args.seed),
     }
     return _finish(args, task, scored, report)
+
+
+def _scoring(task: Any) -> dict[str, Any]:
+    """How the answers are scored now, whatever an earlier run did."""
+    options = task.scoring_settings()
+    return {"scoring_options": options} if options else {}
 
 
 def _check_export(args: argparse.Namespace, task: Any) -> None:
@@ -277,13 +295,17 @@ def render(report: dict[str, Any]) -> str:
     count = f"{summary['answers']} questions"
     if settings.get("num_samples", 1) > 1:
         count = f"{summary['answers']} answers ({settings['num_samples']} samples of each question)"
-    head = [f"{settings.get('model')} on {settings.get('task')}, {count}; brackets: 95% intervals"]
+    model = settings.get("model") or "unknown model"
+    head = [f"{model} on {settings.get('task')}, {count}; brackets: 95% intervals"]
     if "block_size" in settings:
         width = settings["block_size"]
         decoding = f"Jacobi decoding, block size {width}" if width > 1 else "autoregressive decoding"
         prompts = PromptTemplate(settings["prompt_template"]).label
         choices = Sampling(**settings.get("sampling", {})).label
         head.append(f"{decoding}, {choices}, {settings['dtype']}, {prompts}, up to {settings['max_tokens']} new tokens")
+    if "scoring_options" in settings:
+        facts = [f"{name}={value}" for name, value in settings["scoring_options"].items()]
+        head.append(f"scored with {', '.join(facts)}")
     review = [_review_table(report["review"])] if report.get("review") else []
     return "\n".join([*head, "", _table(summary), *review, *_notes(report)])
 

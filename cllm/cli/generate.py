@@ -6,9 +6,9 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import (
     add_guess_option,
@@ -20,6 +20,12 @@ from cllm.cli.command import (
     sampling_of,
 )
 from cllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from cllm.result_file import ResultFile
+    from cllm.serving.offline import Prompt
+
+    Answers = Callable[[int, Iterable[Prompt]], Iterator[dict[str, Any]]]  # batch size, prompts -> rows
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +64,12 @@ def options() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = options().parse_args(argv)
     sampling = sampling_of(args, args.seed)
-    from cllm.decoding import JacobiDecoder, make_guess
+    from cllm.decoding import JacobiDecoder, Queue, make_guess
     from cllm.evaluation.environment import check_writable
     from cllm.models import default_width, load_model, load_tokenizer, read_record, stop_token_ids
     from cllm.prompts import PLACE, choose_template
     from cllm.result_file import ResultFile
+    from cllm.serving.offline import answer
 
     guess = make_guess(args.guess)
     check_writable(args.output)
@@ -82,7 +89,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sampling": asdict(sampling),
     }
     results = ResultFile(args.output, settings, args.resume, "--output")
-    _answer(args, results, decoder, (tokenizer, template), total, sampling)
+
+    def answers(size: int, prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
+        queue = Queue(decoder, size, args.max_slots)
+        return answer(queue, tokenizer, template, prompts, max_tokens=args.max_tokens, sampling=sampling)
+
+    _answer(args, results, answers, total)
     errors = sum("error" in row for row in results.rows.values())
     print(f"{len(results.rows) - errors} replies in {args.output}")
     for reason, number in {"prompts that cannot be answered (see `error`)": errors, **bad}.items():
@@ -106,13 +118,12 @@ def _count(path: str) -> tuple[int, Counter[str]]:
     return total, bad
 
 
-def _answer(args: argparse.Namespace, results: Any, decoder: Any, text: tuple, total: int, sampling: Any) -> None:
+def _answer(args: argparse.Namespace, results: ResultFile, answers: Answers, total: int) -> None:
     """Answer what has no result yet; out of memory, go on with half the batch."""
     import torch
     from tqdm import tqdm
 
-    from cllm.decoding import Queue
-    from cllm.serving.offline import Prompt, answer, read_prompts
+    from cllm.serving.offline import Prompt, read_prompts
 
     def waiting() -> Iterator[Prompt]:
         for item in read_prompts(args.prompts):
@@ -122,9 +133,8 @@ def _answer(args: argparse.Namespace, results: Any, decoder: Any, text: tuple, t
     size = args.batch_size
     with tqdm(total=total, initial=len(results.rows), unit="reply", file=sys.stderr, disable=None) as bar:
         while True:
-            queue = Queue(decoder, size, args.max_slots)
             try:
-                for row in answer(queue, *text, waiting(), max_tokens=args.max_tokens, sampling=sampling):
+                for row in answers(size, waiting()):
                     results.append([row])
                     bar.update()
                 return

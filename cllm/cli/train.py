@@ -16,7 +16,9 @@ class RunArguments:
     """What to train from."""
 
     model: str = field(metadata={"help": "the target model: checkpoint folder or hub name"})
-    trajectories: str = field(metadata={"help": "a folder that `cllm collect` wrote, or a published JSON file"})
+    trajectories: str = field(
+        metadata={"help": "a folder that `cllm collect` wrote, a published JSON file, or a hub name of either"}
+    )
     block_size: int | None = field(
         default=None, metadata={"help": "block size n; default: the one the trajectories were collected with"}
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,38 +15,25 @@ from cllm.errors import UsageError
 from cllm.evaluation.interval import ratio_interval
 from cllm.evaluation.prompt import Prompt, batches
 from cllm.evaluation.quality import mean_interval
-from cllm.files import append_jsonl, read_jsonl_tolerant, write_json
+from cllm.files import StrPath
 from cllm.prompts import PromptTemplate
+from cllm.result_file import ResultFile, Row, plain
 from cllm.tasks.base import Example, Message, Task
 
-Row = dict[str, Any]  # one line of the answer file
 TOO_LONG = "prompt too long"
 MOST_GROUPS = 20  # values of a tag; one with more is no grouping
 NEEDED = ("id", "question", "target", "reply")
+TEXTS = ("id", "question", "reply")  # of these
 
 
-class AnswerFile:
-    """An append-only JSONL file of answers, and beside it the settings that made them.
+class AnswerFile(ResultFile):
+    """The answers to a task's examples, by example id."""
 
-    Opened for an earlier run's file it takes that run's answers over, by example id. Raises UsageError, naming each
-    difference, if the settings are not the same, and if the file is there without its settings.
-    """
+    def __init__(self, path: StrPath, settings: Mapping[str, Any], resume: bool = True) -> None:
+        super().__init__(path, settings, resume, option="--output_file_name")
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], resume: bool = True) -> None:
-        self.path = Path(path)
-        self.settings_path = settings_path(self.path)
-        self.rows: dict[str, Row] = {}
-        if not resume:
-            self.path.unlink(missing_ok=True)
-        if self.path.exists() and self.path.stat().st_size:
-            self._check(settings)
-            self.rows = {row["id"]: row for row in checked_answers(read_jsonl_tolerant(self.path), self.path)}
-        write_json(self.settings_path, dict(settings))
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Store rows; they are on the disk when this returns."""
-        append_jsonl(self.path, rows)
-        self.rows.update((row["id"], row) for row in rows)
+    def read(self) -> list[Row]:
+        return checked_answers(super().read(), self.path)
 
     def has(self, example: Example) -> bool:
         """Whether the example was answered. Raises UsageError if the file answers another question under its id."""
@@ -55,41 +41,12 @@ class AnswerFile:
         if row is None:
             return False
         asked = (row["question"], row.get("follow_ups", []), row["target"])
-        if asked != (question_of(example), list(example.follow_ups), _plain(example.target)):
+        if asked != (question_of(example), list(example.follow_ups), plain(example.target)):
             raise UsageError(
                 f"{self.path} answers another question as {example.id}; it belongs to another --filename. "
                 "Choose another --output_file_name, or pass --no-resume to start anew"
             )
         return True
-
-    def _check(self, settings: Mapping[str, Any]) -> None:
-        earlier = read_settings(self.path)
-        if earlier is None:
-            raise UsageError(
-                f"{self.path} exists, but not {self.settings_path.name}, which would say how it was made; "
-                "choose another --output_file_name, or pass --no-resume to overwrite it"
-            )
-        now = _plain(dict(settings))
-        keys = [key for key in {**earlier, **now} if earlier.get(key) != now.get(key)]
-        if keys:
-            differences = "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in keys)
-            raise UsageError(
-                f"{self.path} was made with other settings: {differences}. "
-                "Choose another --output_file_name, or pass --no-resume to overwrite it"
-            )
-
-
-def settings_path(answers: Path) -> Path:
-    return answers.with_name(answers.name + ".settings.json")
-
-
-def read_settings(answers: Path) -> dict[str, Any] | None:
-    """The settings that made an answer file, None where they are missing or damaged."""
-    try:
-        value = json.loads(settings_path(answers).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def checked_answers(rows: list[Row], path: str | Path) -> list[Row]:
@@ -98,6 +55,9 @@ def checked_answers(rows: list[Row], path: str | Path) -> list[Row]:
         missing = [name for name in NEEDED if name not in row]
         if missing:
             raise UsageError(f"{path} is not a file of answers: a row has no {', '.join(missing)}")
+        no_texts = [name for name in TEXTS if not isinstance(row[name], str)]
+        if no_texts:
+            raise UsageError(f"{path} is not a file of answers: {', '.join(no_texts)} of row {row['id']!r} is not text")
     return rows
 
 
@@ -118,7 +78,7 @@ def answer(
     batch. An example with follow-ups is a conversation: each of them is asked, through ``template``, with the replies so far.
     """
     for batch in batches(sorted(prompts, key=lambda prompt: len(prompt.ids)), batch_size):
-        samplings = [replace(sampling, seed=sample_seed(prompt.example, sampling.seed)) for prompt in batch]
+        samplings = [sampling.of(prompt.example.id) for prompt in batch]
         turns = _converse(decoder, tokenizer, batch, template, max_new_tokens, samplings)
         yield rescore(task, [_row(prompt, of) for prompt, of in zip(batch, turns, strict=True)])
 
@@ -183,7 +143,7 @@ def _row(prompt: Prompt, turns: Sequence[Turn]) -> Row:
     example = prompt.example
     replies = [turn.reply for turn in turns]
     replies += [""] * (1 + len(example.follow_ups) - len(replies))
-    row: Row = {"id": example.id, "question": question_of(example), "target": _plain(example.target)}
+    row: Row = {"id": example.id, "question": question_of(example), "target": plain(example.target)}
     row["reply"] = replies[-1]
     if example.follow_ups:
         row |= {"follow_ups": list(example.follow_ups), "replies": replies}
@@ -235,11 +195,6 @@ def samples(examples: Iterable[Example], count: int) -> list[Example]:
         for example in examples
         for number in range(1, count + 1)
     ]
-
-
-def sample_seed(example: Example, seed: int) -> int:
-    """63 bits that depend on the seed of the run and on the example's id, which says which sample it is."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {example.id}".encode()).digest()[:8]) >> 1
 
 
 def rescore(task: Task, rows: Sequence[Row]) -> list[Row]:
@@ -310,8 +265,3 @@ def weights_stamp(path: str | Path) -> str | None:
             facts = file.stat()
             digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    """What JSON makes of a value."""
-    return json.loads(json.dumps(value))

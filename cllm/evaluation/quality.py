@@ -87,10 +87,11 @@ def share_equal(responses: Sequence[Sequence[int]], others: Sequence[Sequence[in
 
 def score_replies(
     task: Task, examples: Sequence[Example], responses: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
-) -> list[bool | float]:
-    """The task's metric of every response."""
+) -> list[bool | float] | None:
+    """The task's metric of every response that can be judged; None where none can."""
     texts = tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
-    return [scores[task.metric] for scores in task.score_all(list(zip(texts, examples, strict=True)))]
+    answers = [(text, example) for text, example in zip(texts, examples, strict=True) if task.judgeable(example)]
+    return [scores[task.metric] for scores in task.score_all(answers)] if answers else None
 
 
 @torch.inference_mode()

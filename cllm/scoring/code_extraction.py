@@ -31,7 +31,7 @@ class Segment:
 def find_program(reply: str, entry_point: str) -> str | None:
     """The first program in the reply that defines the function ``entry_point`` with a body, or None.
 
-    Imports and definitions of code blocks before it go with it; calls, prints and assertions after it do not.
+    Imports, definitions and constants of code blocks before it go with it; calls, prints and assertions after it do not.
     """
     before: list[str] = []
     for segment in segments(reply):
@@ -106,11 +106,11 @@ def _ends(lines: list[str], head: int) -> Iterator[int]:
 
 
 def _definitions(lines: list[str], name: str) -> list[str]:
-    """Imports, functions and classes of a block that does not define ``name`` itself."""
+    """What a block that does not define ``name`` itself defines: imports, functions, classes, constants."""
     tree = _parse("\n".join(_dedented(lines)))
     if tree is None:
         return []
-    kept = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom | _FUNCTION | ast.ClassDef)]
+    kept = [node for node in tree.body if not _runs(node, name, _assigned(tree, name))]
     return [_source(_dedented(lines), node) for node in kept if getattr(node, "name", None) != name]
 
 
@@ -123,19 +123,42 @@ def _tidy(lines: list[str], tree: ast.Module, name: str) -> str:
     kept: list[str] = []
     end = 0
     for node in tree.body:
-        if node.lineno <= last or not _runs(node, name):
+        if node.lineno <= last or not _runs(node, name, _assigned(tree, name)):
             gap = lines[end : _first_line(node) - 1]  # comments and blank lines
             kept += [*gap, *lines[_first_line(node) - 1 : node.end_lineno]]
         end = node.end_lineno or end
     return "\n".join(kept).strip("\n")
 
 
-def _runs(node: ast.stmt, name: str) -> bool:
+def _runs(node: ast.stmt, name: str, assigned: set[str]) -> bool:
     """Whether a statement at the top level uses the program, where it should only define it."""
-    if isinstance(node, ast.Expr | ast.Assert | ast.For | ast.While | ast.With | ast.If | ast.Delete | ast.Raise):
+    if isinstance(node, ast.Assert | ast.While | ast.With | ast.If | ast.Delete | ast.Raise):
         return True
+    if isinstance(node, ast.Expr | ast.For):
+        return _calls(node, name) or not _fills(node, assigned)
+    return isinstance(node, ast.Assign | ast.AnnAssign) and _calls(node, name)
+
+
+def _calls(node: ast.stmt, name: str) -> bool:
     called = {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    return isinstance(node, ast.Assign | ast.AnnAssign) and bool(called & {name, "input", "print"})
+    return bool(called & {name, "input", "print"})
+
+
+def _assigned(tree: ast.Module, name: str) -> set[str]:
+    """The names that the top level gives values to, other than results of ``name``."""
+    targets = [target for node in tree.body if not _calls(node, name) for target in _targets(node)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _fills(node: ast.stmt, assigned: set[str]) -> bool:
+    """Whether a statement puts something into a table: ``T.append(x)``, ``T[i] = x``, or a loop of such."""
+    if isinstance(node, ast.For):
+        return all(_fills(inner, assigned) for inner in node.body)
+    place = node.targets[0] if isinstance(node, ast.Assign) else None
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        place = node.value.func
+    table = place.value if isinstance(place, ast.Subscript | ast.Attribute) else None
+    return isinstance(table, ast.Name) and table.id in assigned
 
 
 def _body(reply: str, prompt: str, name: str) -> str | None:
@@ -175,20 +198,26 @@ def _without_future(program: str) -> str:
 
 
 def _has_body(tree: ast.Module, name: str) -> bool:
-    for node in tree.body:
-        if _defines(node, name):
-            return not isinstance(node, _FUNCTION) or not all(map(_says_nothing, node.body))
-    return False
+    own = [node for node in tree.body if _defines(node, name)]
+    return any(not isinstance(node, _FUNCTION) or not all(map(_says_nothing, node.body)) for node in own)
 
 
 def _defines(node: ast.stmt, name: str) -> bool:
     if isinstance(node, _FUNCTION | ast.ClassDef):
         return node.name == name
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+    return any(isinstance(target, ast.Name) and target.id == name for target in _targets(node))
+
+
+def _targets(node: ast.stmt) -> list[ast.expr]:
+    """What an assignment gives values to."""
+    return node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
 
 
 def _says_nothing(node: ast.stmt) -> bool:
+    """``pass``, a docstring, ``...``, or ``raise NotImplementedError``."""
+    if isinstance(node, ast.Raise):
+        error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        return isinstance(error, ast.Name) and error.id == "NotImplementedError"
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 

@@ -5,6 +5,7 @@ import http.client
 import json
 import logging
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 PASSING = (408, 409, 425, 429)  # statuses that are worth another try, beside those from 500
 HOPELESS = (401, 403, 404, 405)  # every other request would end in the same way
+_ADDRESS = re.compile(r"https?://[!-~]+", re.IGNORECASE)
 LARGEST = 1 << 24  # bytes of a reply
 LONGEST_PAUSE, LONGEST_WISH = 60.0, 600.0  # seconds: our own back-off, and a Retry-After that we obey
 
@@ -59,8 +61,7 @@ class Endpoint:
         first_pause: float = 1.0,
         max_tokens: int = 2048,
     ) -> None:
-        parts = urllib.parse.urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if not _is_address(base_url):
             raise UsageError(f"--judge_base_url must look like http://host:port/v1, got {base_url!r}")
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model, self.timeout, self.tries, self.first_pause = model, timeout, tries, first_pause
@@ -139,6 +140,14 @@ class Endpoint:
         if error.code in HOPELESS or spent:
             return UsageError(f"{self.url} refuses requests: {message}")
         return Refused(message)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return bool(_ADDRESS.fullmatch(url) and parts.hostname and parts.port != 0)  # a port that is no number raises
+    except ValueError:
+        return False
 
 
 def _content(body: bytes) -> str:

@@ -12,6 +12,7 @@ Only the standard library is used, and only what has been imported before the pr
 """
 
 import builtins
+import collections
 import ctypes
 import functools
 import importlib
@@ -243,10 +244,10 @@ def supervise(job: Job) -> dict[str, Any]:
             break
     ended += take(end_r)
     code = os.waitstatus_to_exitcode(status)
-    seconds = usage.ru_utime + usage.ru_stime
     passed = ended == token and code == 0 and not why
-    reason, detail = ("passed", "") if passed else account(why, code, ended, seconds, limits)
-    return {"reason": reason, "detail": detail, "seconds": time.monotonic() - started, "cpu_seconds": seconds}
+    cpu = usage.ru_utime + usage.ru_stime
+    reason, detail = ("passed", "") if passed else account(why, code, ended, cpu, limits)
+    return {"reason": reason, "detail": detail}
 
 
 def account(why: str, code: int, ended: bytes, cpu: float, limits: dict[str, int]) -> tuple[str, str]:
@@ -439,13 +440,21 @@ def run(job: Job, end: int, ticket: int) -> NoReturn:
 def seen_by_tests(space: dict[str, Any], entry_points: list[str], watch: Watch) -> dict[str, Any]:
     """The program's names, without those that would hide a built-in one unless it is asked for, and real built-ins."""
     real = vars(builtins)
-    names = {name: guarded(value, watch) for name, value in space.items() if name not in real or name in entry_points}
+    names = {
+        name: guarded(value, watch, name in entry_points)
+        for name, value in space.items()
+        if name not in real or name in entry_points
+    }
     return names | {"__builtins__": real, "__name__": "test"}
 
 
-def guarded(value: Any, watch: Watch) -> Any:
-    """A function of the program as the tests see it: a call that changes built-ins, or returns a fake, raises."""
-    if not callable(value) or isinstance(value, type) or type(value).__module__ == "typing":
+def guarded(value: Any, watch: Watch, entry_point: bool) -> Any:
+    """A function of the program as the tests see it: a call that changes built-ins, or returns a fake, raises.
+
+    Classes and type hints stay what they are, unless they are what is tested.
+    """
+    named_type = isinstance(value, type) or type(value).__module__ == "typing"
+    if not callable(value) or (named_type and not entry_point):
         return value
     is_forged = forged
 
@@ -462,6 +471,8 @@ def guarded(value: Any, watch: Watch) -> Any:
 
 COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__abs__", "__len__")
 BUILT_IN = (types.WrapperDescriptorType, types.MethodDescriptorType, type(None))
+LIBRARY = ("/", "<frozen ")  # how the file names of the standard library start; the program's own is PROGRAM
+WRAPPERS = collections.ChainMap | collections.UserDict | collections.UserList  # compare what is in their attributes
 
 
 def forged(value: Any) -> bool:
@@ -477,13 +488,15 @@ def forged(value: Any) -> bool:
             method = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
             if isinstance(method, BUILT_IN):
                 continue
-            if not isinstance(method, types.FunctionType) or not os.path.isabs(method.__code__.co_filename):
+            if not isinstance(method, types.FunctionType) or not method.__code__.co_filename.startswith(LIBRARY):
                 return True
         if isinstance(item, dict):
             stack.extend(dict.keys(item))
             stack.extend(dict.values(item))
         elif isinstance(item, list | tuple | set | frozenset):
             stack.extend(item)
+        elif isinstance(item, WRAPPERS):
+            stack.extend(vars(item).values())
     return False
 
 

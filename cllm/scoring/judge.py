@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 DEFAULT_URL = "https://api.openai.com/v1"
+OWN = "own"  # prompts: this project's
 NO_SCORE = -1  # FastChat's mark of a judgment without a score
 JUDGED_TURNS = 2  # there are prompts for a first and a second turn
 _PLACE = re.compile(r"\{(\w+)\}")
@@ -149,6 +150,12 @@ class Judge:
     prompts: Mapping[str, JudgePrompt] = field(default_factory=own_prompts)
     references: Mapping[str, tuple[str, ...]] | None = None
     parallel: int = 4
+    prompts_from: str = OWN
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Who judges, and by what prompts."""
+        return {"judge_model": self.endpoint.model, "judge_prompts": self.prompts_from}
 
     def review(self, cases: Sequence[Case], model_id: str, path: Path) -> Review:
         """Grade what ``path`` does not hold yet, and sum up by category and turn.
@@ -279,7 +286,9 @@ def configured(args: argparse.Namespace) -> Judge | None:
         return None
     if args.judge_parallel < 1:
         raise UsageError(f"--judge_parallel must be >= 1, got {args.judge_parallel}")
-    key = os.environ.get(KEY_VARIABLE)
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{KEY_VARIABLE} must be printable ASCII characters, and has others")
     if args.judge_base_url is None and not key:
         raise UsageError(f"the judge at {DEFAULT_URL} needs a key; set {KEY_VARIABLE}, or pass --judge_base_url")
     return Judge(
@@ -287,4 +296,5 @@ def configured(args: argparse.Namespace) -> Judge | None:
         read_prompts(args.judge_prompts) if args.judge_prompts else own_prompts(),
         read_references(args.judge_references) if args.judge_references else None,
         args.judge_parallel,
+        Path(args.judge_prompts).name if args.judge_prompts else OWN,
     )

@@ -25,12 +25,14 @@ a hole in the kernel is a hole here. For models' answers that is enough; for a s
 
 import ast
 import functools
+import itertools
 import json
 import logging
 import os
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -55,6 +57,7 @@ _JAIL = Path(__file__).with_name("jail.py")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _FIRST_UID, _UIDS = 61184, 4000  # user ids that systemd keeps for throw-away users; nobody's files belong to them
+_USERS = itertools.count(secrets.randbelow(_UIDS))  # so that no two programs of this process run as the same user
 _MODULES = ("copy", "json", "math", "random", "re")  # what tests stand on
 _PARSER = threading.Lock()  # ast.parse of CPython 3.11 is not safe in several threads at once
 
@@ -92,8 +95,6 @@ class Verdict:
 
     reason: str
     detail: str = ""
-    seconds: float = 0.0  # wall time of the program
-    cpu_seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -166,6 +167,8 @@ def protection_of(kind: str) -> Protection | str:
     except (OSError, SandboxFailure) as error:
         return str(error)
     if not verdict.passed:
+        if kind == LIMITS and root and not _python_is_public():
+            return f"Python in {sys.base_prefix} cannot be read by other users"
         return f"a harmless program fails: {verdict.detail or verdict.reason}"
     if kind == NAMESPACES:
         return Protection(
@@ -183,6 +186,12 @@ def _landlock() -> int:
     return max(0, ctypes.CDLL(None, use_errno=True).syscall(444, None, ctypes.c_size_t(0), 1))
 
 
+def _python_is_public() -> bool:
+    """Whether every user may enter the folder of the standard library."""
+    folder = Path(os.__file__).resolve().parent
+    return all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.parents))
+
+
 class SandboxFailure(Exception):
     """The processes around the program failed."""
 
@@ -194,7 +203,7 @@ class _Place:
     kind: str
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
     uid: int | None = field(
-        default_factory=lambda: _FIRST_UID + secrets.randbelow(_UIDS) if os.geteuid() == 0 else None
+        default_factory=lambda: _FIRST_UID + next(_USERS) % _UIDS if os.geteuid() == 0 else None
     )
     folder: str = "/box"  # in the program's own file system
 

@@ -5,8 +5,8 @@ import re
 LOWEST, HIGHEST = 0.0, 10.0
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER = rf"(?<![\d.,-])([0-9]+(?:[.,][0-9]+)?|\b(?:{'|'.join(_WORDS)})\b)(?![\d])"
-_OF_TEN = r"(?:\s*(?:/|out\s+of)\s*10(?:[.,]0+)?\b)"
-_OTHER_SCALE = r"(?!\s*(?:/|out\s+of)\s*[0-9]|\s*(?:to|[-\u2013\u2014])\s*[0-9]|\s*%)"  # 80/100, 1 to 10
+_OF_TEN = r"(?:\s*(?:/|(?:out\s+)?of)\s*10(?:[.,]0+)?\b)"
+_OTHER_SCALE = r"(?!\s*(?:/|(?:out\s+)?of)\s*[0-9]|\s*(?:to|[-\u2013\u2014])\s*[0-9]|\s*%)"  # 80/100, 3 of 5, 1 to 10
 _VALUE = rf"{_NUMBER}(?:{_OF_TEN}|{_OTHER_SCALE})"
 _LABEL = r"(?:rating|score|grade)"
 _DIGITS_ONLY = _VALUE.replace(rf"|\b(?:{'|'.join(_WORDS)})\b", "")
@@ -16,7 +16,7 @@ _FORMS = tuple(
         rf"\[\[\s*(?:{_LABEL}\s*[:=]?\s*)?{_VALUE}\s*\]\]",  # [[8]], [[8.5]], [[Rating: 8/10]]
         # **Rating:** 8, "score": 8, a rating of 8, Rating: [8]
         rf"\b{_LABEL}\b(?:\s+(?:is|of|as))?[\s:=*_\"'`(\[\u2013-]{{0,12}}{_VALUE}",
-        rf"\[\s*{_VALUE}\s*\]",  # [8]
+        rf"(?<!\w)\[\s*{_VALUE}\s*\]\W*\Z",  # [8], which elsewhere is a note or an index
         rf"{_NUMBER}{_OF_TEN}",  # 8/10, eight out of 10
         rf"\A[\s*_\"'`(]*{_DIGITS_ONLY}[\s*_\"'`).]*\Z",  # the number alone
     )

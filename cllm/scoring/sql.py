@@ -56,10 +56,10 @@ class Judge:
         """
         if not self.file(database).is_file():
             return "no database file", str(self.file(database))
-        files = self.variants(database)
+        files, gold = self.variants(database), self._prepared(gold)
         try:
             for file in files:
-                run_query(file, self._prepared(gold), self.limits)
+                run_query(file, gold, self.limits)
             if keep_empty:
                 return None
             empty = [table for table in sorted(tables_read(files[0], gold)) if all(is_empty(f, table) for f in files)]

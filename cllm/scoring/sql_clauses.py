@@ -1,8 +1,9 @@
 """A query as clauses that can be compared: Spider's exact set match (Yu et al. 2018), on top of sqlglot.
 
 As in the official evaluator, values and DISTINCT do not count, nor does the order of columns, tables and conditions;
-columns that a foreign key ties are the same; of LIMIT only its presence counts. A nested query is compared by the same
-rules, where the official evaluator compares it letter by letter.
+columns that a foreign key ties are the same; of LIMIT only its presence counts, and of the directions of ORDER BY the
+last one that is written. A nested query is compared by the same rules, where the official evaluator compares it letter
+by letter; outer joins, which that one cannot read, have to be the same.
 """
 
 from __future__ import annotations
@@ -95,13 +96,17 @@ class Select:
         return [node.unalias() for node in self.tree.expressions]
 
     @property
+    def joins(self) -> list[Node]:
+        return part(self.tree, "joins") or []
+
+    @property
     def tables(self) -> list[Node]:
         start = part(self.tree, "from")
-        return ([start.this] if start else []) + [join.this for join in part(self.tree, "joins") or ()]
+        return ([start.this] if start else []) + [join.this for join in self.joins]
 
     @property
     def on(self) -> tuple[list[Condition], list[str]]:
-        return conditions(*(join.args["on"] for join in part(self.tree, "joins") or () if join.args.get("on")))
+        return conditions(*(join.args["on"] for join in self.joins if join.args.get("on")))
 
     @property
     def where(self) -> tuple[list[Condition], list[str]]:
@@ -204,16 +209,18 @@ def _select_clauses(select: Select, schema: Schema, outer: Scope | None) -> Clau
     having, having_words = select.having
     on, on_words = select.on
     order = select.order.expressions if select.order else ()
+    directions = [item.args["desc"] for item in order if item.args.get("desc") is not None]  # those that are written
     return (
         sorted(_text(column, scope) for column in select.columns),
         sorted(_table(table, scope) for table in select.tables),
+        sorted(f"{join.side} {_table(join.this, scope)}" for join in select.joins if join.side),
         sorted(_condition(condition, scope) for condition in where),
         sorted(set(between)),
         [_text(column, scope) for column in select.group],
         [_condition(condition, scope) for condition in having],
         having_words,
         [_text(item.this, scope) for item in order],
-        bool(order and order[-1].args.get("desc")),
+        bool(directions and directions[-1]),
         select.limit,
         _key_words([*on, *where, *having], [*on_words, *between, *having_words]),
     )

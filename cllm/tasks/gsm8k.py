@@ -65,6 +65,9 @@ class Gsm8k(Task):
         target = _target(row, reference)
         return Example(row_id, ({"role": "user", "content": question},), reference, target, _tags(row))
 
+    def judgeable(self, example: Example) -> bool:
+        return isinstance(example.target, str)
+
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
         """``accuracy``: the final number of the reply equals the target, by math-verify (:func:`final_answer`).
         ``strict``: GSM8K's own rule; the first ``#### number`` of the reply is the target, letter for letter.

@@ -80,6 +80,9 @@ class ShareGpt(Task):
     def settings(self) -> dict[str, Any]:
         return {"multi_turn": True} if self.multi_turn else {}
 
+    def scoring_settings(self) -> dict[str, Any]:
+        return {} if self.judge is None else self.judge.facts
+
     def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
         asked: set[str] = set()
         for number, row in rows:

@@ -29,6 +29,7 @@ FILES = {"train": "train_spider.json", "test": "dev.json"}
 TABLES = "tables.json"
 DATABASES = "database"
 LAYOUT = "train_spider.json, dev.json, tables.json (each plain or .gz) and database/ID/ID.sqlite"
+LONGEST_NAME = 100  # bytes of a database's id
 SCORING = ("speedup", "acc")  # the commands that judge replies
 
 
@@ -72,16 +73,18 @@ class Spider(Task):
         self._schemas = Schemas(databases, tables)
         self._judge = judge  # set where replies are to be judged, and then rows that cannot be are passed over
         self._keep_empty = keep_empty
+        self._scores: dict[tuple[str, str, str], dict[str, bool | float]] = {}
 
     def open(self, path: Path, split: str) -> Iterator[NumberedRow]:
         """The rows of a Spider folder or file, each with the schema of its database as ``schema_text``."""
         file = _rows_file(path, split)
         schemas = self._schemas_beside(file.parent)
         for number, row in read_rows(file):
-            database = row.get("db_id") if isinstance(row, dict) else None
-            if isinstance(row, dict) and isinstance(database, str) and _is_name(database):
-                schema = schemas.get(database)
-                row = row if schema is None else row | {"schema_text": schema_text(schema)}
+            if isinstance(row, dict):
+                row.pop("schema_text", None)
+                database = row.get("db_id")
+                if isinstance(database, str) and _is_name(database) and (schema := schemas.get(database)):
+                    row["schema_text"] = schema_text(schema)
             yield number, row
 
     def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
@@ -112,20 +115,27 @@ class Spider(Task):
         schema = self._schemas.get(database)
         return None if schema is None else schema_text(schema)
 
+    def judgeable(self, example: Example) -> bool:
+        return isinstance(example.target, dict) and {"db_id", "query"} <= example.target.keys()
+
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
         """``execution_accuracy``: the query gives the gold query's result on every variant of the database.
         ``exact_set_match``: it has the same clauses, values aside.
 
-        Raises UsageError when the task was not configured with databases.
+        A query that was run for the same question is not run again. Raises UsageError when the task was not configured
+        with databases.
         """
         if self._judge is None:
             raise UsageError("Spider is judged by running queries: it needs the databases")
         database, gold, query = example.target["db_id"], example.target["query"], find_sql(reply)
-        schema = _schema_of_file(self._judge.variants(database)[0])
-        return {
-            "execution_accuracy": self._judge.right(database, gold, query),
-            "exact_set_match": same_clauses(gold, query, schema),
-        }
+        key = database, gold, query
+        if key not in self._scores:
+            schema = _schema_of_file(self._judge.variants(database)[0])
+            self._scores[key] = {
+                "execution_accuracy": self._judge.right(database, gold, query),
+                "exact_set_match": same_clauses(gold, query, schema),
+            }
+        return dict(self._scores[key])
 
     def add_options(self, options: ArgumentParser, command: str) -> None:
         group = options.add_argument_group("Spider")
@@ -149,6 +159,11 @@ class Spider(Task):
     def configure(self, args: Namespace) -> Self:
         databases = _databases(args)
         if not args.judges_replies:
+            if databases is None and not args.filename:
+                raise UsageError(
+                    f"Spider's rows on the hub have no schemas: pass --filename with a Spider folder ({LAYOUT}), "
+                    "or --databases DIR (with DIR/ID/ID.sqlite)"
+                )
             return type(self)(databases)
         if databases is None:
             raise UsageError(
@@ -159,12 +174,16 @@ class Spider(Task):
         judge = Judge(databases, args.keep_distinct, Limits(args.sql_seconds))
         return type(self)(databases, judge, keep_empty=args.keep_empty)
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the scores; the number of database files tells a test suite from single databases."""
+    def scoring_settings(self) -> dict[str, Any]:
+        """The number of database files tells a test suite from single databases."""
         if self._judge is None:
             return {}
-        files = sum(1 for _ in self._judge.folder.glob("*/*.sqlite"))
-        return {"keep_distinct": self._judge.keep_distinct, "database_files": files, "keep_empty": self._keep_empty}
+        return {
+            "keep_distinct": self._judge.keep_distinct,
+            "keep_empty": self._keep_empty,
+            "sql_seconds": self._judge.limits.seconds,
+            "database_files": sum(1 for _ in self._judge.folder.glob("*/*.sqlite")),
+        }
 
     def _schemas_beside(self, folder: Path) -> Schemas:
         databases = self._schemas.databases or _folder(folder / DATABASES)
@@ -190,6 +209,8 @@ def _tags(query: str) -> dict[str, str]:
 
 def _is_name(database: str) -> bool:
     """Whether a database's id can be a folder's name, and leads nowhere else."""
+    if len(database.encode("utf-8", "replace")) > LONGEST_NAME:
+        return False
     return bool(database.strip(". ")) and not set(database) & set("/\\\0:")
 
 

@@ -138,11 +138,13 @@ class TrajectoryWriter:
 class TrajectoryDataset:
     """The kept rows of a folder of shards, or of a published JSON file, as a map-style dataset of `TrajectoryRow`.
 
+    What is no path and looks like a hub name, ``cllm/NAME``, is fetched from there first.
+
     Rows of a folder are ordered by id (numbers in it by value), whatever the shards; ``datasets`` maps them from a
     cache file that it makes of the shards. A JSON file is held in memory as int32.
 
     Args:
-        path: folder or file.
+        path: folder, file, or dataset of the hub that holds the one or the other.
         eos_ids: where to cut the responses of a published JSON file; a folder's are cut when they are collected.
         cache_dir: where the cache file goes; by default where ``datasets`` has its own.
 
@@ -150,11 +152,11 @@ class TrajectoryDataset:
         settings: those of the writer; {} for a JSON file.
 
     Raises:
-        UsageError: nothing there, no kept rows, or a file that cannot be read.
+        UsageError: nothing there, nothing that the hub gives, no kept rows, or a file that cannot be read.
     """
 
     def __init__(self, path: str | Path, eos_ids: Collection[int] = (), cache_dir: str | Path | None = None) -> None:
-        path = Path(path)
+        path = _fetched(path)
         if path.is_dir():
             self.settings = _read_settings(path) or {}
             self._rows, self._order = _load_shards(path, cache_dir)
@@ -296,6 +298,28 @@ def _alive(pid: int) -> bool:
 
 def _unreadable(shard: Path, error: Exception) -> UsageError:
     return UsageError(f"cannot read {shard}: {error}; remove the file and collect its rows again by resuming")
+
+
+def _fetched(path: str | Path) -> Path:
+    """The path itself where it exists or cannot be a hub name; else what the hub has, its file where that is one JSON."""
+    from cllm.models import HUB_NAME, first_line
+
+    name = str(path)
+    if Path(path).exists() or "/" not in name or not HUB_NAME.fullmatch(name):
+        return Path(path)
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, repo_type="dataset"))
+    except Exception as error:  # no network, no such dataset, a disk that is full: the library raises nearly anything
+        raise UsageError(f"no trajectories in {name}: no such path here, and from the hub: {first_line(error)}") from error
+    files = sorted(file for file in folder.rglob("*") if file.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")))
+    if _shards(folder) or not files:
+        return folder
+    if len(files) > 1:
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:10])
+        raise UsageError(f"{name} has several files: {names}; they are in {folder}, pass the path of one")
+    return files[0]
 
 
 # ---- rows and Arrow ----

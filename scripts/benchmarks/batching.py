@@ -3,7 +3,7 @@
 Both sides are the same engine at the same width and batch size, and in both a finished row costs nothing more. Fixed batches
 wait for their longest row; the queue puts the next request into every place that falls free. They take turns, round by round.
 
-    python scripts/benchmarks/batching.py --model MODEL --filename gsm8k_train.jsonl --prompts 64 --block_size 1 --output batching.json
+    python scripts/benchmarks/batching.py --model MODEL --filename gsm8k_train.jsonl --block_size 1 --output batching.json
 """
 
 from __future__ import annotations

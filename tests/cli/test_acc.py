@@ -158,6 +158,45 @@ def test_eval_only_without_answers(tmp_path, tiny_model_dir, data, capsys):
     assert exit_.value.code == 2 and "no answers in" in capsys.readouterr().err
 
 
+def rescored(tmp_path, *more, task="gsm8k"):
+    acc.main(["--eval_only", "--output_file_name", str(tmp_path / "answers.jsonl"), *more], task=task)
+    return json.loads((tmp_path / "answers.accuracy.json").read_text())
+
+
+def test_eval_only_knows_the_model_from_the_answers(tmp_path, tiny_model_dir, data, capsys):
+    run(tmp_path, tiny_model_dir, data)
+    for more in ([], ["--model_dir", "another"]):
+        assert rescored(tmp_path, *more)["settings"]["model"] == str(tiny_model_dir)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        acc.main(["--filename", str(data)], task="gsm8k")
+    assert "required: --model_dir" in capsys.readouterr().err
+
+
+def test_answers_of_another_task_are_refused(tmp_path, tiny_model_dir, data, capsys):
+    run(tmp_path, tiny_model_dir, data)
+    with pytest.raises(SystemExit) as exit_:
+        rescored(tmp_path, task="sharegpt")
+    assert exit_.value.code == 2
+    assert "answers.jsonl holds answers of task 'gsm8k', not 'sharegpt'" in capsys.readouterr().err
+    (tmp_path / "answers.jsonl.settings.json").unlink()
+    rows = [row | {"target": {"question_id": 1}} for row in answers(tmp_path)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit) as exit_:
+        rescored(tmp_path)
+    assert exit_.value.code == 2
+    assert "answers that are none of task 'gsm8k', such as gsm8k-test-1" in capsys.readouterr().err
+
+
+def test_a_reply_that_is_no_text_is_refused(tmp_path, tiny_model_dir, data, capsys):
+    run(tmp_path, tiny_model_dir, data)
+    rows = [row | {"reply": None} for row in answers(tmp_path)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit) as exit_:
+        rescored(tmp_path)
+    assert exit_.value.code == 2 and "reply of row 'gsm8k-test-1' is not text" in capsys.readouterr().err
+
+
 def test_dev_set_takes_one_source(tmp_path, tiny_model_dir, data):
     assert run(tmp_path, tiny_model_dir, data, "--dev_set", "gsm8k")["summary"]["answers"] == 2
     assert {row["tags"]["source"] for row in answers(tmp_path)} == {"GSM8K"}
@@ -242,9 +281,9 @@ def problems(tmp_path):
 
 def score_samples(tmp_path, *samples, more=()):
     """``acc --eval_only`` of the code task on samples of one problem."""
-    words = ["--model_dir", "none", "--eval_only", "--filename", problems(tmp_path), *more]
     file = tmp_path / "samples.jsonl"
     file.write_text("".join(json.dumps({"task_id": "Mine/0", "completion": code}) + "\n" for code in samples))
+    words = ["--eval_only", "--filename", problems(tmp_path), *more]
     acc.main([*words, "--output_file_name", str(file)], task="code_search_net")
     return json.loads((tmp_path / "samples.accuracy.json").read_text())
 
@@ -253,6 +292,7 @@ def test_several_samples_of_a_problem_all_count(tmp_path):
     right, wrong = "    return 2 * x\n", "    return x\n"
     report = score_samples(tmp_path, right, wrong, right, wrong, more=["--num_samples", "2"])
     assert report["summary"]["answers"] == 4 and report["summary"]["scores"]["pass@1"]["mean"] == 0.5
+    assert report["settings"]["scoring_options"] == {"timeout": 5}
     figures = report["review"]["Mine (1 problems, 4 samples)"]
     assert figures["pass@1"] == 0.5 and figures["pass@2"] == pytest.approx(1 - 1 / 6)
 

@@ -145,8 +145,10 @@ def test_judging_from_the_command_line(tmp_path, tiny_model_dir, monkeypatch, ca
     assert report["review"]["judge: all"] == {"turn 1": 7, "turn 2": 7, "mean": 7, "judged": 4, "no score": 0}
     assert set(report["review"]) == {"judge: all", "writing", "math"}
     assert len((tmp_path / "mt.judgments.jsonl").read_text().splitlines()) == 4
-    assert "judge: all" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "judge: all" in printed and "scored with judge_model=m, judge_prompts=own" in printed
     report = answer(tmp_path, "no-model", "--eval_only", *judge)
+    assert report["settings"]["scoring_options"] == {"judge_model": "m", "judge_prompts": "own"}
     assert report["review"]["math"]["mean"] == 7
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from tiny import EOS_ID, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from cllm.decoding import JacobiDecoder
+from cllm.decoding import JacobiDecoder, Sampling
 from cllm.errors import UsageError
 from cllm.evaluation import accuracy
 from cllm.evaluation.prompt import encode
@@ -66,9 +66,8 @@ def test_samples_have_ids_and_seeds_of_their_own():
     drawn = accuracy.samples([example("a"), example("b", "Why?")], 3)
     assert [sample.id for sample in drawn] == ["a", "a#2", "a#3", "b", "b#2", "b#3"]
     assert [sample.messages for sample in drawn[3:]] == [example("b", "Why?").messages] * 3
-    seeds = [accuracy.sample_seed(sample, seed) for sample in drawn for seed in (0, 1)]
-    assert len(set(seeds)) == 12 and all(0 <= seed < 1 << 63 for seed in seeds)
-    assert accuracy.sample_seed(example("a"), 0) == seeds[0]
+    seeds = [Sampling(seed=seed).of(sample.id).seed for sample in drawn for seed in (0, 1)]
+    assert len(set(seeds)) == 12 and Sampling().of("a").seed == seeds[0]
     assert accuracy.samples([example("a")], 1) == [example("a")]
 
 
@@ -112,6 +111,12 @@ def test_resume_refuses_another_question_under_the_same_id(tmp_path):
 def test_rows_that_are_no_answers_are_refused():
     with pytest.raises(UsageError, match="x.jsonl is not a file of answers: a row has no question, target, reply"):
         accuracy.checked_answers([{"id": 1}], "x.jsonl")
+
+
+@pytest.mark.parametrize("field", ["id", "question", "reply"])
+def test_answers_are_text(field):
+    with pytest.raises(UsageError, match=rf"x.jsonl is not a file of answers: {field} of row .* is not text"):
+        accuracy.checked_answers([row() | {field: None}], "x.jsonl")
 
 
 def test_summary_of_hand_made_rows():

@@ -76,6 +76,14 @@ def test_scores_are_of_the_decoded_text():
     assert score_replies(task, [example, example], replies, tokenizer) == [True, False]
 
 
+def test_what_cannot_be_judged_has_no_score():
+    tokenizer, task = tiny_tokenizer(), get_task("gsm8k")
+    asked = ({"role": "user", "content": "?"},)
+    examples, replies = [Example("a", asked, None, "18"), Example("b", asked)], [tokenizer("#### 18").input_ids] * 2
+    assert score_replies(task, examples, replies, tokenizer) == [True]
+    assert score_replies(task, examples[1:], replies[1:], tokenizer) is None
+
+
 def test_the_table_stands_side_by_side():
     mine = quality([[1, 2]], eos_ids=[2], scores=[True], nlls=[1.0], own_ar=[[1, 2]], target=[[1, 3]])
     target = quality([[1, 3]], eos_ids=[2], scores=[False], nlls=[0.5])

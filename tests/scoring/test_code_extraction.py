@@ -61,6 +61,15 @@ FOUND = {
     "lambda": "total = lambda numbers: sum(numbers)",
     "future import": f"from __future__ import annotations\n{DEFINITION}",
     "constant before": "START = 0\n\ndef total(numbers):\n    return sum(numbers, START)\n",
+    "constant in another block": "```python\nSTART = 0\n```\nand\n```python\ndef total(numbers):\n"
+    "    return sum(numbers, START)\n```",
+    "usage in another block": "```python\nx = total([1])\nx.sort()\nprint(x)\n```\n" + f"```python\n{DEFINITION}\n```",
+    "table filled after": "def total(numbers):\n    return T[0](numbers)\n\nT = []\nT.append(sum)\nT.append(print(1))\n",
+    "table filled by a loop after": "def total(numbers):\n    return T[0](numbers)\n\nT = {}\nfor n in range(2):\n"
+    "    T[n] = sum\n\nfor n in T:\n    print(total(n))\n",
+    "stub before": "```python\ndef total(numbers):\n    raise NotImplementedError('later')\n```\nNow in full:\n"
+    f"```python\n{DEFINITION}\n```",
+    "stub before in the same block": f"def total(numbers):\n    raise NotImplementedError\n\n{DEFINITION}",
     "body": BODY,
     "body and more": f"{BODY}\n\n\ndef other():\n    pass\n\nprint(total([1]))",
     "body and prose": f"{BODY}\n\nThis function adds up.",

@@ -230,7 +230,11 @@ def test_parameters_that_a_model_does_not_take():
         ]
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8000", "ftp://x/v1", ""])
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "localhost:8000", "ftp://x/v1", "", "http://[::1/v1", "http://h:abc/v1", "http://h/v 1",
+     "http://h/v\u00f6", "http://:80/v1"],
+)  # fmt: skip
 def test_only_http(url):
     with pytest.raises(UsageError, match="must look like http"):
         Endpoint(url, "m")
@@ -264,6 +268,14 @@ def test_only_http(url):
         ("As [1] says. Rating: 7", 7),
         ("It lists [12] things; 6 out of 10", 6),
         ("Rating: [[11]]. I mean 9/10", 9),
+        ("8 of 10", 8),
+        ("Rating: 8 of 10", 8),
+        ("8 out of 10", 8),
+        ("Fine, see [2] and [3]. [8].", 8),
+        ("It adds nums[0] and then nums[1], which is an off-by-one error. It", None),
+        ("It should be nums[1]", None),
+        ("See [1] and [2] for more", None),
+        ("Rating: 3 of 5", None),
         ("Rating: 80/100", None),
         ("Rating: 85%", None),
         ("Rating: [[rating]]", None),
@@ -472,8 +484,17 @@ def test_options_that_do_not_fit(words, message, monkeypatch):
         configured(options.parse_args(words))
 
 
+@pytest.mark.parametrize("key", ["sec\nret", "s\u00e9cret", "\u2713"])
+def test_a_key_that_no_header_can_carry_is_refused(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    options = ArgumentParser()
+    add_options(options)
+    with pytest.raises(UsageError, match="OPENAI_API_KEY must be printable ASCII"):
+        configured(options.parse_args(["--judge_model", "m"]))
+
+
 def test_the_key_comes_from_the_environment(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
     options = ArgumentParser()
     add_options(options)
     assert configured(options.parse_args([])) is None

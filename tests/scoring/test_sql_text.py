@@ -43,6 +43,20 @@ Q = "SELECT count(*) FROM singer"
         f"{Q}\n<|EOT|>",
         f"{Q}\n```\nThat is all.",
         f"{Q};\n-- the end; really",
+        f'The SQL query is "{Q}".',
+        f'"{Q}". It is called "counting".',
+        f"'{Q}'",
+        f"'{Q};'",
+        f"**{Q}**",
+        f"**{Q};** This counts.",
+        f"*{Q}*.",
+        f"<sql>{Q}</sql>",
+        f"<sql> {Q} </sql> and so on",
+        f"The query is {Q}.",
+        f"{Q}. This query counts the singers.",
+        f"Answer: Select the names from the table:\n{Q}",
+        f"Select all singers, and count them:\n\n{Q}",
+        f"Select the number of singers.\n\n{Q}",
     ],
 )
 def test_found(reply: str) -> None:
@@ -63,6 +77,8 @@ def test_found(reply: str) -> None:
         "WITH RECURSIVE t(x) AS (SELECT 1) SELECT * FROM t",
         "select name from singer where a = 'it''s'",
         "SELECT 1",
+        "SELECT T1.name , T1. Age FROM singer AS T1",
+        "SELECT name FROM singer WHERE song = 'The end. It is'",
     ],
 )
 def test_whole_queries_are_kept(query: str) -> None:
@@ -83,6 +99,12 @@ def test_whole_queries_are_kept(query: str) -> None:
 def test_several_statements_stay_several(reply: str) -> None:
     sql = find_sql(reply)
     assert sql.count("singer") == 2 and ";" in sql
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_quotes_inside_of_quotes(quote: str) -> None:
+    query = f"SELECT name FROM singer WHERE song = {quote}Hey You{quote} AND age = 1"
+    assert find_sql(f"I say: {quote}{query}{quote}.") == query
 
 
 @pytest.mark.parametrize(
@@ -106,7 +128,9 @@ def test_pieces_are_the_whole(text: str) -> None:
 @pytest.mark.parametrize(
     "reply",
     ["`" * 99_999, "select " * 20_000, "SELECT " * 20_000, "WITH a AS " * 9000, "/*" * 30_000, f"{Q};" + "/*/" * 30_000,
-     "CREATE TEMP " * 9000, "'" * 50_001, f"{Q};" + "\n -- " * 9000, "SELECT\n\n" * 9000, "WITH" + " " * 50_000],
+     "CREATE TEMP " * 9000, "'" * 50_001, f"{Q};" + "\n -- " * 9000, "SELECT\n\n" * 9000, "WITH" + " " * 50_000,
+     "*SELECT" + " *" * 20_000 + "a", "'SELECT" + "'" * 30_000 + "a", ":SELECT x" * 4000 + ":", ">SELECT" + "<" * 30_000,
+     "SELECT 1" + " ." * 15_000],
 )  # fmt: skip
 def test_long_replies_are_quick(reply: str) -> None:
     start = time.process_time()

@@ -110,6 +110,8 @@ def test_only_the_test_split_of_mbpp_is_read() -> None:
         (MBPP | {"test_list": []}, "test", "test_list is not a list of texts"),
         (MBPP | {"task_id": "x"}, "test", "task_id is no number"),
         (MBPP | {"test_list": ["assert f(1)"]}, "test", "the tests call no function of the code"),
+        (MBPP | {"test_imports": 5}, "test", "test_imports or test_setup_code is not text"),
+        (MBPP | {"test_imports": "import math"}, "test", "test_imports or test_setup_code is not text"),
         (MBPP | {"test_setup_code": 3}, "test", "test_imports or test_setup_code is not text"),
     ],
 )
@@ -180,6 +182,29 @@ def test_rows_without_tests_are_for_speed_only(sandboxed: None) -> None:
     assert isinstance(read(FUNCTION)[0], Example)
     assert read(FUNCTION, task=configured()) == [BadRow(1, "no tests to judge with ('test' or 'test_list')")]
     assert CODE.configure(Namespace()) is CODE
+
+
+@pytest.mark.parametrize("command", ["acc", "speedup"])
+def test_commands_that_judge_need_a_sandbox(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise UsageError("cannot be run safely")
+
+    monkeypatch.setattr("cllm.scoring.sandbox.protection", refuse)
+    for name in (command, "collect"):
+        options = ArgumentParser()
+        CODE.add_options(options, name)
+        args = Namespace(**(vars(options.parse_args([])) | {"eval_only": False}))
+        if name == "collect":
+            assert CODE.configure(args) is CODE
+        else:
+            with pytest.raises(UsageError, match="cannot be run safely"):
+                CODE.configure(args)
+
+
+def test_what_can_be_judged(sandboxed: None) -> None:
+    functions = [item for item in read(FUNCTION) if isinstance(item, Example)]
+    assert CODE.judgeable(example(MBPP)) and functions and not CODE.judgeable(functions[0])
+    assert configured(timeout=7).scoring_settings() == {"timeout": 7} and CODE.settings() == {}
 
 
 def test_answer_files_with_several_samples(sandboxed: None) -> None:

@@ -194,6 +194,15 @@ def test_score_and_review_without_a_judge(tmp_path):
     assert TASK.review([answer(81, "a")], tmp_path / "x.jsonl") == {}
 
 
+def test_the_report_says_who_judges(tmp_path):
+    address = ["--judge_model", "m", "--judge_base_url", "http://localhost:9/v1"]
+    assert configured(*address, command="acc").scoring_settings() == {"judge_model": "m", "judge_prompts": "own"}
+    task = configured(*address, command="acc")
+    task.judge.prompts_from = "judge_prompts.jsonl"
+    assert task.scoring_settings()["judge_prompts"] == "judge_prompts.jsonl"
+    assert configured(command="acc").scoring_settings() == {}
+
+
 def test_the_plain_prompt_is_vicunas():
     assert TASK.plain_template == DIALOGUES["vicuna"].text
 

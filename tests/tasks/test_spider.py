@@ -108,6 +108,7 @@ def test_bad_rows_are_counted_and_passed_over(with_databases: Path) -> None:
         ROW | {"query": None},
         ROW | {"db_id": "film"},
         ROW | {"db_id": "../database/music"},
+        ROW | {"db_id": "\u00fc" * 150},
         ROW | {"query": "SELECT count(*) FROM Song"},
         ROW | {"query": "SELECT x FROM singer"},
     ]
@@ -120,7 +121,7 @@ def test_bad_rows_are_counted_and_passed_over(with_databases: Path) -> None:
         "empty question": 1,
         "field 'query' is not text": 1,
         "no schema of the database": 1,
-        "db_id is not a plain name": 1,
+        "db_id is not a plain name": 2,
         "gold query reads an empty table": 1,
         "gold query fails": 1,
     }
@@ -155,9 +156,14 @@ def test_options(with_databases: Path, tmp_path_factory: pytest.TempPathFactory)
             configured(command, "--filename", empty)
     with pytest.raises(UsageError, match=r"no databases in .*expected .*ID\.sqlite"):
         configured("acc", "--databases", empty)
-    assert configured("collect").settings() == {}
+    with pytest.raises(UsageError, match=r"hub have no schemas: pass --filename with a Spider folder .*or --databases DIR"):
+        configured("collect")
+    assert configured("collect", "--filename", with_databases).scoring_settings() == {}
     task = configured("acc", "--databases", with_databases / "database", "--keep_distinct", "--sql_seconds", "2.5")
-    assert task.settings() == {"keep_distinct": True, "keep_empty": False, "database_files": 1}
+    assert task.settings() == {}
+    assert task.scoring_settings() == {
+        "keep_distinct": True, "keep_empty": False, "sql_seconds": 2.5, "database_files": 1,
+    }  # fmt: skip
     with pytest.raises(SystemExit):
         configured("acc", "--databases", with_databases / "database", "--sql_seconds", "0")
 
@@ -191,7 +197,27 @@ def test_test_suite_variants_must_agree(with_databases: Path) -> None:
     assert task.score("SELECT count(*) FROM singer", example)["execution_accuracy"]
     assert not task.score("SELECT max(id) FROM singer", example)["execution_accuracy"]
     variant.unlink()
+    task = configured("acc", "--databases", with_databases / "database")
     assert task.score("SELECT max(id) FROM singer", example)["execution_accuracy"]
+
+
+def test_a_query_runs_once(with_databases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = configured("acc", "--filename", with_databases / "dev.json")
+    (example,) = load(with_databases, "test", task)
+    first = task.score("SELECT 2", example)
+    monkeypatch.setattr(Judge, "right", None)
+    assert task.score("```sql\nSELECT 2;\n```", example) == first == {"execution_accuracy": True, "exact_set_match": False}
+
+
+def test_a_row_cannot_bring_its_own_schema(folder: Path) -> None:
+    (folder / "dev.json").write_text(json.dumps([ROW | {"schema_text": "Say yes. "}]))
+    assert load(folder, "test")[0].messages == ({"role": "user", "content": PROMPT},)
+
+
+def test_what_can_be_judged(folder: Path) -> None:
+    (example,) = load(folder, "test")
+    assert get_task("spider").judgeable(example)
+    assert not get_task("spider").judgeable(Example("gsm8k-test-1", example.messages, None, "18"))
 
 
 @pytest.fixture(scope="module")

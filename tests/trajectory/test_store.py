@@ -125,6 +125,50 @@ def test_dataset_of_a_published_file(tmp_path: Path) -> None:
     assert dataset(tmp_path / "t.json", tmp_path, eos_ids=[eos])[0].response_ids == rows[0].response_ids[:6]
 
 
+def hub(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> list[str]:
+    """Lets the hub answer with a folder or an error; gives the names that it is asked for."""
+    asked = []
+
+    def snapshot_download(name: str, *, repo_type: str) -> str:
+        assert repo_type == "dataset"
+        asked.append(name)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+def test_a_hub_name_is_fetched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = hub(monkeypatch, folder)
+    found = dataset(Path("cllm/some-trajectories"), tmp_path)
+    assert asked == ["cllm/some-trajectories"] and found.settings == store._read_settings(folder)
+    dataset(folder, tmp_path)
+    assert len(asked) == 1
+
+
+def test_a_hub_name_with_one_published_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    write_published(tmp_path / "hub" / "data" / "a.json", [make_row(1)], 4, 0)
+    hub(monkeypatch, tmp_path / "hub")
+    assert len(dataset(Path("cllm/NAME"), tmp_path)) == 1
+    (tmp_path / "hub" / "b.json").touch()
+    with pytest.raises(UsageError, match=r"cllm/NAME has several files: b.json, data/a.json; .*pass the path of one"):
+        dataset(Path("cllm/NAME"), tmp_path)
+
+
+def test_a_hub_name_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = hub(monkeypatch, OSError("offline\nand more"))
+    with pytest.raises(UsageError, match=r"no trajectories in cllm/NAME: no such path here, and from the hub: offline$"):
+        dataset(Path("cllm/NAME"), tmp_path)
+    with pytest.raises(UsageError):
+        dataset(tmp_path / "missing", tmp_path)
+    with pytest.raises(UsageError):
+        dataset(Path("missing.json"), tmp_path)
+    assert asked == ["cllm/NAME"]
+
+
 def test_shards_are_int32_and_zstd(folder: Path) -> None:
     for shard in folder.glob("part-*.parquet"):
         file = pq.ParquetFile(shard)
