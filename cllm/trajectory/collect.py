@@ -1,7 +1,7 @@
-"""Collecting trajectories: prompts in, stored rows out, in batches that are each finished or not there at all.
+"""Collecting trajectories: prompts in, stored rows out, each of them whole or not there at all.
 
 Which rows exist and what they hold depends on the settings and the prompts only, never on interruptions or on how many
-processes share the work: batches are cut from the whole stream in a fixed order and each goes to one process.
+processes share the work: the examples are dealt out to them one by one.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cllm.decoding import JacobiDecoder
+from cllm.decoding import JacobiDecoder, Queue, Request
 from cllm.errors import UsageError
 from cllm.models import context_length, stop_token_ids
 from cllm.prompts import PromptTemplate
@@ -25,7 +24,6 @@ from cllm.trajectory.record import Dropped, TrajectoryRow
 from cllm.trajectory.states import block_starts, jacobi_states
 from cllm.trajectory.store import TrajectoryWriter
 
-BUFFER_BATCHES = 32  # batches whose prompts are sorted by length together; bounds memory
 STATE_TOKENS = 1024  # response tokens whose states are iterated together; bounds the logits
 
 
@@ -71,12 +69,7 @@ class Prompt:
     label_ids: list[int] | None
 
 
-@dataclass
-class Batch:
-    """What one step stores: rows to be made, and examples that give none."""
-
-    prompts: list[Prompt] = field(default_factory=list)
-    dropped: list[Dropped] = field(default_factory=list)
+Response = tuple[Prompt, list[int]]  # with the token ids of the response
 
 
 class Collector:
@@ -107,50 +100,66 @@ class Collector:
         rank: int = 0,
         processes: int = 1,
     ) -> Iterator[int]:
-        """Collect this process's share, storing batch after batch; yields how many examples each batch covered."""
-        for number, batch in enumerate(self.batches(examples, batch_size)):
-            if number % processes != rank:
-                continue
-            size = len(batch.prompts) + len(batch.dropped)
-            prompts = [p for p in batch.prompts if p.row_id not in writer.done_ids]
-            dropped = [d for d in batch.dropped if d.row_id not in writer.done_ids]
-            rows, poor = self.rows(prompts) if prompts else ([], [])
-            writer.write(rows, dropped + poor)
-            yield size
+        """Collect this process's share, storing as responses finish; yields how many examples each step covered."""
+        dropped: list[Dropped] = []
+        done = 0
 
-    def batches(self, examples: Iterable[Example], batch_size: int) -> Iterator[Batch]:
-        """Batches of prompts of similar length, in an order that depends on the examples only."""
-        stream, seen = iter(examples), Seen()
-        while buffer := list(islice(stream, batch_size * BUFFER_BATCHES)):
-            prompts: list[Prompt] = []
-            dropped: list[Dropped] = []
-            for example in buffer:
+        def prompts() -> Iterator[Prompt]:
+            nonlocal done
+            seen = Seen()
+            for number, example in enumerate(examples):
                 item = self._encode(example, seen)
-                if isinstance(item, Prompt):
-                    prompts.append(item)
+                if number % processes != rank:
+                    continue
+                if item.row_id in writer.done_ids:
+                    done += 1
+                elif isinstance(item, Prompt):
+                    yield item
                 else:
                     dropped.append(item)
-            prompts.sort(key=lambda prompt: len(prompt.ids))
-            yield from (Batch(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
-            if dropped:
-                yield Batch(dropped=dropped)
 
-    def rows(self, prompts: list[Prompt]) -> tuple[list[TrajectoryRow], list[Dropped]]:
-        """Fixed points by greedy decoding, hygiene, then the states of all blocks."""
-        results = self.decoder.generate([p.ids for p in prompts], max_new_tokens=self.settings.max_new_seq_len)
+        for responses in self.respond(prompts(), batch_size):
+            rows, poor = self.rows(responses)
+            writer.write(rows, dropped + poor)
+            yield done + len(dropped) + len(responses)
+            done = 0
+            dropped.clear()
+        writer.write([], dropped)
+        yield done + len(dropped)
+
+    def respond(self, prompts: Iterable[Prompt], batch_size: int) -> Iterator[list[Response]]:
+        """Fixed points: the model's greedy responses, by continuous batching, in lists of ``batch_size`` as they finish."""
+        asked: dict[int, Prompt] = {}
+
+        def requests() -> Iterator[Request]:
+            for number, prompt in enumerate(prompts):
+                asked[number] = prompt
+                yield Request(prompt.ids, self.settings.max_new_seq_len)
+
+        finished: list[Response] = []
+        for number, result in Queue(self.decoder, batch_size).run(requests()):
+            finished.append((asked.pop(number), result.token_ids))
+            if len(finished) == batch_size:
+                yield finished
+                finished = []
+        if finished:
+            yield finished
+
+    def rows(self, responses: list[Response]) -> tuple[list[TrajectoryRow], list[Dropped]]:
+        """Hygiene, then the states of all blocks."""
         good, dropped = [], []
-        for prompt, result in zip(prompts, results):
-            reason = "empty response" if len(result.token_ids) < 2 else degenerate(result.token_ids)
+        for prompt, ids in responses:
+            reason = "empty response" if len(ids) < 2 else degenerate(ids)
             if reason:
                 dropped.append(Dropped(prompt.row_id, reason))
             else:
-                good.append((prompt, result.token_ids))
+                good.append((prompt, ids))
         rows = []
         for part in _parts(good):
             rows += self._with_states(part)
         return rows, dropped
 
-    def _with_states(self, part: list[tuple[Prompt, list[int]]]) -> list[TrajectoryRow]:
+    def _with_states(self, part: list[Response]) -> list[TrajectoryRow]:
         settings = self.settings
         starts = []
         for prompt, response in part:
@@ -192,9 +201,9 @@ class Collector:
         return Prompt(example.id, ids, labels)
 
 
-def _parts(good: list[tuple[Prompt, list[int]]]) -> Iterator[list[tuple[Prompt, list[int]]]]:
+def _parts(good: list[Response]) -> Iterator[list[Response]]:
     """Cut into parts of at most STATE_TOKENS response tokens (or one response), similar lengths together."""
-    part: list[tuple[Prompt, list[int]]] = []
+    part: list[Response] = []
     for item in sorted(good, key=lambda item: len(item[1]), reverse=True):
         if part and (len(part) + 1) * len(part[0][1]) > STATE_TOKENS:
             yield part

@@ -9,11 +9,11 @@ import argparse
 import time
 
 import torch
-from common import Forwarded, add_options, load, publish
+from common import Forwarded, add_options, collect, load, publish
 
 from cllm import reference
 from cllm.decoding.guess import context_tokens
-from cllm.trajectory.collect import CollectionSettings, Collector, Prompt
+from cllm.trajectory.collect import CollectionSettings, Collector
 
 
 def main() -> None:
@@ -23,11 +23,11 @@ def main() -> None:
     model, tokenizer, prompts = load(args)
     settings = CollectionSettings(args.model, "gsm8k", "chat", args.block_size, args.length, aligned=True)
     collector = Collector(model, tokenizer, settings)
-    collector.rows([Prompt("warm-up", prompts[0][:20], None)])
+    collect(collector, [prompts[0][:20]])
 
     with Forwarded(model) as ours:
         start = time.perf_counter()
-        rows, dropped = collector.rows([Prompt(str(i), ids, None) for i, ids in enumerate(prompts)])
+        rows, dropped = collect(collector, prompts)
         fast = time.perf_counter() - start
     kept = {int(row.row_id): row for row in rows}
     slow, slow_tokens, equal, states = 0.0, 0, 0, 0

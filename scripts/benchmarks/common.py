@@ -15,6 +15,8 @@ from cllm.models import load_model, load_tokenizer
 from cllm.prompts import choose_template
 from cllm.tasks import get_task
 from cllm.tasks.source import load_examples
+from cllm.trajectory.collect import Collector, Prompt
+from cllm.trajectory.record import Dropped, TrajectoryRow
 
 
 def add_options(options: argparse.ArgumentParser, prompts: int) -> None:
@@ -34,6 +36,13 @@ def load(args: argparse.Namespace):
     template = choose_template(None, task.plain_template, tokenizer, {})
     examples = load_examples(task, args.filename, "train", args.prompts)
     return model, tokenizer, [template.encode(example.messages, tokenizer) for example in examples]
+
+
+def collect(collector: Collector, prompts: list[list[int]]) -> tuple[list[TrajectoryRow], list[Dropped]]:
+    """The rows of some prompts, decoded together; a row's id is the prompt's number."""
+    asked = [Prompt(str(number), ids, None) for number, ids in enumerate(prompts)]
+    (responses,) = collector.respond(asked, len(asked))
+    return collector.rows(responses)
 
 
 class Forwarded:

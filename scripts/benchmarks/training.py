@@ -12,14 +12,14 @@ import argparse
 import tempfile
 import time
 
-from common import Forwarded, add_options, load, publish
+from common import Forwarded, add_options, collect, load, publish
 
 from cllm import reference
 from cllm.models import load_model
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.examples import Collator, ExampleDataset
 from cllm.training.trainer import CllmTrainer
-from cllm.trajectory.collect import CollectionSettings, Collector, Prompt
+from cllm.trajectory.collect import CollectionSettings, Collector
 
 
 class Rows(list):
@@ -32,7 +32,7 @@ def main() -> None:
     args = options.parse_args()
     model, tokenizer, prompts = load(args)
     settings = CollectionSettings(args.model, "gsm8k", "chat", args.block_size, args.length, aligned=True)
-    rows, _ = Collector(model, tokenizer, settings).rows([Prompt(str(i), ids, None) for i, ids in enumerate(prompts)])
+    rows, _ = collect(Collector(model, tokenizer, settings), prompts)
     print(f"{len(rows)} responses collected", flush=True)
 
     papers = dict(teacher="self", ar_loss="fixed_point", distance_decay=1.0, states_per_block=1)

@@ -17,10 +17,10 @@ from commands import question_rows, write_rows
 from tiny import EOS_ID, PAD_ID, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import MambaConfig, MambaForCausalLM
 
-from cllm.decoding import RowResult
+from cllm.decoding.queue import LOOKAHEAD
 from cllm.errors import UnsupportedModelError, UsageError
 from cllm.tasks.base import Example
-from cllm.trajectory.collect import BUFFER_BATCHES, CollectionSettings, Collector
+from cllm.trajectory.collect import CollectionSettings, Collector, Prompt
 from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryWriter, read_rows, stored_counts
 
@@ -50,6 +50,12 @@ def collect(folder: Path, model: Any, items: list[Example], **options: Any) -> d
     writer = TrajectoryWriter(folder, SETTINGS.as_dict(), resume=True)
     list(collector(model).run(items, writer, **{"batch_size": 3} | options))
     return rows_of(folder)
+
+
+def made(by: Collector, folder: Path) -> list[TrajectoryRow]:
+    """What a collector stores of three examples."""
+    list(by.run(examples(3), TrajectoryWriter(folder, by.settings.as_dict(), resume=True), batch_size=3))
+    return list(rows_of(folder).values())
 
 
 def rows_of(folder: Path) -> dict[str, TrajectoryRow]:
@@ -89,18 +95,16 @@ def test_responses_are_greedy(model: Any, whole: dict[str, TrajectoryRow]) -> No
         assert decoder.generate([row.prompt_ids], max_new_tokens=12)[0].token_ids == row.response_ids
 
 
-def test_aligned_blocks_start_at_the_front(model: Any) -> None:
+def test_aligned_blocks_start_at_the_front(model: Any, tmp_path: Path) -> None:
     aligned = collector(model, replace(SETTINGS, aligned=True))
-    (batch,) = aligned.batches(examples(3), 3)
-    rows, _ = aligned.rows(batch.prompts)
-    assert all(row.block_starts == list(range(0, len(row.response_ids), 4)) for row in rows)
+    rows = made(aligned, tmp_path)
+    assert len(rows) == 3 and all(row.block_starts == list(range(0, len(row.response_ids), 4)) for row in rows)
 
 
-def test_without_options_nothing_extra_is_stored(model: Any) -> None:
+def test_without_options_nothing_extra_is_stored(model: Any, tmp_path: Path) -> None:
     plain = collector(model, replace(SETTINGS, use_aug=False, use_labels=False))
-    (batch,) = plain.batches(examples(3), 3)
-    rows, _ = plain.rows(batch.prompts)
-    assert all(row.augmented == [] and row.label_ids is None for row in rows)
+    rows = made(plain, tmp_path)
+    assert len(rows) == 3 and all(row.augmented == [] and row.label_ids is None for row in rows)
 
 
 # ---- interrupted, shared ----
@@ -138,7 +142,7 @@ def test_processes_share_without_overlap(
 def test_nothing_is_decoded_twice(model: Any, tmp_path: Path) -> None:
     collect(tmp_path, model, examples(5))
     again = collector(model)
-    again.decoder = None  # type: ignore[assignment]
+    again.decoder.model = None  # type: ignore[assignment]
     writer = TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
     assert sum(again.run(examples(5), writer, batch_size=2)) == 5
 
@@ -146,23 +150,10 @@ def test_nothing_is_decoded_twice(model: Any, tmp_path: Path) -> None:
 # ---- left out, counted ----
 
 
-class Canned:
-    """A decoder that answers what it is told."""
-
-    def __init__(self, *responses: list[int]) -> None:
-        self.responses = responses
-
-    def generate(self, prompts: list[list[int]], **_: Any) -> list[RowResult]:
-        assert len(prompts) == len(self.responses)
-        return [RowResult(ids, [1] * len(ids)) for ids in self.responses]
-
-
 def test_responses_left_out(model: Any) -> None:
-    canned = collector(model)
     fine, loop, run = [5, 6, 7, 8], [9, 10, 11, 12] * 12, [7, *[5] * 10]
-    canned.decoder = Canned(fine, loop, [EOS_ID], run)  # type: ignore[assignment]
-    (batch,) = canned.batches(examples(4), 4)
-    rows, dropped = canned.rows(batch.prompts)
+    responses = [(Prompt(f"q-{n}", [1, 2], None), ids) for n, ids in enumerate((fine, loop, [EOS_ID], run))]
+    rows, dropped = collector(model, replace(SETTINGS, use_labels=False)).rows(responses)
     assert [row.response_ids for row in rows] == [fine]
     assert [drop.reason for drop in dropped] == ["loop", "empty response", "repeated token"]
 
@@ -199,7 +190,7 @@ def test_a_template_that_refuses(model: Any, tmp_path: Path) -> None:
 # ---- bounds ----
 
 
-def test_prompts_are_read_a_buffer_at_a_time(model: Any) -> None:
+def test_prompts_are_read_as_they_are_needed(model: Any, tmp_path: Path) -> None:
     read = 0
 
     def endless() -> Iterator[Example]:
@@ -208,11 +199,9 @@ def test_prompts_are_read_a_buffer_at_a_time(model: Any) -> None:
             read += 1
             yield example
 
-    batches = collector(model).batches(endless(), 2)
-    next(batches)
-    assert read == 2 * BUFFER_BATCHES
-    lengths = [len(prompt.ids) for batch in islice(batches, 20) for prompt in batch.prompts]
-    assert lengths == sorted(lengths)
+    writer = TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
+    for _ in islice(collector(model).run(endless(), writer, batch_size=2), 5):
+        assert read <= 3 * 2 * LOOKAHEAD
 
 
 def test_stored_rows_are_not_kept_in_memory(model: Any, tmp_path: Path) -> None:
