@@ -11,6 +11,7 @@ from cllm.errors import UsageError
 from cllm.evaluation import accuracy
 from cllm.evaluation.prompt import encode
 from cllm.prompts import PromptTemplate
+from cllm.result_file import read_settings
 from cllm.tasks import get_task
 from cllm.tasks.base import Example
 
@@ -87,7 +88,7 @@ def test_resume_refuses_other_settings_by_name(tmp_path):
     accuracy.AnswerFile(path, {"model": "m", "block_size": 4}).append([row()])
     with pytest.raises(UsageError, match="other settings: block_size was 4 and is 8"):
         accuracy.AnswerFile(path, {"model": "m", "block_size": 8})
-    assert accuracy.read_settings(path) == {"model": "m", "block_size": 4}
+    assert read_settings(path) == {"model": "m", "block_size": 4}
     assert accuracy.AnswerFile(path, {"model": "m", "block_size": 8}, resume=False).rows == {}
     assert not path.exists()
 

@@ -139,10 +139,10 @@ def test_processes_share_without_overlap(
     assert {key: row for part in parts for key, row in part.items()} == whole
 
 
-def test_nothing_is_decoded_twice(model: Any, tmp_path: Path) -> None:
+def test_nothing_is_decoded_twice(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collect(tmp_path, model, examples(5))
     again = collector(model)
-    again.decoder.model = None  # type: ignore[assignment]
+    monkeypatch.setattr(model, "forward", None)
     writer = TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
     assert sum(again.run(examples(5), writer, batch_size=2)) == 5
 
