@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cllm.evaluation.table import format_table, number, percent, with_interval
 
-FULL_SIZE = """The full-size recipe (paper: GSM8K, Abel-7B; 8 GPUs; not run by this script):
+FULL_SIZE = """The full-size recipe (paper: GSM8K, Abel-7B, which is a target model already; 8 GPUs; not run by this script):
   cd data && accelerate launch generate_trajectory_gsm8k.py --model GAIR/Abel-7B-001 --use_aug --use_labels \\
       --max_new_tokens 16 --max_new_seq_len 512
   cd ../cllm && NUM_PROCESSES=8 bash train_cllm.sh GAIR/Abel-7B-001 ../data/collected_jacobi_trajectory/FOLDER OUTPUT 16 \\
