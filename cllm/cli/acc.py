@@ -7,8 +7,9 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import (
     add_guess_option,
@@ -21,6 +22,10 @@ from cllm.cli.command import (
     sampling_of,
 )
 from cllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from cllm.cli.model import OpenModel
+    from cllm.decoding import JacobiDecoder, Sampling
 
 MATH_SINGLE = "math-single"
 
@@ -144,11 +149,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answer what is not answered yet, and score everything asked for."""
     from tqdm import tqdm
 
+    from cllm.cli.model import open_model
     from cllm.decoding import JacobiDecoder, make_guess
     from cllm.evaluation import accuracy
     from cllm.evaluation.environment import check_writable, environment
     from cllm.evaluation.prompt import default_file, encode
-    from cllm.models import context_length, default_width, load_model, load_tokenizer, read_record, stop_token_ids
+    from cllm.models import context_length, default_width
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
@@ -168,46 +174,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     questions = accuracy.select(stream, task, args.dev_set, args.data_size)
     examples = accuracy.samples(questions, task.num_samples)
 
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation)
-    record = read_record(model.config)
+    of = open_model(args, task.plain_template, partial(choose_prompt, prompt_type=args.prompt_type))
     block_size = 1
     if args.use_consistency_decoding:
-        block_size = args.max_new_tokens_for_consistency or default_width(record)
-    template = choose_prompt(args.prompt_template, args.prompt_type, task.plain_template, tokenizer, record)
-    stops = stop_token_ids(model, tokenizer, template)
-    decoder = JacobiDecoder(model, block_size, eos_token_ids=stops, guess=guess, seed=args.seed)
-    settings = {
-        "task": task.name,
-        "model": args.model,
-        "weights": accuracy.weights_stamp(args.model),
-        "prompt_template": template.text,
-        "block_size": block_size,
-        "max_tokens": args.max_tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": model.config._attn_implementation,
-        "sampling": asdict(sampling),
-        "seed": args.seed,
-    }
-    if args.use_consistency_decoding:
-        settings["guess"] = guess.name
-    if task.settings():
-        settings["task_options"] = task.settings()
+        block_size = args.max_new_tokens_for_consistency or default_width(of.record)
+    decoder = JacobiDecoder(of.model, block_size, eos_token_ids=of.stops, guess=guess, seed=args.seed)
+    settings = _settings(args, task, of, decoder, sampling)
     answers = accuracy.AnswerFile(args.output_file_name, settings, args.resume)
     kept = sum(map(answers.has, examples))
     if kept:
         logger.info("%d of %d answers are there already, in %s", kept, len(examples), args.output_file_name)
-    context = context_length(model.config)
-    prompts, too_long = encode((e for e in examples if not answers.has(e)), template, tokenizer, context)
+    context = context_length(of.model.config)
+    prompts, too_long = encode((e for e in examples if not answers.has(e)), of.template, of.tokenizer, context)
     if too_long:
         answers.append(accuracy.too_long_rows(task, too_long))
     with tqdm(total=len(prompts), desc="answers", unit="answer", file=sys.stderr, disable=None) as bar:
         for rows in accuracy.answer(
             decoder,
-            tokenizer,
+            of.tokenizer,
             task,
             prompts,
-            template,
+            of.template,
             max_new_tokens=args.max_tokens,
             batch_size=args.batch_size,
             sampling=sampling,
@@ -224,12 +211,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "batch_size": args.batch_size,
         }
         | _scoring(task),
-        "environment": environment(model.device),
-        "record": record,
+        "environment": environment(of.model.device),
+        "record": of.record,
         "bad_rows": dict(stream.bad),
         "summary": accuracy.summarise(task, scored, seed=args.seed),
     }
     return _finish(args, task, scored, report)
+
+
+def _settings(args: argparse.Namespace, task: Any, of: OpenModel, decoder: JacobiDecoder, sampling: Sampling) -> dict[str, Any]:
+    """What the answers depend on; a run goes on with a file only if it is the same."""
+    from cllm.evaluation import accuracy
+
+    settings = {
+        "task": task.name,
+        "model": args.model,
+        "weights": accuracy.weights_stamp(args.model),
+        "prompt_template": of.template.text,
+        "block_size": decoder.block_size,
+        "max_tokens": args.max_tokens,
+        "dtype": of.dtype,
+        "attn_implementation": of.model.config._attn_implementation,
+        "sampling": asdict(sampling),
+        "seed": args.seed,
+    }
+    if args.use_consistency_decoding:
+        settings["guess"] = decoder.guess.name
+    if task.settings():
+        settings["task_options"] = task.settings()
+    return settings
 
 
 def _scoring(task: Any) -> dict[str, Any]:
@@ -261,7 +271,7 @@ def _finish(args: argparse.Namespace, task: Any, rows: list[dict[str, Any]], rep
 
 
 def choose_prompt(
-    option: str | None, prompt_type: str | None, plain: str, tokenizer: Any, record: dict[str, Any]
+    option: str | None, plain: str, tokenizer: Any, record: dict[str, Any], *, prompt_type: str | None
 ) -> Any:
     """``--prompt_template``, else what the checkpoint was trained with, else ``--prompt_type``, else the tokenizer's.
 

@@ -69,22 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _open(args: argparse.Namespace, plain_template: str):
+    from cllm.cli.model import open_model
     from cllm.decoding import JacobiDecoder, make_guess
-    from cllm.models import default_width, load_model, load_tokenizer, read_record, stop_token_ids
-    from cllm.prompts import choose_template
+    from cllm.models import default_width
     from cllm.serving.chat import Conversation
 
     sampling, guess = sampling_of(args, args.seed), make_guess(args.guess)
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(
-        args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation
-    )
-    record = read_record(model.config)
-    size = args.block_size if args.block_size is not None else default_width(record)
-    template = choose_template(args.prompt_template, plain_template, tokenizer, record)
-    stops = stop_token_ids(model, tokenizer, template)
-    decoder = JacobiDecoder(model, size, eos_token_ids=stops, guess=guess)
-    return Conversation(decoder, tokenizer, template, args.max_new_seq_len, sampling)
+    of = open_model(args, plain_template)
+    size = args.block_size if args.block_size is not None else default_width(of.record)
+    decoder = JacobiDecoder(of.model, size, eos_token_ids=of.stops, guess=guess)
+    return Conversation(decoder, of.tokenizer, of.template, args.max_new_seq_len, sampling)
 
 
 def _turns(interactive: bool) -> Iterator[str]:

@@ -83,34 +83,30 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
 
 
 def _collector(args: argparse.Namespace, task):
-    from cllm.models import load_model, load_tokenizer, read_record
-    from cllm.prompts import choose_template
+    from cllm.cli.model import open_model
     from cllm.trajectory.collect import CollectionSettings, Collector
 
-    device = args.device
-    if device is None and "LOCAL_RANK" in os.environ:
+    if args.device is None and "LOCAL_RANK" in os.environ:
         import torch
 
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype=args.dtype, device=device, attn_implementation=args.attn_implementation)
-    template = choose_template(args.prompt_template, task.plain_template, tokenizer, read_record(model.config))
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    of = open_model(args, task.plain_template)
     settings = CollectionSettings(
         model=args.model,
         task=args.task,
-        prompt_template=template.text,
+        prompt_template=of.template.text,
         block_size=args.max_new_tokens,
         max_new_seq_len=args.max_new_seq_len,
         use_aug=args.use_aug,
         use_labels=args.use_labels,
         aligned=args.published is not None,
         seed=args.seed,
-        dtype=str(model.dtype).removeprefix("torch."),
-        vocab_size=model.config.get_text_config(decoder=True).vocab_size,
+        dtype=of.dtype,
+        vocab_size=of.model.config.get_text_config(decoder=True).vocab_size,
         task_options=task.settings(),
         source=Path(args.filename).name if args.filename else "",
     )
-    return Collector(model, tokenizer, settings), settings
+    return Collector(of.model, of.tokenizer, settings), settings
 
 
 def _process_group(processes: int):

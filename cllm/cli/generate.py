@@ -64,35 +64,32 @@ def options() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = options().parse_args(argv)
     sampling = sampling_of(args, args.seed)
+    from cllm.cli.model import open_model
     from cllm.decoding import JacobiDecoder, Queue, make_guess
     from cllm.evaluation.environment import check_writable
-    from cllm.models import default_width, load_model, load_tokenizer, read_record, stop_token_ids
-    from cllm.prompts import PLACE, choose_template
+    from cllm.models import default_width
+    from cllm.prompts import PLACE
     from cllm.result_file import ResultFile
     from cllm.serving.offline import answer
 
     guess = make_guess(args.guess)
     check_writable(args.output)
     total, bad = _count(args.prompts)
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation)
-    record = read_record(model.config)
-    template = choose_template(args.prompt_template, PLACE, tokenizer, record)
-    width = args.block_size or default_width(record)
-    stops = stop_token_ids(model, tokenizer, template)
-    decoder = JacobiDecoder(model, width, eos_token_ids=stops, guess=guess, seed=args.seed)
+    of = open_model(args, PLACE)
+    width = args.block_size or default_width(of.record)
+    decoder = JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess, seed=args.seed)
     settings = {
         "model": args.model,
-        "prompt_template": template.text,
+        "prompt_template": of.template.text,
         "max_tokens": args.max_tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": of.dtype,
         "sampling": asdict(sampling),
     }
     results = ResultFile(args.output, settings, args.resume, "--output")
 
     def answers(size: int, prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
         queue = Queue(decoder, size, args.max_slots)
-        return answer(queue, tokenizer, template, prompts, max_tokens=args.max_tokens, sampling=sampling)
+        return answer(queue, of.tokenizer, of.template, prompts, max_tokens=args.max_tokens, sampling=sampling)
 
     _answer(args, results, answers, total)
     errors = sum("error" in row for row in results.rows.values())

@@ -7,10 +7,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import add_guess_option, add_model_options, add_task_option, command, parser, positive
 from cllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cllm.cli.model import OpenModel
+    from cllm.evaluation.prompt import Prompt
+    from cllm.evaluation.quality import Quality
 
 SHOWN_DIVERGENCES = 5
 
@@ -69,11 +76,11 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns what goes into the JSON file."""
+    from cllm.cli.model import load_weights, open_model
     from cllm.decoding import make_guess
-    from cllm.evaluation import method, prompt, quality, speed
+    from cllm.evaluation import method, prompt, speed
     from cllm.evaluation.environment import check_writable, environment
-    from cllm.models import context_length, default_width, load_model, load_tokenizer, read_record, stop_token_ids
-    from cllm.prompts import choose_template
+    from cllm.models import context_length, default_width, load_tokenizer
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
@@ -84,23 +91,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     stream = load_examples(task, filename, "test", args.data_size)
     examples = list(stream)
 
-    tokenizer = load_tokenizer(args.model)
-    model = _load(load_model, args, args.model)
-    record = read_record(model.config)
-    block_size = args.max_new_tokens or default_width(record)
-    template = choose_template(args.prompt_template, task.plain_template, tokenizer, record)
-    target = _load(load_model, args, args.target_model) if args.target_model else None
-    if target is not None and load_tokenizer(args.target_model).get_vocab() != tokenizer.get_vocab():
+    of = open_model(args, task.plain_template)
+    model, eos_ids = of.model, of.stops
+    block_size = args.max_new_tokens or default_width(of.record)
+    target = load_weights(args, args.target_model) if args.target_model else None
+    if target is not None and load_tokenizer(args.target_model).get_vocab() != of.tokenizer.get_vocab():
         raise UsageError(
             f"{args.target_model} and {args.model} have different vocabularies, so they cannot be compared"
         )
     contexts = [length for m in (model, target) if m is not None and (length := context_length(m.config))]
     context = min(contexts, default=None)
-    prompts, too_long = prompt.encode(examples, template, tokenizer, context)
+    prompts, too_long = prompt.encode(examples, of.template, of.tokenizer, context)
     if not prompts:
         raise UsageError(f"all {len(too_long)} prompts fill the model's context of {context} tokens")
 
-    eos_ids = stop_token_ids(model, tokenizer, template)
     methods = method.build_methods(
         model,
         args.baseline,
@@ -113,38 +117,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     batches = [[p.ids for p in batch] for batch in prompt.batches(prompts, args.batch_size)]
     measured = speed.measure(methods, batches, args.max_new_seq_len, context=context, progress=_bar("speed"))
     figures = speed.summarise(measured, seed=args.seed)
-    ids = {p.example.id: p.ids for p in prompts}
-    parted = speed.divergences(model, measured, ids)
-
-    chosen, own = [p.example for p in prompts], {name: _ids(measured, name) for name in measured.runs}
-    texts = {"jacobi": own[method.JACOBI]}
+    parted = speed.divergences(model, measured, {p.example.id: p.ids for p in prompts})
+    texts = {"jacobi": _ids(measured, method.JACOBI)}
     if target is not None:
         texts["target"] = _target_texts(target, batches, args.max_new_seq_len, context, eos_ids)
-    qualities = {}
-    for name, responses in texts.items():
-        qualities[name] = quality.quality(
-            responses,
-            eos_ids=eos_ids,
-            scores=quality.score_replies(task, chosen, responses, tokenizer),
-            nlls=quality.response_nlls(target, list(ids.values()), responses) if target is not None else None,
-            own_ar=own[method.AR] if name == "jacobi" else None,
-            target=texts["target"] if name == "jacobi" and target is not None else None,
-            seed=args.seed,
-        )
+    qualities = _qualities(args, task, of, target, prompts, texts, _ids(measured, method.AR))
     return {
         "settings": {
             **_settings(args),
             "block_size": block_size,
             "guess": [guess.name for guess in guesses],
             "filename": stream.source,
-            "prompt_template": template.text,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "prompt_template": of.template.text,
+            "dtype": of.dtype,
             "attn_implementation": model.config._attn_implementation,
             "eos_token_ids": eos_ids,
             "metric": task.metric,
         },
         "environment": environment(model.device),
-        "record": record,
+        "record": of.record,
         "data": {
             "prompts": len(prompts),
             "too_long": [p.example.id for p in too_long],
@@ -162,12 +153,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             }
             for at in range(len(batches))
         ],
-        "prompts": _prompt_rows(prompts, measured, texts, tokenizer, args.batch_size),
+        "prompts": _prompt_rows(prompts, measured, texts, of.tokenizer, args.batch_size),
     }
 
 
-def _load(load_model: Any, args: argparse.Namespace, path: str) -> Any:
-    return load_model(path, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation)
+def _qualities(
+    args: argparse.Namespace,
+    task: Any,
+    of: OpenModel,
+    target: PreTrainedModel | None,
+    prompts: Sequence[Prompt],
+    texts: dict[str, list[list[int]]],
+    own_ar: list[list[int]],
+) -> dict[str, Quality]:
+    """How good each model's texts are; ``own_ar`` are the test model's by AR decoding."""
+    from cllm.evaluation import quality
+
+    qualities = {}
+    for name, responses in texts.items():
+        tested = name == "jacobi"
+        qualities[name] = quality.quality(
+            responses,
+            eos_ids=of.stops,
+            scores=quality.score_replies(task, [p.example for p in prompts], responses, of.tokenizer),
+            nlls=quality.response_nlls(target, [p.ids for p in prompts], responses) if target is not None else None,
+            own_ar=own_ar if tested else None,
+            target=texts.get("target") if tested else None,
+            seed=args.seed,
+        )
+    return qualities
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

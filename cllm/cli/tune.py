@@ -35,11 +35,11 @@ def options(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(argv).parse_args(argv)
+    from cllm.cli.model import open_model
     from cllm.evaluation import prompt, width
     from cllm.evaluation.environment import check_writable, environment
     from cllm.files import write_json
-    from cllm.models import context_length, load_model, load_tokenizer, read_record, stop_token_ids, store_width
-    from cllm.prompts import choose_template
+    from cllm.models import context_length, store_width
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
@@ -48,23 +48,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"--save needs a local checkpoint, got {args.model!r}")
     task = get_task(args.task).configure(args)
     examples = load_examples(task, prompt.default_file(args.filename, Path.cwd()), "test", args.data_size)
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation)
-    template = choose_template(args.prompt_template, task.plain_template, tokenizer, read_record(model.config))
-    prompts, _ = prompt.encode(examples, template, tokenizer, context_length(model.config))
+    of = open_model(args, task.plain_template)
+    prompts, _ = prompt.encode(examples, of.template, of.tokenizer, context_length(of.model.config))
     measured = width.measure_widths(
-        model,
+        of.model,
         [p.ids for p in prompts],
         sorted(set(args.widths)),
         list(dict.fromkeys(args.batch_size)),
         max_new_tokens=args.max_new_seq_len,
-        eos_ids=stop_token_ids(model, tokenizer, template),
+        eos_ids=of.stops,
         seed=args.seed,
     )
     best = {size: width.fastest(measured, size) for size in args.batch_size}
     report = {
         "settings": vars(args),
-        "environment": environment(model.device),
+        "environment": environment(of.model.device),
         "widths": [asdict(m) | {"tokens_per_second": m.tokens_per_second} for m in measured],
         "best": {size: m.width for size, m in best.items()},
     }

@@ -224,7 +224,7 @@ def test_a_long_prompt_counts_as_wrong(tmp_path, data, capsys):
     ],
 )
 def test_which_prompt_wins(option, prompt_type, record, chat, expected):
-    assert acc.choose_prompt(option, prompt_type, PLAIN, tiny_tokenizer(chat), record).text == expected
+    assert acc.choose_prompt(option, PLAIN, tiny_tokenizer(chat), record, prompt_type=prompt_type).text == expected
 
 
 @pytest.mark.parametrize(
