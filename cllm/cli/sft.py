@@ -32,13 +32,13 @@ class RunArguments:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
     from cllm.models import context_length, load_model, load_tokenizer, read_record, write_record
     from cllm.prompts import choose_template
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
-    from cllm.training.sft import AnswerCollator, AnswerDataset
+    from cllm.training.sft import AnswerCollator, AnswerDataset, AnswerTrainer
 
     words = sys.argv[1:] if argv is None else argv
     run, args = parse(words, "cllm sft", __doc__, RunArguments, TrainingArguments)
@@ -55,4 +55,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_record(model.config, {"prompt_template": template.text, "task": task.name, "base_model": run.model})
     collator = AnswerCollator(tokenizer.pad_token_id)
     parts = {"model": model, "train_dataset": rows, "data_collator": collator, "processing_class": tokenizer}
-    train(make_trainer(Trainer, args, **parts), resume_from, "target model")
+    train(make_trainer(AnswerTrainer, args, **parts), resume_from, "target model")

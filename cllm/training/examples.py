@@ -112,16 +112,12 @@ def _first_wrong(state: Sequence[int], fixed: Sequence[int]) -> int:
 
 
 class ExampleDataset(Dataset):
-    """Training examples over stored trajectories. The choice of states depends on seed, epoch and row only."""
+    """Training examples over stored trajectories. The choice of states depends on seed, ``epoch`` and row only."""
 
     def __init__(self, rows: TrajectoryDataset, sampling: Sampling, seed: int = 0) -> None:
         if sampling.use_labels and rows[0].label_ids is None:
             raise UsageError("use_gt_labels needs the dataset's answers; collect the trajectories with --use_labels")
         self.rows, self.sampling, self.seed, self.epoch = rows, sampling, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called at the start of each epoch, so that it sees other states than the one before."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,6 +125,11 @@ class ExampleDataset(Dataset):
     def __getitem__(self, index: int) -> Example:
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         return build_example(self.rows[index], rng, self.sampling)
+
+    def length(self, index: int) -> int:
+        """About how long a packed row will be, as a measure to compare."""
+        row = self.rows[index]
+        return len(row.prompt_ids) + (1 + self.sampling.states_per_block) * len(row.response_ids)
 
 
 @dataclass(frozen=True)

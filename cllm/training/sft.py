@@ -1,6 +1,6 @@
 """Ordinary fine-tuning on a dataset's answers: what makes a general model the target model of a task.
 
-The paper's targets were made so (arXiv 2403.00835, section 4.1). Shapes: B rows, T tokens of the longest.
+The paper's targets were made so (arXiv 2403.00835, section 4.1). Shapes: B rows, T tokens of the longest row.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from cllm.errors import UsageError
 from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
+from cllm.training.base import Batch, TokenMeanTrainer
+from cllm.training.head import LanguageHead
+from cllm.training.objective import cross_entropy_sum
 
 IGNORED = -100  # the label of tokens that no loss is taken at
 
@@ -64,6 +67,9 @@ class AnswerDataset(Dataset):
     def __getitem__(self, index: int) -> Answered:
         return self.rows[index]
 
+    def length(self, index: int) -> int:
+        return len(self.rows[index].prompt_ids) + len(self.rows[index].answer_ids)
+
 
 @dataclass(frozen=True)
 class AnswerCollator:
@@ -79,6 +85,22 @@ class AnswerCollator:
             "attention_mask": _stack([[1] * len(row) for row in ids], 0),
             "labels": _stack(labels, IGNORED),
         }
+
+
+class AnswerTrainer(TokenMeanTrainer):
+    """Cross-entropy on the answers, whose tokens alone get logits."""
+
+    terms = ("answer_loss",)
+
+    def counts(self, batch: Batch) -> torch.Tensor:
+        return (batch["labels"] != IGNORED).sum(dtype=torch.float32)[None]
+
+    def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        head = LanguageHead(self.accelerator.unwrap_model(model))
+        hidden_BTH = self.last_hidden(model, head, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        goals = batch["labels"][:, 1:]
+        learned = goals != IGNORED
+        return cross_entropy_sum(hidden_BTH[:, :-1][learned], head, goals[learned])[None]
 
 
 def _stack(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from commands import question_rows, refused, write_rows
-from tiny import save_tiny_checkpoint, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from cllm.cli import sft
 from cllm.errors import UsageError
 from cllm.models import read_record
 from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
-from cllm.training.sft import IGNORED, AnswerCollator, AnswerDataset, Answered
+from cllm.training.sft import IGNORED, AnswerCollator, AnswerDataset, Answered, AnswerTrainer
 
 
 @pytest.fixture
@@ -53,6 +53,14 @@ def test_the_loss_is_on_the_answer_only() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 3, 4], [IGNORED, 6, IGNORED, IGNORED]]
+
+
+def test_the_loss_is_that_of_the_models_own_forward(tmp_path: Path) -> None:
+    model, collator = tiny_model(vocab_size=97), AnswerCollator(0)
+    batch = collator([Answered([1, 2], [3, 4, 5]), Answered([5], [6]), Answered([8, 9, 10, 11], [12])])
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = AnswerTrainer(model=model, args=args, data_collator=collator)
+    torch.testing.assert_close(trainer.compute_loss(model, batch), model(**batch).loss)
 
 
 def test_examples_that_cannot_be_learned_are_counted() -> None:

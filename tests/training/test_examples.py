@@ -95,7 +95,7 @@ def test_states_depend_on_seed_epoch_and_row_only():
     dataset = ExampleDataset(Rows([ROW] * 20), Sampling(), seed=1)
     first = [dataset[i] for i in range(20)]
     assert [dataset[i] for i in reversed(range(20))][::-1] == first
-    dataset.set_epoch(1)
+    dataset.epoch = 1
     assert [dataset[i] for i in range(20)] != first
 
 

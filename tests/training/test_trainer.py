@@ -108,7 +108,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
 
 
 def loss_sums(trainer: CllmTrainer, examples) -> list[float]:
-    return torch.stack(trainer.loss_sums(trainer.model, trainer.data_collator(examples))).tolist()
+    return trainer.loss_sums(trainer.model, trainer.data_collator(examples)).tolist()
 
 
 def test_padding_and_packing_change_nothing(tmp_path):
@@ -177,14 +177,18 @@ def test_training_lowers_the_loss_and_logs_its_terms(tmp_path):
         assert entry["loss"] == pytest.approx(entry["consistency_loss"] + 2.0 * entry["ar_loss"], rel=1e-3)
 
 
-def test_resumed_training_equals_uninterrupted(tmp_path):
-    options = dict(optim="adamw_torch", learning_rate=1e-3, max_steps=6, save_strategy="steps", save_steps=3)
-    whole = make_trainer(tmp_path / "whole", per_device_train_batch_size=2, **options)
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_resumed_training_equals_uninterrupted(tmp_path, strategy):
+    """From the first epoch and from the middle of the second."""
+    options = dict(optim="adamw_torch", learning_rate=1e-3, max_steps=7, save_strategy="steps", save_steps=1)
+    options |= dict(per_device_train_batch_size=2, train_sampling_strategy=strategy)
+    whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
-    resumed = make_trainer(tmp_path / "resumed", per_device_train_batch_size=2, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
-        assert torch.equal(a, b)
+    for step in (3, 5):
+        resumed = make_trainer(tmp_path / "resumed", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
+            assert torch.equal(a, b)
 
 
 if __name__ == "__main__":  # one of two processes of test_two_processes_give_the_gradient_of_one

@@ -1,0 +1,129 @@
+"""What both trainers add to ``transformers.Trainer``: losses that are means over the tokens of the global batch.
+
+Shapes: B rows, T tokens, H hidden size, L terms of the loss.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from cllm.training.head import LanguageHead
+from cllm.training.order import LengthGroupedOrder
+
+Batch = dict[str, torch.Tensor]
+
+
+class TokenMeanTrainer(Trainer):
+    """Loss = weighted sum of terms, each a mean over the tokens of the global batch (all processes, all accumulated
+    micro-batches), so that its split does not change the gradient.
+
+    Logits are made from hidden states where a loss needs them, never for the whole batch. Everything else is the parent's;
+    ``--train_sampling_strategy group_by_length`` gives an order that a resumed run repeats.
+    """
+
+    terms: tuple[str, ...]  # names in the log
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model: PreTrainedModel
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the global batch's token counts here
+        self.order: LengthGroupedOrder | None = None
+        self.add_callback(_EpochCallback(self))
+        self._verified = False
+        self._parts: list[torch.Tensor] = []
+
+    # ------------------------------------------------------ for the subclass
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the terms."""
+        return (1.0,) * len(self.terms)
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> torch.Tensor:
+        """How much a batch weighs in the mean of each term: [L]."""
+
+    @abstractmethod
+    def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The terms of a batch as weighted sums over its tokens: [L]."""
+
+    def last_hidden(self, model: torch.nn.Module, head: LanguageHead, **inputs: Any) -> torch.Tensor:
+        """Last hidden states [B, T, H], through the model's public forward."""
+        output = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        hidden = output.hidden_states[-1]
+        if not self._verified:
+            head.verify(hidden[:, -1:], output.logits[:, -1:])
+            self._verified = True
+        return hidden
+
+    # ------------------------------------------------- what the parent calls
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimizer step and the token counts [L] of the global batch."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        counts = torch.stack([self.counts(batch) for batch in batches]).sum(dim=0) if batches else torch.zeros(len(self.terms))
+        return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ):
+        """The loss of one micro-batch, as its share of the global batch's mean."""
+        counts = num_items_in_batch if isinstance(num_items_in_batch, torch.Tensor) else self.counts(inputs)
+        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes  # gradients are averaged over them
+        sums = self.loss_sums(model, inputs)
+        parts = sums * processes / counts.to(sums.device).clamp(min=1e-9)
+        if model.training:
+            self._parts.append(parts.detach())
+        loss = sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+        return (loss, None) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluation reports the same loss."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms to the parent's log, where there are several, as means over the steps since the last one."""
+        if self._parts and "loss" in logs:
+            steps = len(self._parts) / self.args.gradient_accumulation_steps
+            mean = self.accelerator.reduce(torch.stack(self._parts).sum(dim=0) / steps, reduction="mean")
+            if len(self.terms) > 1:
+                logs |= dict(zip(self.terms, mean.tolist()))
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        self.order = LengthGroupedOrder(dataset, self.args.train_batch_size * self.accelerator.num_processes, seed)
+        return self.order
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells dataset and order which epoch it is; data loaders of several processes, or of a resumed run, do not."""
+
+    def __init__(self, trainer: TokenMeanTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = int(state.epoch or 0)
+        for part in (self.trainer.train_dataset, self.trainer.order):
+            if hasattr(part, "epoch"):
+                part.epoch = epoch
