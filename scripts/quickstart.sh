@@ -11,7 +11,7 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 TRAIN=144 TEST=24
+BLOCK=8 LENGTH=80 TRAIN=256 COLLECT=112 TEST=24
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -32,10 +32,11 @@ measure() { # RESULT FLAGS...
   local result=$1
   shift
   cllm speedup --task arithmetic --filename "$out/test.jsonl" --max_new_tokens $BLOCK --max_new_seq_len $LENGTH \
-    --batch_size 12 --output "$result" "$@" > "${result%.json}.txt"
+    --batch_size 24 --output "$result" "$@" > "${result%.json}.txt"
 }
 
-training=(--lr_scheduler_type cosine --warmup_steps 0.05 --logging_steps 8 --save_strategy no --use_cpu --report_to none)
+training=(--train_sampling_strategy group_by_length --lr_scheduler_type cosine --warmup_steps 0.05 --logging_steps 8
+  --save_strategy no --use_cpu --report_to none)
 
 get_model() { model=$(python scripts/small_model.py); }
 stage model "the small model (once; kept in the user's cache)" get_model
@@ -45,12 +46,12 @@ stage target "fine-tuning the small model on their answers: the target model" \
   cllm sft --model "$model" --task arithmetic --filename "$out/train.jsonl" --output_dir "$out/target" \
   --num_train_epochs 2 --per_device_train_batch_size 8 --learning_rate 1e-4 "${training[@]}"
 stage collect "collecting Jacobi trajectories of the target model" \
-  cllm collect --task arithmetic --model "$out/target" --filename "$out/train.jsonl" --output "$out/trajectories" --no-resume \
-  --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 32
+  cllm collect --task arithmetic --model "$out/target" --filename "$out/train.jsonl" --data_size $COLLECT \
+  --output "$out/trajectories" --no-resume --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 32
 stage train "training the CLLM" \
   bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/cllm" $BLOCK \
-  --num_train_epochs 1 --per_device_train_batch_size 4 --learning_rate 1.2e-4 --adam_beta2 0.95 --distance_decay 0.5 \
-  --ar_weight 4 "${training[@]}"
+  --num_train_epochs 2 --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --distance_decay 0.5 \
+  "${training[@]}"
 stage before "measuring the target model on the held-out problems" \
   measure "$out/before.json" --test_model "$out/target"
 stage after "measuring the CLLM on the same problems" \

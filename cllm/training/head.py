@@ -20,6 +20,10 @@ class LanguageHead:
         self.name = model.config.model_type
         self.cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
 
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return list(self.layer.parameters())
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.layer(hidden)
         if self.cap is not None:

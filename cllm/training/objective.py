@@ -9,13 +9,23 @@ Shapes: M tokens that a loss is taken at, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
-from torch.utils.checkpoint import checkpoint
 
-Head = Callable[[torch.Tensor], torch.Tensor]  # hidden states [M, H] -> float32 logits [M, V]
 CHUNK = 256  # tokens whose logits exist at the same time
+
+
+class Head(Protocol):
+    """The output layer: hidden states [M, H] -> float32 logits [M, V]."""
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """All that the logits depend on beside the hidden states."""
+        ...
+
+    def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor: ...
 
 
 def kl_divergence(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
@@ -31,14 +41,14 @@ def distillation_sum(
     teacher_head: Head,
     weight_M: torch.Tensor,
 ) -> torch.Tensor:
-    """Weighted sum of KL(teacher || student) over tokens, logits computed CHUNK tokens at a time and again in backward."""
+    """Weighted sum of KL(teacher || student) over tokens, logits computed CHUNK tokens at a time."""
 
     def part(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             teacher_logits = teacher_head(teacher)
         return (kl_divergence(teacher_logits, student_head(student)) * weight).sum()
 
-    return _chunked(part, student_MH, teacher_MH.detach(), weight_M)
+    return _in_chunks(part, student_head, student_MH, teacher_MH.detach(), weight_M)
 
 
 def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tensor) -> torch.Tensor:
@@ -47,11 +57,36 @@ def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tenso
     def part(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return cross_entropy(head(hidden), target, reduction="sum")
 
-    return _chunked(part, hidden_MH, target_M)
+    return _in_chunks(part, head, hidden_MH, target_M)
 
 
-def _chunked(part: Callable[..., torch.Tensor], hidden_MH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    total = hidden_MH.new_zeros((), dtype=torch.float32)
-    for pieces in zip(*(tensor.split(CHUNK) for tensor in (hidden_MH, *others))):
-        total = total + checkpoint(part, *pieces, use_reentrant=False)
-    return total + hidden_MH.sum() * 0.0  # keeps the graph whole where no token takes part
+def _in_chunks(part: Callable[..., torch.Tensor], head: Head, hidden_MH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """Sum of ``part`` over chunks of tokens, 0 for no token; the hidden states go through ``head``."""
+    learned = [parameter for parameter in head.parameters if parameter.requires_grad]
+    return _ChunkedSum.apply(part, learned, others, hidden_MH, *learned)
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """The gradients are taken chunk by chunk in the forward already: no chunk's logits are kept, and none computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, part, learned, others, hidden_MH: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        total = hidden_MH.new_zeros((), dtype=torch.float32)
+        wanted = any(ctx.needs_input_grad)
+        grads = [torch.zeros_like(tensor) for tensor in (hidden_MH, *learned)] if wanted else []
+        for start in range(0, len(hidden_MH), CHUNK):
+            place = slice(start, start + CHUNK)
+            with torch.set_grad_enabled(wanted):
+                hidden = hidden_MH[place].detach().requires_grad_(wanted)
+                loss = part(hidden, *(tensor[place] for tensor in others))
+            total += loss.detach()
+            if wanted:
+                grads[0][place], *steps = torch.autograd.grad(loss, [hidden, *learned])
+                for grad, step in zip(grads[1:], steps, strict=True):
+                    grad += step
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *up: torch.Tensor):
+        return None, None, None, *(grad * up[0] for grad in ctx.saved_tensors)

@@ -6,8 +6,12 @@ import torch
 from cllm.training.objective import CHUNK, cross_entropy_sum, distillation_sum, kl_divergence
 
 
-def head(weight: torch.Tensor):
-    return lambda hidden: hidden @ weight
+class Linear:
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.parameters = weight, [weight]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self.weight
 
 
 def test_kl_is_zero_for_equal_logits_and_positive_otherwise():
@@ -28,7 +32,7 @@ def test_nothing_flows_into_the_teacher():
     teacher, student = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     weight = torch.randn(4, 9, requires_grad=True)
     teacher_weight = torch.randn(4, 9, requires_grad=True)
-    distillation_sum(student, head(weight), teacher, head(teacher_weight), torch.ones(3)).backward()
+    distillation_sum(student, Linear(weight), teacher, Linear(teacher_weight), torch.ones(3)).backward()
     assert teacher.grad is None and teacher_weight.grad is None
     assert student.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
 
@@ -37,20 +41,28 @@ def test_nothing_flows_into_the_teacher():
 def test_chunks_change_nothing(count):
     torch.manual_seed(count)
     hidden, teacher = torch.randn(count, 6, requires_grad=True), torch.randn(count, 6)
-    weight, target = torch.randn(6, 17), torch.randint(0, 17, (count,))
+    weight, target = torch.randn(6, 17, requires_grad=True), torch.randint(0, 17, (count,))
     scale = torch.rand(count)
-    loss = distillation_sum(hidden, head(weight), teacher, head(weight), scale)
-    loss = loss + cross_entropy_sum(hidden, head(weight), target)
-    (chunked,) = torch.autograd.grad(loss, hidden)
+    loss = distillation_sum(hidden, Linear(weight), teacher, Linear(weight), scale)
+    loss = loss + cross_entropy_sum(hidden, Linear(weight), target)
+    chunked = torch.autograd.grad(3 * loss, [hidden, weight])
     plain = (kl_divergence(teacher @ weight, hidden @ weight) * scale).sum()
     plain = plain + torch.nn.functional.cross_entropy(hidden @ weight, target, reduction="sum")
-    (expected,) = torch.autograd.grad(plain, hidden)
+    expected = torch.autograd.grad(3 * plain, [hidden, weight])
     assert torch.allclose(loss, plain, rtol=1e-4)
-    assert torch.allclose(chunked, expected, atol=1e-5)
+    torch.testing.assert_close(chunked, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_without_gradients_the_sum_is_the_same():
+    weight, hidden, target = torch.randn(4, 9, requires_grad=True), torch.randn(CHUNK + 5, 4), torch.arange(CHUNK + 5) % 9
+    with torch.no_grad():
+        quiet = cross_entropy_sum(hidden, Linear(weight), target)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(quiet, cross_entropy_sum(hidden, Linear(weight), target).detach())
 
 
 def test_no_tokens_give_zero_with_a_graph():
     hidden = torch.randn(0, 4, requires_grad=True)
-    loss = cross_entropy_sum(hidden, head(torch.randn(4, 5)), torch.zeros(0, dtype=torch.long))
+    loss = cross_entropy_sum(hidden, Linear(torch.randn(4, 5)), torch.zeros(0, dtype=torch.long))
     loss.backward()
     assert loss.item() == 0.0
