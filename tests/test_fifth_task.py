@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import save_tiny_checkpoint
 
 import cllm
@@ -16,6 +15,7 @@ from cllm.cli import main as dispatch
 from cllm.tasks import get_task, task_names
 
 PACKAGE = Path(cllm.__file__).parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 FIFTH_TASK = """
 import copy, json
 from cllm.tasks.base import BadField, BadRow, Example, Task, text_field
@@ -70,14 +70,6 @@ class Echo(Task):
 
 TASK = Echo()
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """Tiny random models and a tokenizer of single characters, for tests that need a real checkpoint but no real text.
 
-    from tiny import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+    from tiny import Successor, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 
 The weights have a standard deviation of 0.3, so that greedy outputs vary. Sliding windows are 12 tokens.
 """
 
 import string
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,25 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).eval()
+
+
+class Successor(torch.nn.Module):
+    """Behaves like a causal model whose choice is always its input token plus one, and 0 after ``count`` - 1."""
+
+    _is_stateful = False
+
+    def __init__(self, count: int = 97, vocabulary: int = 97) -> None:
+        super().__init__()
+        model = tiny_model()
+        self.config, self.embed, self.dtype = model.config, model.get_input_embeddings(), model.dtype
+        self.count, self.vocabulary = count, vocabulary
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep=0):
+        choices = (input_ids[:, -logits_to_keep:] + 1) % self.count
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(choices, self.vocabulary).float())
 
 
 def tiny_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import save_tiny_checkpoint, tiny_tokenizer
 
 from cllm.cli import acc
@@ -18,14 +17,7 @@ from cllm.tasks import get_task
 QUESTIONS = ["What is 1 + 2?", "How many legs have 3 dogs?", "Tom has 5 apples and eats 2. How many are left?"]
 SCRIPT = Path(__file__).parents[2] / "eval" / "gsm8k" / "acc.py"
 PLAIN = get_task("gsm8k").plain_template
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -16,14 +16,7 @@ from cllm.cli import speedup
 
 QUESTIONS = ["What is 1 + 2?", "How many legs have 3 dogs?", "Tom has 5 apples and eats 2. How many are left?"]
 SCRIPT = Path(__file__).parents[2] / "eval" / "gsm8k" / "speedup.py"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from tiny import tiny_tokenizer
 
 from cllm.checkpoints import PUBLISHED
@@ -23,12 +22,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def jsonl(path, rows):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from tiny import KINDS, tiny_tokenizer
+from tiny import KINDS, Successor, tiny_tokenizer
 from tiny import tiny_model as any_tiny_model
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration, TextStreamer
 
@@ -131,26 +131,6 @@ def test_fast_forwarded_and_stationary_on_a_hand_made_model():
     # 2nd: [11 1 13 14] -> 12 2 14 15: 12 is verified; [12 2 14 15] -> 13 3 15 16 ...
     assert result.accepted[0] == 1
     assert result.fast_forwarded == sum(a - 1 for a in result.accepted)
-
-
-class Successor(torch.nn.Module):
-    """Behaves like a causal model whose choice is always its input token plus one."""
-
-    _is_stateful = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        model = tiny_model()
-        self.config, self.embed, self.dtype = model.config, model.get_input_embeddings(), model.dtype
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep=0):
-        class Output:
-            logits = torch.nn.functional.one_hot((input_ids[:, -logits_to_keep:] + 1) % 97, 97).float()
-
-        return Output
 
 
 def test_stationary_counts_guesses_that_waited():

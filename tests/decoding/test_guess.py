@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import KINDS, tiny_model
+from tiny import KINDS, Successor, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cllm.decoding import Draft, Guess, JacobiDecoder, make_guess
@@ -84,28 +84,8 @@ def test_rows_do_not_depend_on_the_batch(name):
     assert decoder.generate(prompts, max_new_tokens=30) == alone
 
 
-class Cycle(torch.nn.Module):
-    """Behaves like a causal model that counts up to six and starts again at zero."""
-
-    _is_stateful = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        model = tiny_model()
-        self.config, self.embed, self.dtype = model.config, model.get_input_embeddings(), model.dtype
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep=0):
-        class Output:
-            logits = torch.nn.functional.one_hot((input_ids[:, -logits_to_keep:] + 1) % 7, 99).float()
-
-        return Output
-
-
 def forwards(name: str, prompt: list[int], new_tokens: int = 160) -> int:
-    (result,) = JacobiDecoder(Cycle(), 16, guess=name).generate([prompt], max_new_tokens=new_tokens)
+    (result,) = JacobiDecoder(Successor(7, 99), 16, guess=name).generate([prompt], max_new_tokens=new_tokens)
     assert result.token_ids == [(prompt[-1] + 1 + i) % 7 for i in range(new_tokens)]
     return result.forwards
 
@@ -129,7 +109,7 @@ class Spoiler(Guess):
 
 
 def test_a_guess_that_was_replaced_did_not_stand():
-    (result,) = JacobiDecoder(Cycle(), 4, guess=Spoiler()).generate([[0]], max_new_tokens=9)
+    (result,) = JacobiDecoder(Successor(7, 99), 4, guess=Spoiler()).generate([[0]], max_new_tokens=9)
     assert (result.accepted, result.fast_forwarded, result.stationary) == ([1] * 9, 0, 0)
 
 

@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,14 +23,7 @@ from cllm.errors import UsageError
 SAMPLES, TOGETHER = 50_000, 2_000
 PROMPT = [1, 2, 4]
 CASES_PER_KIND = 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def processors(sampling: Sampling) -> LogitsProcessorList:

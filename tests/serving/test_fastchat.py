@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
 from tiny import EOS_ID, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
@@ -18,6 +17,7 @@ from cllm.prompts import PromptTemplate
 from cllm.serving import fastchat as ours
 
 needs_fastchat = pytest.mark.skipif(find_spec("fastchat") is None, reason="fschat is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
 MESSAGES = [
     {"role": "user", "content": "q1"},
     {"role": "assistant", "content": "a1"},
@@ -28,14 +28,6 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
