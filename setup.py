@@ -20,6 +20,7 @@ setup(
         "jinja2",
     ],
     extras_require={
+        "chat": ["rich"],
         "gguf": ["gguf"],
         "plot": ["matplotlib"],
         "flash-attn": ["flash-attn"],

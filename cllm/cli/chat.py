@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 
 from cllm.cli.command import (
@@ -19,7 +20,16 @@ from cllm.cli.command import (
 )
 from cllm.errors import UsageError
 
-HELP = "/stats shows the last answer's speed, /reset starts a new conversation, /exit leaves (so does Ctrl-D)"
+HELP = "/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves"
+COMMANDS = {
+    "/stats": "the last answer's speed",
+    "/ar": "switch between Jacobi and AR decoding; the last answer is written again, to compare",
+    "/reset": "start a new conversation",
+    "/save FILE": "write the conversation into a JSON file, in the form that the task sharegpt reads",
+    "/help": "this list",
+    "/exit": "leave",
+}
+OTHER_NAMES = {"python": "code_search_net"}  # the paper's --cllm_type, where it is not a task's name
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     options = parser("Talk to a model; it answers by Jacobi decoding. Reads standard input, one turn a line.", "cllm chat")
     add_model_options(options, "--model")
     options.add_argument(
-        "--cllm_type", choices=task_names(), default="gsm8k", help="whose plain template and default question to use"
+        "--cllm_type",
+        choices=sorted([*task_names(), *OTHER_NAMES]),
+        default="gsm8k",
+        help="whose plain template and default question to use",
     )
     options.add_argument("--block_size", type=int, help="default: the one the checkpoint was trained with, else 16")
     options.add_argument("--max_new_seq_len", type=positive, default=512, help="longest answer, in tokens")
@@ -42,74 +55,111 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    from cllm.serving.turns import HOW, turns
     from cllm.tasks import get_task
 
-    task = get_task(args.cllm_type)
+    task = get_task(OTHER_NAMES.get(args.cllm_type, args.cllm_type))
     if args.seed is None:
         args.seed = random.getrandbits(32)
-    conversation = _open(args, task.plain_template)
+    chat = Chat(args, task.plain_template)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if interactive:
-        print(f"{HELP}\nAn empty line asks: {task.default_question}")
-    statistics = "nothing has been answered yet"
-    for line in _turns(interactive):
-        question = line.strip()
-        if question == "/exit":
+        print(f"{HELP}\n{HOW}\nAn empty line asks: {task.default_question}")
+    for turn in turns(_prompt if interactive else _piped_line):
+        text = turn.strip()
+        if text == "/exit":
             return
-        if question == "/reset":
-            conversation.reset()
-        elif question == "/stats":
-            print(statistics)
-        elif question.startswith("/"):
-            print(f"unknown command {question}; {HELP}")
-        elif question or interactive:
-            statistics = _answer(conversation, question or task.default_question, args.stats) or statistics
+        if text or interactive:
+            chat.take(text or task.default_question)
+    if interactive:
+        print()
 
 
-def _open(args: argparse.Namespace, plain_template: str):
-    from cllm.cli.model import open_model
-    from cllm.decoding import JacobiDecoder, make_guess
-    from cllm.models import default_width
-    from cllm.serving.chat import Conversation
+class Chat:
+    """A conversation with the model of ``args``, and its commands."""
 
-    sampling, guess = sampling_of(args, args.seed), make_guess(args.guess)
-    of = open_model(args, plain_template)
-    size = args.block_size if args.block_size is not None else default_width(of.record)
-    decoder = JacobiDecoder(of.model, size, eos_token_ids=of.stops, guess=guess)
-    return Conversation(decoder, of.tokenizer, of.template, args.max_new_seq_len, sampling)
+    def __init__(self, args: argparse.Namespace, plain_template: str) -> None:
+        from cllm.cli.model import open_model
+        from cllm.cli.screen import make_screen
+        from cllm.decoding import JacobiDecoder, make_guess
+        from cllm.models import default_width
+        from cllm.serving.chat import Conversation
 
+        sampling, guess = sampling_of(args, args.seed), make_guess(args.guess)
+        of = open_model(args, plain_template)
+        size = args.block_size if args.block_size is not None else default_width(of.record)
+        self.jacobi = JacobiDecoder(of.model, size, eos_token_ids=of.stops, guess=guess)
+        self.ar = JacobiDecoder(of.model, 1, eos_token_ids=of.stops)
+        self.conversation = Conversation(self.jacobi, of.tokenizer, of.template, args.max_new_seq_len, sampling)
+        self.screen, self.always_statistics = make_screen(), args.stats
 
-def _turns(interactive: bool) -> Iterator[str]:
-    if not interactive:
-        yield from sys.stdin
-        return
-    try:
-        import readline  # noqa: F401  # gives input() history and line editing
-    except ImportError:
-        pass
-    while True:
+    def take(self, turn: str) -> None:
+        """A question or a command. Ctrl-C stops an answer, not the program."""
+        command, _, rest = turn.partition(" ")
         try:
-            yield input("> ")
-        except EOFError:
-            print()
+            match command:
+                case "/help":
+                    print("\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items()))
+                case "/stats":
+                    last = self.conversation.last
+                    print(last.statistics() if last else "nothing has been answered yet")
+                case "/reset":
+                    self.conversation.reset()
+                case "/save":
+                    self.save(rest.strip())
+                case "/ar":
+                    self.switch()
+                case _ if turn.startswith("/"):
+                    print(f"unknown command {turn}; {HELP}")
+                case _:
+                    self.ask(turn)
+        except KeyboardInterrupt:
+            print("(stopped)")
+
+    def ask(self, question: str) -> None:
+        try:
+            with self.screen as screen:
+                reply = self.conversation.ask(question, screen.show)
+        except UsageError as error:
+            if not self.conversation.messages and not sys.stdin.isatty():
+                raise
+            print(f"error: {error}; /reset starts a new conversation", file=sys.stderr)
             return
+        if self.always_statistics:
+            print(f"[{reply.statistics()}]")
+
+    def switch(self) -> None:
+        """From Jacobi to AR decoding or back; the last answer is written again."""
+        to_ar = self.conversation.decoder is self.jacobi
+        self.conversation.decoder = self.ar if to_ar else self.jacobi
+        print("AR decoding from now on" if to_ar else f"Jacobi decoding from now on, block size {self.jacobi.block_size}")
+        if before := self.conversation.last:
+            with self.screen as screen:
+                reply = self.conversation.answer_again(screen.show)
+            print(f"[{reply.statistics()}]\n[{reply.compared_with(before)}]")
+
+    def save(self, path: str) -> None:
+        if not path:
+            print("say where: /save FILE")
+            return
+        try:
+            self.conversation.save(path)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            print(f"{len(self.conversation.messages)} messages saved in {path}")
 
 
-def _answer(conversation, question: str, show_statistics: bool) -> str | None:
-    """Stream one answer; Ctrl-C stops the answer, not the program."""
-    try:
-        reply = conversation.ask(question, lambda piece: print(piece, end="", flush=True))
-    except KeyboardInterrupt:
-        print("\n(stopped)")
-        return None
-    except UsageError as error:
-        if not conversation.messages and not sys.stdin.isatty():
-            raise
-        print(f"error: {error}; /reset starts a new conversation", file=sys.stderr)
-        return None
-    print()
-    if show_statistics:
-        print(f"[{reply.statistics()}]")
-    return reply.statistics()
+def _prompt(prompt: str) -> str:
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives input() history and line editing
+    return input(prompt)
+
+
+def _piped_line(prompt: str) -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")

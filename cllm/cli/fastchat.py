@@ -1,4 +1,4 @@
-"""``cllm fastchat``: FastChat's chat and model worker, with CLLMs decoded by us."""
+"""``cllm fastchat``: FastChat's own programs, with CLLMs decoded by us."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from cllm.cli.command import command
 from cllm.errors import UsageError
 
-SERVICES = ("cli", "model_worker", "multi_model_worker")
+SERVICES = ("cli", "controller", "model_worker", "multi_model_worker", "openai_api_server")
+WITHOUT_MODEL = ("controller", "openai_api_server")
 HELP = f"usage: cllm fastchat {{{','.join(SERVICES)}}} [options of fastchat.serve.cli and so on; --help lists them]"
 
 
@@ -21,9 +22,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not words or words[0] not in SERVICES:
         raise UsageError(HELP)
-    from cllm.serving.fastchat import register
+    from cllm.serving.fastchat import mend_streams, register
 
-    register()
+    if words[0] in WITHOUT_MODEL:
+        mend_streams()
+    else:
+        register()
     before, sys.argv = sys.argv, [f"fastchat.serve.{words[0]}", *words[1:]]
     try:
         runpy.run_module(f"fastchat.serve.{words[0]}", run_name="__main__")

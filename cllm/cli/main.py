@@ -15,7 +15,7 @@ COMMANDS = {
     "acc": "measure accuracy on a task",
     "generate": "answer a file of prompts",
     "chat": "talk to a model",
-    "fastchat": "FastChat's chat and model worker with our decoder (needs fschat)",
+    "fastchat": "FastChat's chat, model worker and servers with our decoder (needs fschat)",
     "tasks": "list the tasks with their data, metric and prompt templates",
 }
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from cllm.decoding import GREEDY, JacobiDecoder, RowResult, Sampling
+from cllm.errors import UsageError
+from cllm.files import StrPath, write_json
 from cllm.prompts import PromptTemplate
 
 
@@ -19,6 +21,7 @@ class Reply:
     text: str
     result: RowResult
     seconds: float
+    sampling: Sampling = GREEDY
 
     def statistics(self) -> str:
         count = len(self.result.token_ids)
@@ -28,12 +31,20 @@ class Reply:
             f"{self.result.stationary} stationary, stopped by {self.result.stop}"
         )
 
+    def compared_with(self, other: Reply) -> str:
+        """Where the tokens part from another answer's, and how long the two took."""
+        ids, others = self.result.token_ids, other.result.token_ids
+        same = next((at for at, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
+        text = "the same text" if ids == others else f"the texts part at token {same}, counted from 0"
+        return f"{text}; {self.seconds:.2f} s, before {other.seconds:.2f} s"
+
 
 @dataclass
 class Conversation:
     """Keeps the turns so far; an answer that fails or is interrupted leaves them as they were.
 
-    Every answer draws with the next seed, so a question that is asked again gets another answer.
+    Every answer draws with the next seed, so a question that is asked again gets another answer. ``decoder`` may be
+    changed between two answers.
     """
 
     decoder: JacobiDecoder
@@ -42,6 +53,7 @@ class Conversation:
     max_new_tokens: int
     sampling: Sampling = GREEDY
     messages: list[dict[str, str]] = field(default_factory=list)
+    last: Reply | None = None
 
     def ask(self, question: str, show: Callable[[str], None]) -> Reply:
         """Answer ``question``; ``show`` gets pieces of the text as soon as whole words are there.
@@ -49,22 +61,39 @@ class Conversation:
         Raises UsageError when the conversation no longer fits into the model's context.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
-        prompt = self.template.encode(messages, self.tokenizer)
         self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
+        self.last = self._answer(messages, self.sampling, show)
+        self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+        return self.last
+
+    def answer_again(self, show: Callable[[str], None]) -> Reply:
+        """The last question's answer from the present decoder, with the same draws. The turns stay as they are.
+
+        Raises UsageError where nothing has been answered yet.
+        """
+        if self.last is None:
+            raise UsageError("nothing has been answered yet")
+        return self._answer(self.messages[:-1], self.last.sampling, show)
+
+    def reset(self) -> None:
+        self.messages, self.last = [], None
+
+    def save(self, path: StrPath) -> None:
+        """Write the turns as a JSON list of one row in the ``messages`` form, which the task sharegpt reads.
+
+        Raises UsageError where the file cannot be written.
+        """
+        write_json(path, [{"messages": self.messages}])
+
+    def _answer(self, messages: list[dict[str, str]], sampling: Sampling, show: Callable[[str], None]) -> Reply:
+        prompt = self.template.encode(messages, self.tokenizer)
         start = time.perf_counter()
         (result,) = self.decoder.generate(
-            [prompt],
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            streamer=_Printer(self.tokenizer, show),
+            [prompt], max_new_tokens=self.max_new_tokens, sampling=sampling, streamer=_Printer(self.tokenizer, show)
         )
         seconds = time.perf_counter() - start
         text = str(self.tokenizer.decode(result.token_ids, skip_special_tokens=True)).strip()
-        self.messages = [*messages, {"role": "assistant", "content": text}]
-        return Reply(text, result, seconds)
-
-    def reset(self) -> None:
-        self.messages = []
+        return Reply(text, result, seconds, sampling)
 
 
 class _Printer(TextStreamer):

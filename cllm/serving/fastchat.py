@@ -63,6 +63,17 @@ def register() -> None:
     _replace("get_context_length", their_context, get_context_length)
 
 
+def mend_streams() -> None:
+    """Let FastChat's API server stream: fschat 0.2.36 calls ``json(ensure_ascii=False)``, which pydantic 2 refuses.
+
+    Raises UsageError where FastChat is not installed.
+    """
+    protocol = _fastchat("fastchat.protocol.openai_api_protocol")
+    for chunk in (protocol.ChatCompletionStreamResponse, protocol.CompletionStreamResponse):
+        if hasattr(chunk, "model_dump_json"):  # pydantic 2, whose JSON is not escaped
+            chunk.json = lambda self, ensure_ascii=False, **which: self.model_dump_json(**which)
+
+
 class CllmAdapter:
     """A FastChat model adapter (``fastchat.model.model_adapter.BaseModelAdapter``) for checkpoints that are CLLMs."""
 

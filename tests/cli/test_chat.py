@@ -1,6 +1,7 @@
 """The chat command: piped, and at a terminal."""
 
 import io
+import json
 import os
 import pty
 import re
@@ -19,6 +20,8 @@ from tiny import EOS_ID, VOCABULARY, save_tiny_checkpoint, tiny_tokenizer
 from cllm.cli import chat
 from cllm.decoding import JacobiDecoder
 from cllm.models import load_model
+from cllm.tasks import get_task
+from cllm.tasks.source import load_examples
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "chat.sh"
 SEED = 6  # of a tiny model that goes on and on, with spaces in between
@@ -83,6 +86,55 @@ def test_statistics(talk) -> None:
     assert lines[-1].startswith("20 tokens, ") and lines[-1].endswith("stopped by length")
     lines, _ = talk("hi", "/stats", options=("--stats",))
     assert lines[-2] == f"[{lines[-1]}]"
+
+
+def test_the_papers_types_choose_the_template(talk, tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path, seed=SEED, chat_template=False)
+    for name, task in {"python": "code_search_net", "spider": "spider", "gsm8k": "gsm8k", "sharegpt": "sharegpt"}.items():
+        prompt = get_task(task).plain_template.replace("{question}", "hi")
+        assert talk("hi", options=("--cllm_type", name), model=model)[0] == expected(model, prompt).splitlines()
+
+
+def test_ar_writes_the_last_answer_again_and_compares(talk, model_dir: Path) -> None:
+    answer = expected(model_dir, "[user]hi\n[assistant]").splitlines()
+    lines, _ = talk("hi", "/ar", "/ar", "/reset", "hi")
+    assert lines[: len(answer)] == answer == lines[-len(answer) :]
+    for start, name in ((len(answer), "AR"), (2 * len(answer) + 3, "Jacobi")):
+        assert lines[start].startswith(f"{name} decoding from now on")
+        assert lines[start + 1 : start + 1 + len(answer)] == answer
+        assert lines[start + len(answer) + 2].startswith("[the same text; ")
+    assert "20 forwards, 1.00 tokens per forward" in lines[2 * len(answer) + 1]
+
+
+def test_ar_draws_the_same_tokens(talk) -> None:
+    lines, _ = talk("hi", "and?", "/ar", options=("--temperature", "1.3", "--seed", "1"))
+    assert lines[-1].startswith("[the same text; ")
+
+
+def test_ar_before_the_first_answer_only_switches(talk, model_dir: Path) -> None:
+    lines, _ = talk("/ar", "hi", "/stats")
+    answer = expected(model_dir, "[user]hi\n[assistant]").splitlines()
+    assert lines[:-1] == ["AR decoding from now on", *answer] and "20 forwards" in lines[-1]
+
+
+def test_a_saved_conversation_is_data_of_sharegpt(talk, model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    lines, errors = talk("hi", f"/save {path}", "/save", f"/save {tmp_path}")
+    assert lines[-2:] == [f"2 messages saved in {path}", "say where: /save FILE"]
+    assert errors.startswith(f"error: cannot write {tmp_path}: ") and len(errors.splitlines()) == 1
+    (example,) = load_examples(get_task("sharegpt"), path, "test")
+    assert [m["content"] for m in example.messages] == ["hi"]
+    assert example.reference == expected(model_dir, "[user]hi\n[assistant]").strip()
+
+
+def test_several_lines_are_one_turn(talk, model_dir: Path) -> None:
+    answer = expected(model_dir, "[user]a\nb\n[assistant]").splitlines()
+    assert talk("a\\", "b")[0] == talk('"""a', 'b"""')[0] == talk('"""', "a", "b")[0] == answer
+
+
+def test_help_names_every_command(talk) -> None:
+    lines, _ = talk("/help")
+    assert [line.split()[0] for line in lines] == [name.split()[0] for name in chat.COMMANDS]
 
 
 def test_an_unknown_slash_command(talk) -> None:
@@ -155,12 +207,12 @@ SPACE_ID = VOCABULARY.index(" ")
 class Terminal:
     """The command at a pseudo-terminal."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: str, kind: str = "dumb") -> None:
         self.seen = ""
         self.pid, self.handle = pty.fork()
         if not self.pid:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore it
-            os.environ.update(OMP_NUM_THREADS="1", TERM="dumb")
+            os.environ.update(OMP_NUM_THREADS="1", TERM=kind)
             os.execv(sys.executable, [sys.executable, "-m", "cllm", "chat", "--device", "cpu", *words])
 
     def send(self, text: str) -> None:
@@ -183,7 +235,15 @@ class Terminal:
         return before + text
 
     def end(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.end()
+        os.close(self.handle)
 
 
 @pytest.fixture
@@ -198,13 +258,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     model.save_pretrained(path)
     started = Terminal("--model", str(path), "--max_new_seq_len", "90000", "--block_size", "2")
     yield started
-    if started.pid:
-        try:
-            os.kill(started.pid, signal.SIGKILL)
-            os.waitpid(started.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-    os.close(started.handle)
+    started.close()
 
 
 @pytest.mark.slow
@@ -230,6 +284,36 @@ def test_control_c_at_the_prompt_leaves(terminal: Terminal) -> None:
     terminal.send("\x03")
     terminal.expect("interrupted")
     assert terminal.end() == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dumb", "xterm"])  # plain text, and Markdown drawn by rich
+def test_a_talk_at_a_terminal(model_dir: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "xterm":
+        pytest.importorskip("rich")
+    terminal = Terminal("--model", str(model_dir), "--max_new_seq_len", "20", kind=kind)
+    try:
+        terminal.expect("> ")
+        terminal.send("a\\\n")
+        terminal.expect(". ")
+        terminal.send("b\n")
+        terminal.expect("> ")
+        terminal.send("/ar\n")
+        terminal.expect("AR decoding from now on")
+        assert "[the same text; " in terminal.expect("> ")
+        terminal.send(f"/save {tmp_path}/talk.json\n")
+        terminal.expect("2 messages saved in")
+        terminal.expect("> ")
+        terminal.send("\x1b[A\x1b[A\n")  # two lines up in the history
+        terminal.expect("Jacobi decoding from now on")
+        terminal.expect("> ")
+        terminal.send("\x04")
+        assert terminal.end() == 0
+    finally:
+        terminal.close()
+    question, answer = json.loads((tmp_path / "talk.json").read_text())[0]["messages"]
+    assert question["content"] == "a\nb"
+    assert answer["content"] == expected(model_dir, "[user]a\nb\n[assistant]").strip()
 
 
 @pytest.mark.slow

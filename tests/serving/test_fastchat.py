@@ -1,9 +1,15 @@
 """The FastChat adapter, against the real package where it is installed."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
 from tiny import EOS_ID, save_tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -271,6 +277,88 @@ def test_fastchats_model_worker_streams_a_cllm(fastchat, cllm):
     assert failed["error_code"] != 0 and "log-probabilities" in failed["text"]
 
 
+class Network:
+    """FastChat's controller, our worker and FastChat's OpenAI server, each a process of its own on loopback."""
+
+    def __init__(self, folder) -> None:
+        self.folder, self.processes = folder, []
+
+    def start(self, model) -> None:
+        controller, worker, self.address = (f"http://127.0.0.1:{port}" for port in free_ports(3))
+        self._start("controller", controller)
+        self._wait(f"{controller}/test_connection", lambda answer: answer == "success")
+        words = ["--worker-address", worker, "--model-path", str(model), "--model-names", "mine", "--device", "cpu"]
+        self._start("model_worker", worker, "--controller-address", controller, *words)
+        self._start("openai_api_server", self.address, "--controller-address", controller)
+        self._wait(f"{self.address}/v1/models", lambda answer: [model["id"] for model in answer["data"]] == ["mine"])
+
+    def _start(self, service, address, *words) -> None:
+        host, port = address.removeprefix("http://").split(":")
+        line = [sys.executable, "-m", "cllm", "fastchat", service, "--host", host, "--port", port, *words]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+        with open(self.folder / f"{service}.out", "w") as out:
+            self.processes.append(subprocess.Popen(line, cwd=self.folder, env=env, stdout=out, stderr=subprocess.STDOUT))
+
+    def _wait(self, url, good, seconds=300) -> None:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                if good(json.loads(open_url(url))):
+                    return
+            except (URLError, KeyError):
+                pass
+            logs = "".join(path.read_text()[-2000:] for path in self.folder.glob("*.out"))
+            assert time.monotonic() < end and all(p.poll() is None for p in self.processes), logs
+            time.sleep(0.3)
+
+    def ask(self, **options) -> str:
+        body = {"model": "mine", "messages": MESSAGES, "temperature": 0, "max_tokens": 20} | options
+        return open_url(f"{self.address}/v1/chat/completions", json.dumps(body).encode())
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+def open_url(url, body=None):
+    return urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=60).read().decode()
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def network(cllm, tmp_path):
+    for name in ("uvicorn", "tiktoken"):
+        pytest.importorskip(name)
+    network = Network(tmp_path)
+    try:
+        network.start(cllm)
+        yield network
+    finally:
+        network.stop()
+
+
+@needs_fastchat
+@pytest.mark.slow
+def test_fastchats_controller_worker_and_openai_server(network):
+    prompt = "".join(f"[{m['role']}]{m['content']}\n" for m in MESSAGES) + "[assistant]"
+    text, result = greedy(prompt)
+    whole = json.loads(network.ask())
+    assert whole["choices"][0]["message"] == {"role": "assistant", "content": text}
+    assert whole["usage"]["completion_tokens"] == len(result.token_ids)
+    events = [line.removeprefix("data: ") for line in network.ask(stream=True).splitlines() if line]
+    pieces = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1]]
+    assert events[-1] == "[DONE]" and "".join(pieces) == text and len(pieces) > 3
+
+
 @needs_fastchat
 def test_answers_and_judgments_load_in_fastchats_llm_judge(shared_data, tmp_path, monkeypatch):
     """Its module wants clients of paid services to import; it gets empty ones, since only its readers are used."""
@@ -311,4 +399,5 @@ def test_without_fastchat_the_command_says_what_to_install(monkeypatch, capsys):
 def test_unknown_services(words, capsys):
     with pytest.raises(SystemExit) as exit_:
         command.main(words)
-    assert exit_.value.code == 2 and "{cli,model_worker,multi_model_worker}" in capsys.readouterr().err
+    names = "{cli,controller,model_worker,multi_model_worker,openai_api_server}"
+    assert exit_.value.code == 2 and names in capsys.readouterr().err
