@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import accumulate
+from itertools import chain
 from pathlib import Path
 
+from cllm.evaluation import plot
 from cllm.evaluation.table import format_table, number, percent, with_interval
 
 FULL_SIZE = """The full-size recipe (paper: GSM8K, Abel-7B, which is a target model already; 8 GPUs; not run by this script):
@@ -52,30 +53,15 @@ def tpf(jacobi: dict) -> str:
 
 def draw(before: dict, after: dict, path: Path) -> None:
     """Above: how far each response had come after each forward. Below: how many tokens the forwards gained."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 8), layout="constrained")
-    gains = {}
-    for run, name, colour in ((before, "target model", "tab:gray"), (after, "CLLM", "tab:blue")):
-        accepted = [prompt["methods"]["jacobi"]["accepted"] for prompt in run["prompts"]]
-        for index, steps in enumerate(accepted):
-            progress = list(accumulate(steps, initial=0))
-            top.plot(progress, color=colour, alpha=0.5, linewidth=1, label=name if index == 0 else None)
-        gains[name] = [step for steps in accepted for step in steps]
-    longest = max(len(p["methods"]["ar"]["accepted"]) for p in after["prompts"])
-    top.plot([0, longest], [0, longest], "k--", linewidth=1, label="AR decoding: one token a forward")
-    top.set(xlabel="forward passes", ylabel="tokens accepted", title="Every held-out response, forward by forward")
-    top.legend()
-    widths = range(1, max(map(max, gains.values())) + 1)
-    for offset, (name, colour) in zip((-0.2, 0.2), (("target model", "tab:gray"), ("CLLM", "tab:blue"))):
-        share = [gains[name].count(width) / len(gains[name]) for width in widths]
-        bottom.bar([width + offset for width in widths], share, width=0.4, color=colour, label=name)
-    bottom.set(xlabel="tokens accepted in one forward", ylabel="share of forwards")
-    bottom.legend()
-    figure.savefig(path, dpi=120)
+    accepted = {
+        name: [prompt["methods"]["jacobi"]["accepted"] for prompt in run["prompts"]]
+        for name, run in (("target model", before), ("CLLM", after))
+    }
+    figure, (top, bottom) = plot.new_figure(2, 1, size=(8, 8))
+    plot.progress(top, accepted)
+    top.set(title="Every held-out response, forward by forward")
+    plot.histogram(bottom, {name: list(chain.from_iterable(responses)) for name, responses in accepted.items()})
+    path.write_bytes(plot.png(figure))
 
 
 if __name__ == "__main__":

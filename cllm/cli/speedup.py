@@ -23,7 +23,7 @@ SHOWN_DIVERGENCES = 5
 
 
 def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    from cllm.evaluation.method import BASELINES
+    from cllm.evaluation.method_name import BASELINES
 
     result = parser(
         "Tokens per forward and per second of Jacobi decoding against autoregressive (AR) decoding of the same model.",
@@ -216,7 +216,7 @@ def _target_texts(
 
 
 def _prompt_rows(prompts: Any, measured: Any, texts: dict, tokenizer: Any, batch_size: int) -> list[dict[str, Any]]:
-    from cllm.evaluation.method import AR
+    from cllm.evaluation.method_name import AR
 
     rows = []
     for at, prompt in enumerate(prompts):
@@ -288,7 +288,7 @@ def _speed_table(report: dict[str, Any]) -> str:
 
 def _gain_table(report: dict[str, Any]) -> str:
     """Where Jacobi decoding's tokens came from."""
-    from cllm.evaluation.method import is_jacobi
+    from cllm.evaluation.method_name import is_jacobi
     from cllm.evaluation.table import format_table, number
 
     tables = []
@@ -303,7 +303,7 @@ def _gain_table(report: dict[str, Any]) -> str:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    from cllm.evaluation.method import is_jacobi
+    from cllm.evaluation.method_name import is_jacobi
 
     notes = []
     if "prompt_lookup" in report["methods"] and report["settings"]["batch_size"] > 1:

@@ -12,10 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from cllm.decoding import Guess, JacobiDecoder, make_guess
 from cllm.errors import UsageError
+from cllm.evaluation.method_name import AR, GENERATE, JACOBI, PROMPT_LOOKUP
 from cllm.trajectory.hygiene import cut_at_eos
-
-JACOBI, AR, GENERATE, PROMPT_LOOKUP = "jacobi", "ar", "generate", "prompt_lookup"
-BASELINES = (AR, GENERATE, PROMPT_LOOKUP)
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,6 @@ def build_methods(
     if PROMPT_LOOKUP in names:
         methods.append(HuggingFace(model, eos_ids, lookup=max(1, block_size - 1)))
     return methods
-
-
-def is_jacobi(method: str) -> bool:
-    """Whether a method of this name is our engine with a window of guesses."""
-    return method.split(":")[0] == JACOBI
 
 
 def pad_left(

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from cllm.decoding.engine import Prompts
 from cllm.evaluation.interval import bootstrap, ratio_interval
-from cllm.evaluation.method import AR, Method, Response
+from cllm.evaluation.method import Method, Response
+from cllm.evaluation.method_name import AR
 
 WARM_UP_TOKENS = 16
 

@@ -5,7 +5,8 @@ from tiny import EOS_ID, tiny_model
 from transformers import GenerationConfig
 
 from cllm.errors import UsageError
-from cllm.evaluation.method import AR, GENERATE, JACOBI, PROMPT_LOOKUP, build_methods, count_forwards, pad_left
+from cllm.evaluation.method import build_methods, count_forwards, pad_left
+from cllm.evaluation.method_name import AR, GENERATE, JACOBI, PROMPT_LOOKUP
 
 PROMPTS = [[5, 9, 13, 5, 9], [40, 41, 42, 43, 44, 45, 46, 40, 41], [7]]
 
