@@ -45,13 +45,13 @@ class MarkdownScreen(Screen):
     """Finished blocks are printed once and for all; the last lines of the unfinished one are drawn anew as it grows."""
 
     def __init__(self, console: Console) -> None:
-        from rich.live import Live
-
         self.console, self.rest = console, ""
-        self.live = Live(get_renderable=self._tail, console=console, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> MarkdownScreen:
+        from rich.live import Live
+
         self.rest = ""
+        self.live = Live(get_renderable=self._tail, console=self.console, refresh_per_second=8, transient=True)
         self.live.start()
         return self
 
@@ -59,6 +59,7 @@ class MarkdownScreen(Screen):
         done, self.rest = split_blocks(self.rest + piece)
         if done:
             self._print(done)
+            self.console.print()
 
     def __exit__(self, *error: object) -> None:
         last, self.rest = self.rest, ""

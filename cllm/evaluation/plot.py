@@ -51,8 +51,10 @@ def speedup(results: Results) -> Figure | None:
     figure, (left, right) = new_figure(1, 2, size=(11, 1.6 + 0.5 * sum(len(speed.methods) for speed in results.speeds)))
     for axes, title in ((left, "speedup over AR (tokens/s)"), (right, TPF)):
         axes.set(title=title)
+        axes.margins(x=0.15)
         axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
-    names = {method.label: None for speed in results.speeds for method in speed.methods}
+    methods = sorted((of for speed in results.speeds for of in speed.methods), key=lambda of: of.is_jacobi)
+    names = dict.fromkeys(of.label for of in methods)  # baselines first: AR is grey
     colours = {name: colour(index) for index, name in enumerate(names)}
     places, labels, at = [], [], 0.0
     for speed in results.speeds:
@@ -70,7 +72,7 @@ def speedup(results: Results) -> Figure | None:
     right.set_yticks(places, [""] * len(places))
     for axes in (left, right):
         axes.invert_yaxis()
-    _legend(right)
+    _legend(figure, right)
     return figure
 
 
@@ -190,12 +192,14 @@ def _training(axes: Axes, run: Training) -> None:
     for index, (name, points) in enumerate(run.curves.items()):
         axes.plot(*zip(*points), marker=".", color=colour(index), label=name.replace("_", " "))
     axes.set(xlabel="step", ylabel="loss", title=run.name, yscale="log")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
 
-def _legend(axes: Axes) -> None:
-    """One entry for each label, in the order of their first use."""
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below everything, one entry for each label of ``axes``."""
     handles, labels = axes.get_legend_handles_labels()
-    first = {label: handle for handle, label in reversed(list(zip(handles, labels)))}
-    axes.legend([first[label] for label in dict.fromkeys(labels)], list(dict.fromkeys(labels)), fontsize="small")
+    one = dict(zip(labels, handles))
+    figure.legend(list(one.values()), list(one), fontsize="small", loc="outside lower center", ncols=3)

@@ -53,6 +53,17 @@ def test_a_stopped_answer_stays() -> None:
     assert "Some words and" in drawn(["Some *words* ", "and"], KeyboardInterrupt)
 
 
+def test_a_second_answer_leaves_the_first_alone() -> None:
+    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), force_terminal=True, width=60, height=10)
+    screen = MarkdownScreen(console)
+    with screen:
+        screen.show("one  \ntwo  \nthree")
+    first = console.file.getvalue()
+    with screen:
+        screen.show("four")
+    assert "\x1b[1A" not in console.file.getvalue()[len(first) :].partition("four")[0]  # the cursor does not go up
+
+
 def test_only_the_end_of_a_long_block_is_drawn_while_it_grows() -> None:
     output = drawn([f"line{n}  \n" for n in range(40)])
     assert all(f"line{n} " in output for n in range(40))
