@@ -189,11 +189,14 @@ def _by_width(speeds: Sequence[Speed]) -> dict[tuple[str, str], list[tuple[int, 
 
 
 def _training(axes: Axes, run: Training) -> None:
+    from matplotlib.ticker import LogLocator
+
     for index, (name, points) in enumerate(run.curves.items()):
         axes.plot(*zip(*points), marker=".", color=colour(index), label=name.replace("_", " "))
     axes.set(xlabel="step", ylabel="loss", title=run.name, yscale="log")
-    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        ticks("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
