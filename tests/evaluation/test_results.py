@@ -60,7 +60,7 @@ def test_a_run_of_speedup(tmp_path: Path) -> None:
     results = read_results(write(tmp_path, s=SPEEDUP))
     (speed,) = results.speeds
     assert (speed.name, speed.model, speed.task, speed.device, speed.width) == ("s.json", "m", "gsm8k", "a chip", 8)
-    assert [method.gains for method in speed.methods] == [[1, 2, 3], [1, 1], []]
+    assert [method.gains for method in speed.methods] == [[1, 2, 3], [1, 1, 1, 1], []]
     assert [method.is_jacobi for method in speed.methods] == [True, False, False]
     assert speed.tokens_per_forward == 1.5
     assert results.qualities == [  # the target's score stands at the rate at which it was decoded
