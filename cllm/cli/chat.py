@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = get_task(args.cllm_type)
     if args.seed is None:
         args.seed = random.getrandbits(32)
-    conversation = _open(args, task.plain_template)
+    conversation = _open(args, task.plain_template, task.default_question)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -68,15 +68,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             statistics = _answer(conversation, question or task.default_question, args.stats) or statistics
 
 
-def _open(args: argparse.Namespace, plain_template: str):
+def _open(args: argparse.Namespace, plain_template: str, question: str):
+    """The conversation to come; ``question`` is a sample of it, for ``--guess auto``."""
+    from cllm.cli.guess import check_guess, pick_guess
     from cllm.cli.model import open_model
-    from cllm.decoding import JacobiDecoder, make_guess
+    from cllm.decoding import JacobiDecoder
     from cllm.models import default_width
     from cllm.serving.chat import Conversation
 
-    sampling, guess = sampling_of(args, args.seed), make_guess(args.guess)
+    sampling = sampling_of(args, args.seed)
+    check_guess(args.guess)
     of = open_model(args, plain_template)
     size = args.block_size if args.block_size is not None else default_width(of.record)
+    sample = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
+    guess = pick_guess(args.guess, of, size, [sample], sampling=sampling)
     decoder = JacobiDecoder(of.model, size, eos_token_ids=of.stops, guess=guess)
     return Conversation(decoder, of.tokenizer, of.template, args.max_new_seq_len, sampling)
 
