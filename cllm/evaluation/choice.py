@@ -60,17 +60,17 @@ def measure_choices(
     if not prompts or not widths or not guesses or not batch_sizes:
         raise UsageError("measuring needs at least one prompt, one width, one guess and one batch size")
     pairs = [(width, guess) for width in widths for guess in (guesses if width > 1 else guesses[:1])]
-    deciding = {pair: JacobiDecoder(model, pair[0], eos_token_ids=eos_ids, guess=pair[1], seed=seed) for pair in pairs}
     gains = {}
-    for pair in progress(pairs):
-        results = deciding[pair].generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-        gains[pair] = sum(len(r.token_ids) for r in results) / sum(r.forwards for r in results)
-    endless = {pair: JacobiDecoder(model, pair[0], guess=pair[1], seed=seed) for pair in pairs}  # a batch keeps its rows
-    seconds: dict[tuple, list[float]] = {(size, *pair): [] for size in batch_sizes for pair in pairs}
+    for width, guess in progress(pairs):
+        decoder = JacobiDecoder(model, width, eos_token_ids=eos_ids, guess=guess, seed=seed)
+        results = decoder.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+        gains[width, guess] = sum(len(r.token_ids) for r in results) / sum(r.forwards for r in results)
+    seconds: dict[tuple[int, int, str], list[float]] = {(size, *pair): [] for size in batch_sizes for pair in pairs}
     for at in progress(range(rounds)):
-        for size, *pair in seconds:
+        for size, width, guess in seconds:
             batch = [prompts[(at + row) % len(prompts)] for row in range(size)]
-            seconds[size, *pair] += _times(endless[*pair], batch, sampling, SKIPPED + iterations)
+            decoder = JacobiDecoder(model, width, guess=guess, seed=seed)  # never ends a text: a batch keeps its rows
+            seconds[size, width, guess] += _times(decoder, batch, sampling, SKIPPED + iterations)
     return [Choice(w, g, size, statistics.median(times), gains[w, g]) for (size, w, g), times in seconds.items()]
 
 
