@@ -25,6 +25,7 @@ from cllm.tasks.source import load_examples
 from cllm.trajectory.collect import Collector, Prompt
 from cllm.trajectory.record import Dropped, TrajectoryRow
 
+PATHS = ("output", "filename", "model", "data")  # options that say nothing of a result
 COPYING = "copying"  # a --task: prompts whose answers repeat them
 
 
@@ -146,7 +147,7 @@ def publish(args: argparse.Namespace, model: PreTrainedModel, result: dict[str, 
             continue
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
     if args.output:
-        settings = {name: value for name, value in vars(args).items() if name not in ("output", "filename", "model")}
+        settings = {name: value for name, value in vars(args).items() if name not in PATHS}
         content = {
             "benchmark": Path(sys.argv[0]).stem,
             "settings": settings,

@@ -5,7 +5,7 @@ a GPU, or with --compile); its prompt lookup and plain Jacobi decoding as in the
 the time of an iteration over that of a bare forward of the same shape. A table of every cell, one JSON, one picture.
 
     python scripts/benchmarks/decode.py --model MODEL --filename gsm8k_train.jsonl --output docs/results/decode.json
-    python scripts/benchmarks/decode.py --model MODEL --task copying --output docs/results/decode_copying.json
+    python scripts/benchmarks/decode.py --model MODEL --task copying --contexts 0 --output docs/results/decode_copying.json
     python scripts/benchmarks/decode.py --model MODEL --filename gsm8k_train.jsonl --dtype bfloat16 --batches 1 2 4 8 16 \\
         --widths 4 8 16 32 64 --contexts 128 512 2048 4096 --length 128 --output docs/results/decode_gpu.json   # on a GPU
 """
@@ -39,7 +39,7 @@ def main() -> None:
     options.set_defaults(length=32)
     options.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     options.add_argument("--widths", type=int, nargs="+", default=[4, 16])
-    options.add_argument("--contexts", type=int, nargs="+", default=[128, 512], help="tokens of a prompt, made by joining")
+    options.add_argument("--contexts", type=int, nargs="+", default=[128, 512], help="tokens of a prompt; 0: as it is")
     options.add_argument("--guess", nargs="+", default=CANDIDATES)
     options.add_argument("--rounds", type=int, default=2, help="prompt batches per cell")
     options.add_argument("--compile", action="store_true", help="Hugging Face's compiled generate on a CPU, too")
@@ -63,13 +63,13 @@ def main() -> None:
 
 
 def joined(prompts: list[list[int]], length: int, batch: int, rounds: int) -> list[list[list[int]]]:
-    """``rounds`` batches of prompts of exactly ``length`` tokens: each the end of as many prompts in a row as it takes."""
+    """``rounds`` batches of texts of ``length`` tokens: each the end of as many prompts in a row as it takes; 0: one prompt."""
     texts = []
     for at in range(batch * rounds):
-        text: list[int] = []
+        text = prompts[at % len(prompts)]
         while len(text) < length:
-            text = prompts[at % len(prompts)] + text
             at -= 1
+            text = prompts[at % len(prompts)] + text
         texts.append(text[-length:])
     return [texts[at : at + batch] for at in range(0, len(texts), batch)]
 

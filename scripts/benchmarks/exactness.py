@@ -141,14 +141,15 @@ def departures(model: Any, prompts: Sequence, expected: Sequence, got: Sequence)
     found = [divergence(model, *texts) for texts in zip(prompts, expected, got, strict=True)]
     departed = [where for where in found if where]
     tokens = sum(where["token"] + 1 if where else len(text) for where, text in zip(found, expected))
-    margins = [where["margin"] for where in departed if where["margin"] is not None]
+    known = [where for where in departed if where["margin"] is not None]  # else one text ends where the other goes on
+    margins = [where["margin"] for where in known]
     return {
         "texts that depart": len(departed),
         "tokens compared": tokens,
         "departures per 1,000 tokens": 1000 * len(departed) / tokens,
         "median margin, logits": statistics.median(margins) if margins else None,
         "largest margin, logits": max(margins, default=None),
-        "largest margin, spacings of the dtype": max((w["margin_ulps"] for w in departed if w["margin"] is not None), default=None),
+        "largest margin, spacings of the dtype": max((where["margin_ulps"] for where in known), default=None),
     }
 
 
