@@ -32,16 +32,15 @@ def main() -> None:
     args = options.parse_args()
     model, tokenizer, prompts = load(args)
     stops, half = stop_token_ids(model, tokenizer), max(1, len(prompts) // 2)
-    show = lambda items: tqdm(items)  # noqa: E731
     measured = measure_choices(
-        model, prompts[:half], args.widths, args.guess, [1], max_new_tokens=args.length, eos_ids=stops, progress=show
+        model, prompts[:half], args.widths, args.guess, [1], max_new_tokens=args.length, eos_ids=stops, progress=tqdm
     )
     best = fastest(measured, 1)
     methods = [Engine(JacobiDecoder(model, 1, eos_token_ids=stops), AR, AR)]
     for choice in measured:
         decoder = JacobiDecoder(model, choice.width, eos_token_ids=stops, guess=choice.guess)
         methods.append(Engine(decoder, name(choice), name(choice)))
-    swept = measure(methods, [[ids] for ids in prompts[half:] * args.rounds], args.length, progress=show)
+    swept = measure(methods, [[ids] for ids in prompts[half:] * args.rounds], args.length, progress=tqdm)
     figures = {key: of["tokens_per_second"] for key, of in summarise(swept).items() if key != AR}
     fast = max(figures, key=lambda key: figures[key])
     result = {
