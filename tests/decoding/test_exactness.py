@@ -8,7 +8,7 @@ from tiny import KINDS
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_guess_in_a_queue(kind: str) -> None:
     for number, guess in enumerate(GUESSES):
-        case = draw_case(number, kind=kind, guess=guess, queued=True)
+        case = draw_case(number, kind=kind, guess=guess, queued=True, rows=2)
         assert case.decode() == case.expected(), case
 
 
