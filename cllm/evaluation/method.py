@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,7 +77,9 @@ class HuggingFace:
             prompt_lookup_num_tokens=self.lookup,
             **(_compilation() if self.compiled else {}),
         )
-        counted = count_forwards(self.model) if self.lookup else nullcontext([])  # a hook would disturb a compiled model
+        counted: AbstractContextManager[list[None]] = nullcontext([])
+        if self.lookup:  # elsewhere a forward gives a token, and a hook would disturb a compiled model
+            counted = count_forwards(self.model)
         try:
             with _no_defaults(self.model), counted as forwards, torch.inference_mode():
                 generate: Any = self.model.generate
@@ -136,7 +138,7 @@ def pad_left(
 
 def _compilation() -> dict[str, Any]:
     """Generation settings: the static cache, whose steps are compiled on a CPU too, where it is not the default."""
-    config = CompileConfig()
+    config: Any = CompileConfig()
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config}
 

@@ -34,7 +34,7 @@ def main() -> None:
     decoder = JacobiDecoder(model, W, eos_token_ids=stops, guess=args.guess)
     gained = [pair for prompt in prompts for pair in gains(decoder, prompt, args.length)]
     first, best = (sum(column) for column in zip(*gained))
-    cost = {width: median_cost(model, prompts, width, args.guess) for width in (W, 2 * W)}
+    cost = costs(model, prompts[:8], (W, 2 * W), args.guess)
     more_tokens, more_time = best / first, cost[2 * W] / cost[W]
     result = {
         "iterations": len(gained),
@@ -80,10 +80,13 @@ def accepted(drafted: list[int], following: list[int]) -> int:
     return min(right + 1, len(following))
 
 
-def median_cost(model: Any, prompts: list[list[int]], width: int, guess: str) -> float:
-    """Seconds of an iteration of the engine."""
-    decoder = JacobiDecoder(model, width, guess=guess)
-    return statistics.median(ours for prompt in prompts[:4] for ours, _ in race(decoder, prompt, 1, 12))
+def costs(model: Any, prompts: list[list[int]], widths: tuple[int, int], guess: str) -> dict[int, float]:
+    """Median seconds of the engine's iterations at each width; the widths take turns, prompt by prompt."""
+    times: dict[int, list[float]] = {width: [] for width in widths}
+    for prompt in prompts:
+        for width in widths:
+            times[width] += [ours for ours, _ in race(JacobiDecoder(model, width, guess=guess), prompt, 1, 12)]
+    return {width: statistics.median(of) for width, of in times.items()}
 
 
 if __name__ == "__main__":
