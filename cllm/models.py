@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -16,14 +17,15 @@ from transformers.utils import logging as transformers_logging
 
 from cllm.checkpoints import published_record
 from cllm.errors import UsageError
-from cllm.files import write_json
+from cllm.files import StrPath, write_json
 
 if TYPE_CHECKING:
     from cllm.prompts import PromptTemplate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_WIDTH = 16  # the paper's block size
-WIDTH = "decoding_width"  # a key of the record
+DEFAULT_GUESS = "context"  # what CLLMs are trained with
+WIDTH, GUESS = "decoding_width", "decoding_guess"  # keys of the record
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -120,8 +122,13 @@ def default_width(record: Mapping[str, Any]) -> int:
     return int(record.get(WIDTH) or record.get("block_size") or DEFAULT_WIDTH)
 
 
-def store_width(path: str, width: int) -> None:
-    """Write the window that :func:`default_width` then finds into a checkpoint's config.json, atomically.
+def default_guess(record: Mapping[str, Any]) -> str:
+    """The name of the fresh guesses to decode with: those that ``cllm tune`` found fastest, else the training's."""
+    return str(record.get(GUESS) or DEFAULT_GUESS)
+
+
+def store_choice(path: str, width: int, guess: str) -> None:
+    """Write what :func:`default_width` and :func:`default_guess` then find into a checkpoint's config.json, atomically.
 
     Raises UsageError for what is no local checkpoint.
     """
@@ -129,8 +136,24 @@ def store_width(path: str, width: int) -> None:
     if not file.is_file():
         raise UsageError(f"only a local checkpoint can remember its width; there is no {file}")
     config = json.loads(file.read_text(encoding="utf-8"))
-    config[RECORD] = (config.get(RECORD) or {}) | {WIDTH: width}
+    config[RECORD] = (config.get(RECORD) or {}) | {WIDTH: width, GUESS: guess}
     write_json(file, config)
+
+
+def weights_stamp(path: StrPath) -> str | None:
+    """Changes when the files of a checkpoint folder do, so that results of two models never end up in one file.
+
+    None for what is no folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
+            facts = file.stat()
+            digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _check_path(path: str) -> None:

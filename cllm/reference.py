@@ -1,7 +1,7 @@
 """The paper's procedure written out plainly: the oracle of the tests and the slow side of the benchmarks.
 
-No cache, no packing, no batching: one block of one response after the other, the whole text in every forward, as arXiv
-2403.00835 (Algorithm 1, equations 2 to 4) and its published code have it. Use it to check, not to work with.
+No packing, no batching, and but for :func:`decode` no cache: one block of one response after the other, the whole text in every
+forward, as arXiv 2403.00835 (Algorithm 1, equations 2 to 4) and its published code have it. Use it to check, not to work with.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, softmax
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 StartGuess = Callable[[Sequence[int], int], list[int]]
 
@@ -53,6 +53,38 @@ def collect(
         if set(states[-1]) & set(eos_token_ids):
             break
     return blocks, forwarded
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    block_size: int,
+    max_new_tokens: int,
+    start_guess: StartGuess,
+    eos_token_ids: Sequence[int] = (),
+) -> tuple[list[int], int]:
+    """Jacobi decoding with a key-value cache, as in the paper's decoder: the response, and how many forwards it took.
+
+    A block is its first token, which is verified, and guesses; it shrinks as tokens are verified, and what wrong guesses left
+    in the cache is cropped after every forward.
+    """
+    cache = DynamicCache(config=model.config)
+    response: list[int] = []
+    window, guesses, forwards = list(prompt), 0, 0  # the last ``guesses`` tokens of the window are not verified
+    while True:
+        logits = model(torch.tensor([window], device=model.device), past_key_values=cache).logits[0]
+        choices, drafted = logits[-1 - guesses :].argmax(dim=-1).tolist(), window[len(window) - guesses :]
+        forwards += 1
+        right = next((i for i, token in enumerate(drafted) if token != choices[i]), guesses)
+        response += choices[: right + 1]
+        if len(response) >= max_new_tokens or set(choices[: right + 1]) & set(eos_token_ids):
+            end = next((i + 1 for i, token in enumerate(response) if token in eos_token_ids), len(response))
+            return response[: min(end, max_new_tokens)], forwards
+        if right < guesses:
+            cache.crop(right - guesses)
+        rest = choices[right + 1 : guesses] or start_guess([*prompt, *response], block_size - 1)
+        window, guesses = [response[-1], *rest], len(rest)
 
 
 def training_losses(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny_checkpoint
 
 from cllm.tasks.arithmetic import generate
 
@@ -38,6 +39,49 @@ def test_collection(tiny_model_dir, problems, tmp_path):
 def test_training(tiny_model_dir, problems, tmp_path):
     result = run("training", tiny_model_dir, problems, tmp_path / "result.json")
     assert result["token-forwards per response, paper"] > result["token-forwards per response, ours, the paper's objective"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["gsm8k", "copying"])
+def test_decode(tiny_model_dir, problems, tmp_path, task):
+    pytest.importorskip("matplotlib")
+    contexts = ["64", "200"] if task == "gsm8k" else ["0"]  # a prompt of 200 characters leaves no room
+    sizes = ["--task", task, "--contexts", *contexts, "--batches", "1", "2", "--widths", "4", "--guess", "context", "pool"]
+    model = save_tiny_checkpoint(tmp_path / "m", max_position_embeddings=256 if task == "gsm8k" else 1024)
+    result = run("decode", model, problems, tmp_path / "result.json", *sizes)
+    assert [cell["batch"] for cell in result["cells"]] == [1, 2]
+    alone, pair = (cell["methods"] for cell in result["cells"])
+    assert set(pair) == {"ar", "generate", "jacobi:4:context", "jacobi:4:pool"}
+    assert set(alone) == {*pair, "prompt_lookup:4", "paper:4"}
+    assert all(of["same_as_ar"] == 1 and of["tokens_per_second"] > 0 for of in [*alone.values(), *pair.values()])
+    assert pair["jacobi:4:pool"]["iteration_over_bare"] > 0 and "iteration_over_bare" not in pair["generate"]
+    assert (tmp_path / "result.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_tuning_and_candidates_and_batching(tiny_model_dir, problems, tmp_path):
+    few = ["--widths", "1", "4", "--guess", "pool", "--rounds", "1"]
+    result = run("tuning", tiny_model_dir, problems, tmp_path / "t.json", *few)
+    assert result["tune picks"] in result["sweep, tokens/s"] and 0 < result["pick over fastest"] <= 1
+    result = run("candidates", tiny_model_dir, problems, tmp_path / "c.json")
+    assert result["tokens per iteration, the best candidate (bound)"] >= result["tokens per iteration, the window"] >= 1
+    result = run("batching", tiny_model_dir, problems, tmp_path / "b.json", "--batch_size", "2", "--rounds", "1")
+    assert result["times faster"] > 0
+
+
+@pytest.mark.slow
+def test_exactness(tiny_model_dir, problems, tmp_path):
+    def part(*words: str) -> dict:
+        output = tmp_path / f"{words[0]}.json"
+        command = [sys.executable, str(FOLDER / "exactness.py"), *words, "--output", str(output)]
+        subprocess.run(command, check=True, timeout=200, cwd=tmp_path)
+        assert str(tmp_path) not in output.read_text()
+        return json.loads(output.read_text())["result"]
+
+    assert part("tiny", "--cases", "5")["different"] == 0
+    words = ["--model", str(tiny_model_dir), "--data", f"gsm8k={problems}", "--prompts", "2", "--length", "8"]
+    assert {way["texts that depart"] for way in part("real", *words)["ways"].values()} == {0}
+    assert len(part("bfloat16", *words)["sides"]) == 6
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from cllm.models import (
     load_tokenizer,
     read_record,
     stop_token_ids,
+    weights_stamp,
     write_record,
 )
 
@@ -192,6 +193,15 @@ def test_record_survives_saving(tmp_path: Path) -> None:
     write_record(model.config, {"block_size": 4, "prompt_template": "Q {question}"})
     model.save_pretrained(tmp_path)
     assert read_record(load_model(str(tmp_path), device="cpu").config)["block_size"] == 4
+
+
+def test_the_stamp_changes_with_the_weights(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "m")
+    stamp = weights_stamp(folder)
+    assert stamp and stamp == weights_stamp(folder)
+    save_tiny_checkpoint(folder, seed=1)
+    assert weights_stamp(folder) != stamp
+    assert weights_stamp("someone/on-the-hub") is None
 
 
 def test_the_commands_offer_what_the_library_takes() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import (
+    AUTO,
     add_guess_option,
     add_model_options,
     add_sampling_options,
@@ -25,7 +26,7 @@ from cllm.errors import UsageError
 
 if TYPE_CHECKING:
     from cllm.cli.model import OpenModel
-    from cllm.decoding import JacobiDecoder, Sampling
+    from cllm.decoding import Sampling
 
 MATH_SINGLE = "math-single"
 
@@ -149,8 +150,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answer what is not answered yet, and score everything asked for."""
     from tqdm import tqdm
 
+    from cllm.cli.guess import check_guess, pick_guess
     from cllm.cli.model import open_model
-    from cllm.decoding import JacobiDecoder, make_guess
+    from cllm.decoding import JacobiDecoder
     from cllm.evaluation import accuracy
     from cllm.evaluation.environment import check_writable, environment
     from cllm.evaluation.prompt import default_file, encode
@@ -158,7 +160,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
-    guess = make_guess(args.guess)
+    check_guess(args.guess)
     check_writable(args.results)
     check_writable(args.output_file_name)
     task = get_task(args.task).configure(args)
@@ -178,14 +180,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     block_size = 1
     if args.use_consistency_decoding:
         block_size = args.max_new_tokens_for_consistency or default_width(of.record)
-    decoder = JacobiDecoder(of.model, block_size, eos_token_ids=of.stops, guess=guess, seed=args.seed)
-    settings = _settings(args, task, of, decoder, sampling)
+    settings = _settings(args, task, of, block_size, sampling)
     answers = accuracy.AnswerFile(args.output_file_name, settings, args.resume)
     kept = sum(map(answers.has, examples))
     if kept:
         logger.info("%d of %d answers are there already, in %s", kept, len(examples), args.output_file_name)
     context = context_length(of.model.config)
     prompts, too_long = encode((e for e in examples if not answers.has(e)), of.template, of.tokenizer, context)
+    asked = [p.ids for p in prompts]
+    guess = pick_guess(args.guess, of, block_size, asked, batch_size=args.batch_size, sampling=sampling)
+    decoder = JacobiDecoder(of.model, block_size, eos_token_ids=of.stops, guess=guess, seed=args.seed)
     if too_long:
         answers.append(accuracy.too_long_rows(task, too_long))
     with tqdm(total=len(prompts), desc="answers", unit="answer", file=sys.stderr, disable=None) as bar:
@@ -219,16 +223,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return _finish(args, task, scored, report)
 
 
-def _settings(args: argparse.Namespace, task: Any, of: OpenModel, decoder: JacobiDecoder, sampling: Sampling) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, task: Any, of: OpenModel, block_size: int, sampling: Sampling) -> dict[str, Any]:
     """What the answers depend on; a run goes on with a file only if it is the same."""
-    from cllm.evaluation import accuracy
+    from cllm.decoding import make_guess
+    from cllm.models import default_guess, weights_stamp
 
     settings = {
         "task": task.name,
         "model": args.model,
-        "weights": accuracy.weights_stamp(args.model),
+        "weights": weights_stamp(args.model),
         "prompt_template": of.template.text,
-        "block_size": decoder.block_size,
+        "block_size": block_size,
         "max_tokens": args.max_tokens,
         "dtype": of.dtype,
         "attn_implementation": of.model.config._attn_implementation,
@@ -236,7 +241,8 @@ def _settings(args: argparse.Namespace, task: Any, of: OpenModel, decoder: Jacob
         "seed": args.seed,
     }
     if args.use_consistency_decoding:
-        settings["guess"] = decoder.guess.name
+        name = args.guess or default_guess(of.record)
+        settings["guess"] = name if name == AUTO else make_guess(name).name  # where it is auto, every run picks anew
     if task.settings():
         settings["task_options"] = task.settings()
     return settings

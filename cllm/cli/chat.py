@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = get_task(OTHER_NAMES.get(args.cllm_type, args.cllm_type))
     if args.seed is None:
         args.seed = random.getrandbits(32)
-    chat = Chat(args, task.plain_template)
+    chat = Chat(args, task.plain_template, task.default_question)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -78,18 +78,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Chat:
-    """A conversation with the model of ``args``, and its commands."""
+    """A conversation with the model of ``args``, and its commands. ``question``: a sample of it, for ``--guess auto``."""
 
-    def __init__(self, args: argparse.Namespace, plain_template: str) -> None:
+    def __init__(self, args: argparse.Namespace, plain_template: str, question: str) -> None:
+        from cllm.cli.guess import check_guess, pick_guess
         from cllm.cli.model import open_model
         from cllm.cli.screen import make_screen
-        from cllm.decoding import JacobiDecoder, make_guess
+        from cllm.decoding import JacobiDecoder
         from cllm.models import default_width
         from cllm.serving.chat import Conversation
 
-        sampling, guess = sampling_of(args, args.seed), make_guess(args.guess)
+        sampling = sampling_of(args, args.seed)
+        check_guess(args.guess)
         of = open_model(args, plain_template)
         size = args.block_size if args.block_size is not None else default_width(of.record)
+        sample = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
+        guess = pick_guess(args.guess, of, size, [sample], sampling=sampling)
         self.jacobi = JacobiDecoder(of.model, size, eos_token_ids=of.stops, guess=guess)
         self.ar = JacobiDecoder(of.model, 1, eos_token_ids=of.stops)
         self.conversation = Conversation(self.jacobi, of.tokenizer, of.template, args.max_new_seq_len, sampling)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 MASKABLE = ("sdpa", "eager")
 GUESSES = ("context", "filler", "prompt_lookup", "pool")
+AUTO = "auto"  # a --guess: measure and pick
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -137,9 +138,9 @@ def add_guess_option(options: argparse.ArgumentParser, several: bool = False) ->
         "--guess",
         metavar="NAME",
         nargs="+" if several else None,
-        default=["context"] if several else "context",
         help=f"fresh guesses of Jacobi decoding: {', '.join(GUESSES)}, or some of them joined by +, as in "
-        f"prompt_lookup+pool, tried in that order. They decide the speed, never the text{more}",
+        f"prompt_lookup+pool, tried in that order; {AUTO} measures and picks. They decide the speed, never the text; "
+        f"default: what `cllm tune` stored, else context{more}",
     )
 
 

@@ -7,10 +7,12 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import (
+    AUTO,
     add_guess_option,
     add_model_options,
     add_sampling_options,
@@ -22,6 +24,7 @@ from cllm.cli.command import (
 from cllm.errors import UsageError
 
 if TYPE_CHECKING:
+    from cllm.cli.model import OpenModel
     from cllm.result_file import ResultFile
     from cllm.serving.offline import Prompt
 
@@ -64,28 +67,32 @@ def options() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = options().parse_args(argv)
     sampling = sampling_of(args, args.seed)
+    from cllm.cli.guess import check_guess, pick_guess
     from cllm.cli.model import open_model
-    from cllm.decoding import JacobiDecoder, Queue, make_guess
+    from cllm.decoding import JacobiDecoder, Queue
     from cllm.evaluation.environment import check_writable
-    from cllm.models import default_width
+    from cllm.models import default_width, weights_stamp
     from cllm.prompts import PLACE
     from cllm.result_file import ResultFile
     from cllm.serving.offline import answer
 
-    guess = make_guess(args.guess)
+    check_guess(args.guess)
     check_writable(args.output)
     total, bad = _count(args.prompts)
     of = open_model(args, PLACE)
     width = args.block_size or default_width(of.record)
-    decoder = JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess, seed=args.seed)
     settings = {
         "model": args.model,
+        "weights": weights_stamp(args.model),
         "prompt_template": of.template.text,
         "max_tokens": args.max_tokens,
         "dtype": of.dtype,
         "sampling": asdict(sampling),
     }
     results = ResultFile(args.output, settings, args.resume, "--output")
+    samples = _samples(args.prompts, of) if args.guess == AUTO and len(results.rows) < total else []
+    guess = pick_guess(args.guess, of, width, samples, batch_size=args.batch_size, sampling=sampling)
+    decoder = JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess, seed=args.seed)
 
     def answers(size: int, prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
         queue = Queue(decoder, size, args.max_slots)
@@ -113,6 +120,21 @@ def _count(path: str) -> tuple[int, Counter[str]]:
     if not total:
         raise UsageError(f"no prompt in {path}; expected rows with `prompt` or `messages`")
     return total, bad
+
+
+def _samples(path: str, of: OpenModel) -> list[list[int]]:
+    """The first prompts of a file as token ids, without those that the template refuses."""
+    from cllm.cli.guess import SAMPLE_PROMPTS
+    from cllm.serving.offline import Prompt, read_prompts
+
+    samples: list[list[int]] = []
+    for item in read_prompts(path):
+        if len(samples) == SAMPLE_PROMPTS:
+            break
+        if isinstance(item, Prompt):
+            with suppress(UsageError):
+                samples.append(of.template.encode(item.messages, of.tokenizer))
+    return samples
 
 
 def _answer(args: argparse.Namespace, results: ResultFile, answers: Answers, total: int) -> None:

@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns what goes into the JSON file."""
+    from cllm.cli.guess import check_guess, pick_guess
     from cllm.cli.model import load_weights, open_model
     from cllm.decoding import make_guess
     from cllm.evaluation import method, prompt, speed
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
-    guesses = [make_guess(name) for name in dict.fromkeys(args.guess)]
+    for name in args.guess or []:
+        check_guess(name)
     check_writable(args.output)
     task = get_task(args.task).configure(args)
     filename = prompt.default_file(args.filename, Path.cwd())
@@ -105,6 +107,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not prompts:
         raise UsageError(f"all {len(too_long)} prompts fill the model's context of {context} tokens")
 
+    batches = [[p.ids for p in batch] for batch in prompt.batches(prompts, args.batch_size)]
+    picked = [
+        pick_guess(name, of, block_size, [p.ids for p in prompts], batch_size=args.batch_size)
+        for name in args.guess or [None]
+    ]
+    guesses = [make_guess(name) for name in dict.fromkeys(picked)]
     methods = method.build_methods(
         model,
         args.baseline,
@@ -114,7 +122,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         eos_ids=eos_ids,
         seed=args.seed,
     )
-    batches = [[p.ids for p in batch] for batch in prompt.batches(prompts, args.batch_size)]
     measured = speed.measure(methods, batches, args.max_new_seq_len, context=context, progress=_bar("speed"))
     figures = speed.summarise(measured, seed=args.seed)
     parted = speed.divergences(model, measured, {p.example.id: p.ids for p in prompts})

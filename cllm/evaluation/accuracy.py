@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,16 +251,3 @@ def score_names(task: Task, rows: Sequence[Row]) -> list[str]:
         return [task.metric]
     names = list(task.score("", example_of(rows[0])))
     return sorted(names, key=lambda name: name != task.metric)
-
-
-def weights_stamp(path: str | Path) -> str | None:
-    """Changes when the files of a checkpoint folder do, so that answers of two models never end up in one file."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
-            facts = file.stat()
-            digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from cllm.decoding import Guess, JacobiDecoder, make_guess
 from cllm.errors import UsageError
@@ -52,12 +52,18 @@ class Engine:
 
 
 class HuggingFace:
-    """``model.generate``, greedy; with ``lookup`` tokens drafted from the text so far (prompt lookup, batch 1)."""
+    """``model.generate``, greedy.
 
-    def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int], lookup: int | None = None) -> None:
-        self.model, self.eos_ids, self.lookup = model, list(eos_ids), lookup
+    With ``lookup`` tokens drafted from the text so far (prompt lookup, batch 1), or, ``compiled``, over a static cache under
+    torch.compile.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, eos_ids: Sequence[int], lookup: int | None = None, compiled: bool = False
+    ) -> None:
+        self.model, self.eos_ids, self.lookup, self.compiled = model, list(eos_ids), lookup, compiled
         self.name, self.one_by_one = (PROMPT_LOOKUP, True) if lookup else (GENERATE, False)
-        self.label = f"HF prompt lookup {lookup}" if lookup else "HF generate"
+        self.label = f"HF prompt lookup {lookup}" if lookup else "HF generate" + ", compiled" * compiled
 
     def decode(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Response]:
         ids_BP, mask_BP = pad_left(prompts, self.eos_ids[0], self.model.device)
@@ -67,9 +73,13 @@ class HuggingFace:
             eos_token_id=self.eos_ids,
             pad_token_id=self.eos_ids[0],
             prompt_lookup_num_tokens=self.lookup,
+            **(_compilation() if self.compiled else {}),
         )
+        counted: AbstractContextManager[list[None]] = nullcontext([])
+        if self.lookup:  # elsewhere a forward gives a token, and a hook would disturb a compiled model
+            counted = count_forwards(self.model)
         try:
-            with _no_defaults(self.model), count_forwards(self.model) as forwards, torch.inference_mode():
+            with _no_defaults(self.model), counted as forwards, torch.inference_mode():
                 generate: Any = self.model.generate
                 output_BT = generate(ids_BP, attention_mask=mask_BP, generation_config=settings)
         except (ValueError, NotImplementedError) as error:
@@ -117,6 +127,13 @@ def pad_left(
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
+
+
+def _compilation() -> dict[str, Any]:
+    """Generation settings: the static cache, whose steps are compiled on a CPU too, where it is not the default."""
+    config: Any = CompileConfig()
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 @contextmanager

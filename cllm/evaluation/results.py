@@ -183,8 +183,8 @@ def _add_accuracy(results: Results, name: str, raw: Mapping[str, Any]) -> None:
 
 def _add_widths(results: Results, name: str, raw: Mapping[str, Any]) -> None:
     points: dict[str, dict[int, float]] = {}
-    for of in raw["choices"] if "choices" in raw else raw["widths"]:
-        points.setdefault(str(of.get("guess", "context")), {})[int(of["width"])] = float(of["tokens_per_forward"])
+    for of in raw["choices"]:
+        points.setdefault(str(of["guess"]), {})[int(of["width"])] = float(of["tokens_per_forward"])
     results.widths.append(Widths(name, {guess: sorted(of.items()) for guess, of in points.items()}))
 
 

@@ -84,8 +84,8 @@ def _timed_call(method: Method, prompts: Prompts, max_new_tokens: int) -> Run:
     first_forward: list[float] = []
 
     def note_first(*_: Any) -> None:
-        if not first_forward:
-            first_forward.append(now(device))
+        first_forward.append(now(device))
+        handle.remove()  # or it would disturb compiled steps
 
     handle = method.model.register_forward_hook(note_first)
     try:

@@ -1,27 +1,40 @@
-"""What the benchmarks share: options, model and prompts, counting forwarded tokens, the result file."""
+"""What the benchmarks share: options, model and prompts, races against a bare forward, memory, the result file."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import DynamicCache, PreTrainedModel
 
+from cllm.decoding import JacobiDecoder
 from cllm.evaluation.environment import environment
+from cllm.evaluation.speed import now
 from cllm.files import write_json
-from cllm.models import load_model, load_tokenizer
+from cllm.models import DTYPES, load_model, load_tokenizer, read_record
 from cllm.prompts import choose_template
 from cllm.tasks import get_task
+from cllm.tasks.arithmetic import generate
 from cllm.tasks.source import load_examples
 from cllm.trajectory.collect import Collector, Prompt
 from cllm.trajectory.record import Dropped, TrajectoryRow
 
+PATHS = ("output", "filename", "model", "data")  # options that say nothing of a result
+COPYING = "copying"  # a --task: prompts whose answers repeat them
+
 
 def add_options(options: argparse.ArgumentParser, prompts: int) -> None:
     options.add_argument("--model", required=True)
-    options.add_argument("--filename", help="GSM8K questions; default: the hub dataset")
+    options.add_argument("--dtype", choices=DTYPES, default="float32")
+    options.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    options.add_argument("--task", default="gsm8k", help=f"whose questions to ask, or {COPYING}: generated, needs no file")
+    options.add_argument("--filename", help="its questions; default: the hub dataset")
     options.add_argument("--prompts", type=int, default=prompts)
     options.add_argument("--block_size", type=int, default=16)
     options.add_argument("--length", type=int, default=128, help="new tokens per response")
@@ -29,13 +42,77 @@ def add_options(options: argparse.ArgumentParser, prompts: int) -> None:
 
 
 def load(args: argparse.Namespace):
-    """Model in float32, tokenizer, and the token ids of the first prompts."""
+    """Model, tokenizer, and the token ids of the first prompts."""
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype="float32")
-    task = get_task("gsm8k")
-    template = choose_template(None, task.plain_template, tokenizer, {})
-    examples = load_examples(task, args.filename, "train", args.prompts)
-    return model, tokenizer, [template.encode(example.messages, tokenizer) for example in examples]
+    model = load_model(args.model, dtype=args.dtype, device=args.device)
+    return model, tokenizer, encode(model, tokenizer, args.task, args.filename, args.prompts)
+
+
+def encode(model: PreTrainedModel, tokenizer, task_name: str, filename: str | None, count: int) -> list[list[int]]:
+    """The first prompts of a task, or of :func:`copying`, in the form that the model was trained with."""
+    task = get_task("arithmetic" if task_name == COPYING else task_name)
+    template = choose_template(None, task.plain_template, tokenizer, read_record(model.config))
+    if task_name == COPYING:
+        asked = [[{"role": "user", "content": text}] for text in copying(count)]
+    else:
+        examples = load_examples(task, filename, "train" if task_name == "gsm8k" else "test", count)
+        asked = [list(example.messages) for example in islice(examples, count)]
+    return [template.encode(messages, tokenizer) for messages in asked]
+
+
+def copying(count: int) -> list[str]:
+    """Requests whose answer is mostly a copy of what stands in them: a text again, with one word replaced."""
+    changes = [("and", "plus"), ("has", "owns"), ("many", "few"), ("each", "every")]
+    rows = generate(2 * count, seed=0)
+    texts = [" ".join(row["question"] for row in rows[at : at + 2]) for at in range(0, 2 * count, 2)]
+    wanted = [changes[at % len(changes)] for at in range(count)]
+    return [
+        f'Repeat this text word for word, but write "{new}" in the place of "{old}".\n\n{text}'
+        for text, (old, new) in zip(texts, wanted, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int) -> list[tuple[float, float]]:
+    """Seconds of the engine and of a bare forward of the same window, iteration by iteration in turn.
+
+    The bare one is ``model(...)`` over transformers' own DynamicCache, which is cropped afterwards (not timed). The prefill
+    and the next two iterations are left out.
+    """
+    model, width, pairs = decoder.model, decoder.width, []
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([prompt[:-1]] * batch, device=model.device), past_key_values=cache, logits_to_keep=1)
+    running = decoder.iterate([prompt] * batch, max_new_tokens=(iterations + 3) * width)
+    for _ in range(iterations + 3):
+        start = now(model.device)
+        iteration = next(running, None)
+        engine = now(model.device) - start
+        if iteration is None:
+            break
+        start = now(model.device)
+        model(iteration.window_BW, past_key_values=cache)
+        pairs.append((engine, now(model.device) - start))
+        if wrong := width - int(iteration.emitted_B[0]):
+            cache.crop(-wrong)
+    return pairs[3:]
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """A list that holds, afterwards, the peak in bytes: of CUDA's allocator, or of the process; empty where none is known."""
+    peak: list[int] = []
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device))
+    elif clear.exists():
+        clear.write_text("5")
+        yield peak
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        peak.append(int(line.split()[1]) << 10)
+    else:
+        yield peak
 
 
 def collect(collector: Collector, prompts: list[list[int]]) -> tuple[list[TrajectoryRow], list[Dropped]]:
@@ -66,9 +143,11 @@ class Forwarded:
 def publish(args: argparse.Namespace, model: PreTrainedModel, result: dict[str, Any]) -> None:
     """Print the result, and write it with settings, versions and device."""
     for name, value in result.items():
+        if isinstance(value, (dict, list)):
+            continue
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
     if args.output:
-        settings = {name: value for name, value in vars(args).items() if name not in ("output", "filename", "model")}
+        settings = {name: value for name, value in vars(args).items() if name not in PATHS}
         content = {
             "benchmark": Path(sys.argv[0]).stem,
             "settings": settings,

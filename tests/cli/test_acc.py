@@ -48,6 +48,13 @@ def test_guesses_change_no_reply_and_belong_to_the_settings(tmp_path, tiny_model
     assert [row["reply"] for row in answers(tmp_path)] == [row["reply"] for row in first]
 
 
+def test_a_measured_guess_goes_on_with_its_file(tmp_path, tiny_model_dir, data, caplog):
+    words = (tmp_path, tiny_model_dir, data, "--use_consistency_decoding", "--guess", "auto")
+    with caplog.at_level("INFO"):
+        assert run(*words)["settings"]["guess"] == run(*words)["settings"]["guess"] == "auto"
+    assert caplog.text.count("--guess auto: ") == 1  # the second time there is nothing left to answer
+
+
 def answers(tmp_path):
     return [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
 

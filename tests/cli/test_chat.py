@@ -150,6 +150,10 @@ def test_the_block_size_changes_nothing_but_speed(talk) -> None:
     assert talk("hi", options=("--block_size", "1"))[0] == talk("hi", options=("--block_size", "7"))[0]
 
 
+def test_a_measured_guess_changes_nothing_but_speed(talk) -> None:
+    assert talk("hi", options=("--guess", "auto"))[0] == talk("hi")[0]
+
+
 def test_draws_can_be_repeated(talk) -> None:
     options = ("--temperature", "1.2", "--top_k", "60", "--top_p", "0.99", "--min_p", "0.001", "--repetition_penalty", "1.1")
     first, _ = talk("hi", "/reset", "hi", options=(*options, "--seed", "3"))

@@ -1,6 +1,7 @@
 """The generate command on a tiny model: every prompt gets its reply once, whatever happens on the way."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cllm.cli import generate
 from cllm.decoding import JacobiDecoder, Queue
+from cllm.evaluation.choice import CANDIDATES
 from cllm.prompts import PromptTemplate
 
 QUESTIONS = ["one?", "and two, which is longer?", "3", "four four four four", "five is the last"]
@@ -132,6 +134,25 @@ def test_other_settings_are_refused(words: list[str], capsys: pytest.CaptureFixt
     generate.main(words)
     said = refused(capsys, generate.main, *words, "--max_tokens", "5")
     assert "max_tokens was 12 and is 5" in said and "--output" in said
+
+
+def test_other_weights_at_the_same_path_are_refused(words: list[str], model_dir: Path, tmp_path: Path, capsys) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "m")
+    generate.main([*words, "--model", str(model)])
+    before = (tmp_path / "out.jsonl").read_text()
+    save_tiny_checkpoint(model, seed=4)
+    assert "weights was '" in refused(capsys, generate.main, *words, "--model", model)
+    assert (tmp_path / "out.jsonl").read_text() == before
+
+
+def test_a_guess_that_is_measured_changes_no_reply(words: list[str], tmp_path: Path, caplog) -> None:
+    generate.main(words)
+    expected = {key: row["reply"] for key, row in rows(tmp_path).items()}
+    with caplog.at_level("INFO"):
+        generate.main([*words, "--no-resume", "--guess", "auto"])
+    assert {key: row["reply"] for key, row in rows(tmp_path).items()} == expected
+    (said,) = [r.getMessage() for r in caplog.records if "--guess auto" in r.getMessage()]
+    assert said.split(": ")[1].split(", ")[0] in CANDIDATES and "prompt_lookup+pool " in said
 
 
 def test_a_file_without_prompts(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -78,6 +78,13 @@ def test_every_guess_is_a_method(tmp_path, tiny_model_dir, data, capsys):
     assert printed.count("Jacobi 6 sliding, prompt_lookup+context") == printed.count("Jacobi 6 sliding, context") == 2
 
 
+def test_stored_and_measured_guesses(tmp_path, data):
+    model = save_tiny_checkpoint(tmp_path / "m", cllm={"decoding_guess": "prompt_lookup+pool"})
+    assert run(tmp_path, model, data)["settings"]["guess"] == ["prompt_lookup+pool+context"]
+    report = run(tmp_path, model, data, "--guess", "filler", "auto")
+    assert report["settings"]["guess"][0] == "filler" and len(report["methods"]) == 3
+
+
 def test_an_unknown_guess_is_refused_before_anything_is_loaded(tmp_path, data, capsys):
     words = ("--test_model", tmp_path / "none", "--filename", data, "--guess", "lucky")
     assert "unknown guess 'lucky'" in refused(capsys, partial(speedup.main, task="gsm8k"), *words)

@@ -1,4 +1,4 @@
-"""The tune command on a tiny model: what it measures, which width it picks, and where that is found again."""
+"""The tune command on a tiny model: what it measures, what it picks, and where that is found again."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from transformers import AutoConfig
 from cllm.cli import tune
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
-from cllm.evaluation.width import Width, fastest, measure_widths
-from cllm.models import default_width, read_record
+from cllm.evaluation.choice import CANDIDATES, Choice, fastest, measure_choices
+from cllm.models import default_guess, default_width, read_record
 
 
 @pytest.fixture
@@ -23,36 +23,47 @@ def words(tmp_path: Path) -> list[str]:
     return [*map(str, given), "--device", "cpu", "--widths", "1", "4", "--max_new_seq_len", "16"]
 
 
-def test_the_width_is_found_again(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    tune.main([*words, "--batch_size", "1", "2", "--save"])
+def test_the_choice_is_found_again(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tune.main([*words, "--batch_size", "1", "2", "--guess", "pool", "filler", "--save"])
     report = json.loads((tmp_path / "tune.json").read_text())
-    assert [(m["batch_size"], m["width"]) for m in report["widths"]] == [(1, 1), (1, 4), (2, 1), (2, 4)]
-    best = report["best"]["1"]
-    assert default_width(read_record(AutoConfig.from_pretrained(tmp_path / "m"))) == best
-    assert f"Width {best} stored" in capsys.readouterr().out
+    found = [(c["batch_size"], c["width"], c["guess"]) for c in report["choices"]]
+    assert found == [(size, *pair) for size in (1, 2) for pair in ((1, "pool"), (4, "pool"), (4, "filler"))]
+    best, record = report["best"]["1"], read_record(AutoConfig.from_pretrained(tmp_path / "m"))
+    assert (default_width(record), default_guess(record)) == (best["width"], best["guess"])
+    printed = capsys.readouterr().out
+    assert f"Width {best['width']} and guess {best['guess']} stored" in printed and printed.count(" *\n") == 2
+
+
+def test_auto_measures_all_candidates(words: list[str], tmp_path: Path) -> None:
+    tune.main([*words, "--widths", "4"])
+    choices = json.loads((tmp_path / "tune.json").read_text())["choices"]
+    assert tuple(c["guess"] for c in choices) == CANDIDATES
 
 
 def test_gain_and_cost_are_those_of_the_decoder() -> None:
     model, prompts = tiny_model(), [[5, 6, 7], [8] * 9]
-    one, four = measure_widths(model, prompts, [1, 4], [2], max_new_tokens=12, rounds=1)
-    results = JacobiDecoder(model, 4).generate(prompts, max_new_tokens=12)
-    assert one.tokens_per_forward == 1.0
-    assert four.tokens_per_forward == sum(len(r.token_ids) for r in results) / sum(r.forwards for r in results)
+    one, four, pool = measure_choices(model, prompts, [1, 4], ["context", "pool"], [2], max_new_tokens=12, rounds=1)
+    assert (one.tokens_per_forward, one.guess) == (1.0, "context")
+    for choice in (four, pool):
+        results = JacobiDecoder(model, 4, guess=choice.guess).generate(prompts, max_new_tokens=12)
+        assert choice.tokens_per_forward == sum(len(r.token_ids) for r in results) / sum(r.forwards for r in results)
     assert one.seconds > 0 and one.tokens_per_second == 2 / one.seconds
 
 
 def test_the_fastest_is_that_of_its_batch_size() -> None:
-    slow, quick, other = Width(1, 1, 0.1, 1.0), Width(8, 1, 0.12, 2.0), Width(4, 2, 0.01, 9.0)
+    slow, quick = Choice(1, "context", 1, 0.1, 1.0), Choice(8, "pool", 1, 0.12, 2.0)
+    other = Choice(4, "context", 2, 0.01, 9.0)
     assert fastest([slow, quick, other], 1) is quick and fastest([slow, quick, other], 2) is other
 
 
 def test_what_is_trained_counts_where_nothing_was_measured() -> None:
     assert [default_width(r) for r in ({}, {"block_size": 8}, {"block_size": 8, "decoding_width": 4})] == [16, 8, 4]
+    assert [default_guess(r) for r in ({}, {"block_size": 8}, {"decoding_guess": "pool"})] == ["context", "context", "pool"]
 
 
 def test_no_room_to_measure() -> None:
     with pytest.raises(UsageError, match="leave no room"):
-        measure_widths(tiny_model(), [[1] * 255], [4], [1], max_new_tokens=4)
+        measure_choices(tiny_model(), [[1] * 255], [4], ["context"], [1], max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +71,7 @@ def test_no_room_to_measure() -> None:
     [
         (["--widths", "0"], "must be an integer >= 1, got '0'"),
         (["--widths", "300"], "got 300"),
+        (["--guess", "lucky"], "unknown guess 'lucky'"),
         (["--filename", "none.jsonl"], "cannot read none.jsonl"),
         (["--model", "someone/model", "--save"], "--save needs a local checkpoint, got 'someone/model'"),
     ],

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny import EOS_ID, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import EOS_ID, tiny_model, tiny_tokenizer
 
 from cllm.decoding import JacobiDecoder, Sampling
 from cllm.errors import UsageError
@@ -150,12 +150,3 @@ def test_a_prompt_that_is_too_long_is_a_wrong_answer():
     _, too_long = encode([example()], PromptTemplate("{question}"), tiny_tokenizer(), 3)
     found = accuracy.too_long_rows(TASK, too_long)[0]
     assert (found["accuracy"], found["tokens"], found["stop"]) == (False, 0, accuracy.TOO_LONG)
-
-
-def test_the_stamp_changes_with_the_weights(tmp_path):
-    folder = save_tiny_checkpoint(tmp_path / "m")
-    stamp = accuracy.weights_stamp(folder)
-    assert stamp and stamp == accuracy.weights_stamp(folder)
-    save_tiny_checkpoint(folder, seed=1)
-    assert accuracy.weights_stamp(folder) != stamp
-    assert accuracy.weights_stamp("someone/on-the-hub") is None

@@ -5,7 +5,7 @@ from tiny import EOS_ID, tiny_model
 from transformers import GenerationConfig
 
 from cllm.errors import UsageError
-from cllm.evaluation.method import build_methods, count_forwards, pad_left
+from cllm.evaluation.method import HuggingFace, build_methods, count_forwards, pad_left
 from cllm.evaluation.method_name import AR, GENERATE, JACOBI, PROMPT_LOOKUP
 
 PROMPTS = [[5, 9, 13, 5, 9], [40, 41, 42, 43, 44, 45, 46, 40, 41], [7]]
@@ -57,6 +57,13 @@ def test_a_failing_generate_is_a_usage_error():
     model.generate = lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("no cache"))
     with pytest.raises(UsageError, match="HF generate does not work with this model: no cache"):
         hugging_face.decode(PROMPTS, 3)
+
+
+@pytest.mark.slow
+def test_compiled_generate_writes_the_same():
+    model = tiny_model()
+    plain, compiled = (HuggingFace(model, [EOS_ID], compiled=on).decode(PROMPTS, 12) for on in (False, True))
+    assert [r.token_ids for r in compiled] == [r.token_ids for r in plain]
 
 
 def test_prompt_lookup_covers_as_many_positions_as_the_window():

@@ -38,7 +38,9 @@ ACCURACY = {
 }
 TUNE = {
     "best": {},
-    "widths": [{"width": w, "batch_size": b, "tokens_per_forward": w / 4} for b in (1, 2) for w in (8, 4)],
+    "choices": [
+        {"guess": "context", "width": w, "batch_size": b, "tokens_per_forward": w / 4} for b in (1, 2) for w in (8, 4)
+    ],
 }
 STATE = {
     "log_history": [

@@ -1,0 +1,159 @@
+"""Is the text that of autoregressive decoding? Three parts, each with a result file of its own.
+
+tiny: 1,000 generated cases in float32: six architectures, every guess and combination, both windows, ragged batches, and rows
+that join and leave; against Hugging Face's generate. ``--compile MODE`` decodes with compiled or captured steps.
+
+    python scripts/benchmarks/exactness.py tiny --output docs/results/exactness_tiny.json
+
+real: prompts of several data sets in float32, every guess in a queue and the paper's window, against Hugging Face's generate.
+
+    python scripts/benchmarks/exactness.py real --model MODEL --data gsm8k=FILE code_search_net=FILE sharegpt=FILE \\
+        --prompts 34 --length 64 --output docs/results/exactness_real.json
+
+bfloat16: how often, per 1,000 tokens, a text leaves that of AR decoding, and by what logit margin; beside it how often
+Hugging Face's generate in batches of 8 leaves what it writes prompt by prompt.
+
+    python scripts/benchmarks/exactness.py bfloat16 --model MODEL --data gsm8k=FILE --prompts 32 --length 64 \\
+        --output docs/results/exactness_bfloat16.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import encode, publish
+from tqdm import tqdm
+
+from cllm.decoding import JacobiDecoder, Queue, Request
+from cllm.errors import UsageError
+from cllm.evaluation.choice import CANDIDATES
+from cllm.evaluation.method import HuggingFace
+from cllm.evaluation.speed import divergence
+from cllm.models import load_model, load_tokenizer, stop_token_ids
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the tests' tiny models and cases
+
+BATCH = 8
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("part", choices=PARTS)
+    options.add_argument("--cases", type=int, default=1000, help="tiny: how many")
+    options.add_argument("--compile", help="tiny, real: the decoder's way to run steps; default: its own choice")
+    options.add_argument("--model")
+    options.add_argument("--device")
+    options.add_argument("--data", nargs="+", metavar="TASK=FILE", default=[])
+    options.add_argument("--prompts", type=int, default=34, help="of each file")
+    options.add_argument("--length", type=int, default=64, help="new tokens per response")
+    options.add_argument("--width", type=int, default=8)
+    options.add_argument("--output", help="where to write the result as JSON")
+    args = options.parse_args()
+    if args.part != "tiny" and not (args.model and args.data):
+        options.error(f"{args.part} needs --model and --data")
+    PARTS[args.part](args)
+
+
+def tiny(args: argparse.Namespace) -> None:
+    from cases import draw_case
+
+    wrong, rows, tokens, model = [], 0, 0, None
+    for number in tqdm(range(args.cases)):
+        case = draw_case(number)
+        model, expected, got = case.model, case.expected(), case.decode(**run_mode(args))
+        rows, tokens = rows + len(got), tokens + sum(map(len, expected))
+        if got != expected:
+            wrong.append({"case": number, "kind": case.kind, "guess": case.guess, "window": case.window})
+            tqdm.write(f"different: {wrong[-1]}")
+    publish(args, model, {"cases": args.cases, "texts": rows, "tokens": tokens, "different": len(wrong), "where": wrong})
+
+
+def run_mode(args: argparse.Namespace) -> dict[str, Any]:
+    """The decoder's ``compile`` argument, where it has one and the command names a mode."""
+    if args.compile is None:
+        return {}
+    if "compile" not in inspect.signature(JacobiDecoder).parameters:
+        raise UsageError("this decoder has no compiled steps; leave out --compile")
+    return {"compile": args.compile}
+
+
+def real(args: argparse.Namespace) -> None:
+    model, stops, prompts = load(args, "float32")
+    expected = hugging_face(model, stops, prompts, args.length, 1)
+    ways = [(guess, "sliding") for guess in CANDIDATES] + [("context", "block")]
+    result: dict[str, Any] = {"prompts": len(prompts), "tokens": sum(map(len, expected)), "ways": {}}
+    for guess, window in ways:
+        way = {"guess": guess, "window": window} | run_mode(args)
+        got = ours(model, stops, prompts, args.length, BATCH, args.width, **way)
+        result["ways"][f"{window}, {guess}"] = found = departures(model, prompts, expected, got)
+        print(f"{window}, {guess}: {found['texts that depart']} of {len(prompts)} texts depart from AR's", flush=True)
+    publish(args, model, result)
+
+
+def bfloat16(args: argparse.Namespace) -> None:
+    model, stops, prompts = load(args, "bfloat16")
+    alone = hugging_face(model, stops, prompts, args.length, 1)
+    sides = {f"HF generate, batch {BATCH}, from batch 1": (alone, hugging_face(model, stops, prompts, args.length, BATCH))}
+    ar = ours(model, stops, prompts, args.length, 1, 1)
+    sides["our AR from HF generate, both at batch 1"] = (alone, ar)
+    for guess in CANDIDATES:
+        got = ours(model, stops, prompts, args.length, 1, args.width, guess=guess)
+        sides[f"Jacobi {args.width}, {guess}, from our AR, both at batch 1"] = (ar, got)
+    result: dict[str, Any] = {"prompts": len(prompts), "tokens": sum(map(len, alone)), "sides": {}}
+    for name, (expected, got) in sides.items():
+        result["sides"][name] = found = departures(model, prompts, expected, got)
+        print(f"{name}: {found}", flush=True)
+    publish(args, model, result)
+
+
+def load(args: argparse.Namespace, dtype: str) -> tuple[Any, list[int], list[list[int]]]:
+    """Model, stop ids, and the prompts of all files."""
+    model, tokenizer = load_model(args.model, dtype=dtype, device=args.device), load_tokenizer(args.model)
+    pairs = [word.partition("=")[::2] for word in args.data]
+    prompts = [ids for task, file in pairs for ids in encode(model, tokenizer, task, file or None, args.prompts)]
+    return model, stop_token_ids(model, tokenizer), prompts
+
+
+def hugging_face(model: Any, stops: list[int], prompts: list, length: int, batch: int) -> list[list[int]]:
+    method = HuggingFace(model, stops)
+    return [response.token_ids for part in parts(prompts, batch) for response in method.decode(part, length)]
+
+
+def ours(model: Any, stops: list[int], prompts: list, length: int, batch: int, width: int, **way: Any) -> list[list[int]]:
+    queue = Queue(JacobiDecoder(model, width, eos_token_ids=stops, **way), batch)
+    found = dict(tqdm(queue.run(Request(ids, length) for ids in prompts), total=len(prompts), desc=f"{width} {way}"))
+    return [found[number].token_ids for number in range(len(prompts))]
+
+
+def parts(prompts: list, size: int) -> Iterator[list]:
+    for at in tqdm(range(0, len(prompts), size), desc=f"HF generate, batch {size}"):
+        yield prompts[at : at + size]
+
+
+def departures(model: Any, prompts: Sequence, expected: Sequence, got: Sequence) -> dict[str, Any]:
+    """Where texts leave the expected ones: first divergences per 1,000 tokens up to there, and the logit margins."""
+    found = [divergence(model, *texts) for texts in zip(prompts, expected, got, strict=True)]
+    departed = [where for where in found if where]
+    tokens = sum(where["token"] + 1 if where else len(text) for where, text in zip(found, expected))
+    known = [where for where in departed if where["margin"] is not None]  # else one text ends where the other goes on
+    margins = [where["margin"] for where in known]
+    return {
+        "texts that depart": len(departed),
+        "tokens compared": tokens,
+        "departures per 1,000 tokens": 1000 * len(departed) / tokens,
+        "median margin, logits": statistics.median(margins) if margins else None,
+        "largest margin, logits": max(margins, default=None),
+        "largest margin, spacings of the dtype": max((where["margin_ulps"] for where in known), default=None),
+    }
+
+
+PARTS = {"tiny": tiny, "real": real, "bfloat16": bfloat16}
+
+if __name__ == "__main__":
+    main()

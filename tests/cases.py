@@ -1,0 +1,92 @@
+"""Random cases of exactness: a tiny model, a ragged set of requests, and a way to decode them, all drawn from one name.
+
+``scripts/benchmarks/exactness.py`` runs a thousand, the tests a few.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+from typing import Any
+
+import torch
+from tiny import KINDS, tiny_model
+from transformers import PreTrainedModel
+
+from cllm.decoding import JacobiDecoder, Queue, Request
+
+PARTIAL, FILLING = ("prompt_lookup", "pool"), ("context", "filler")
+FRONTS = ["+".join(order) for count in (1, 2) for order in permutations(PARTIAL, count)]
+GUESSES = (*FILLING, *FRONTS, *(f"{front}+{last}" for front in FRONTS for last in FILLING))  # all that can be named
+VOCABULARY, MODELS = 97, 6  # tokens; random models of each kind
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of requests and how it is decoded; ``rows`` at a time where ``queued``, so that rows join and leave."""
+
+    kind: str
+    seed: int
+    requests: list[Request]
+    rows: int
+    queued: bool
+    width: int
+    window: Any
+    guess: str
+    eos: list[int]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return _model(self.kind, self.seed)
+
+    def decode(self, **options: Any) -> list[list[int]]:
+        """Our texts, in the order of the requests; ``options`` go to the decoder."""
+        decoder = JacobiDecoder(
+            self.model, self.width, eos_token_ids=self.eos, window=self.window, guess=self.guess, **options
+        )
+        if self.queued:
+            found = dict(Queue(decoder, self.rows).run(iter(self.requests)))
+            return [found[number].token_ids for number in range(len(self.requests))]
+        results = decoder.generate([r.prompt for r in self.requests], max_new_tokens=self.requests[0].max_new_tokens)
+        return [result.token_ids for result in results]
+
+    def expected(self) -> list[list[int]]:
+        """What Hugging Face's greedy ``generate`` writes, prompt by prompt."""
+        return [generate(self.model, list(r.prompt), r.max_new_tokens, self.eos) for r in self.requests]
+
+
+def draw_case(name: Any, **fixed: Any) -> Case:
+    """The case of that name; the same name gives the same case. ``fixed`` replaces what would be drawn."""
+    draw = random.Random(f"exactness {name}")
+    drawn: dict[str, Any] = {
+        "kind": draw.choice(KINDS),
+        "seed": draw.randrange(MODELS),
+        "queued": draw.random() < 0.5,
+        "rows": draw.randint(1, 4),
+        "width": draw.randint(1, 24),
+        "window": draw.choice(["sliding", "sliding", "block"]),
+        "guess": draw.choice(GUESSES),
+        "eos": draw.choice([[], [], draw.sample(range(VOCABULARY), 6)]),
+    } | fixed
+    count = draw.randint(1, 2 * drawn["rows"] + 2) if drawn["queued"] else drawn["rows"]
+    lengths = [draw.randint(1, 20) for _ in range(count)] if drawn["queued"] else [draw.randint(1, 24)] * count
+    requests = [Request([draw.randrange(1, VOCABULARY) for _ in range(draw.randint(1, 25))], length) for length in lengths]
+    return Case(requests=requests, **drawn)
+
+
+def generate(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, eos: list[int]) -> list[int]:
+    """Hugging Face's own greedy decoding of one prompt."""
+    output = model.generate(
+        torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos or None,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@lru_cache(maxsize=len(KINDS) * MODELS)
+def _model(kind: str, seed: int) -> PreTrainedModel:
+    return tiny_model(kind, seed, vocab_size=VOCABULARY, eos_token_id=None)
