@@ -6,9 +6,8 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import (
     add_guess_option,
@@ -20,12 +19,6 @@ from cllm.cli.command import (
     sampling_of,
 )
 from cllm.errors import UsageError
-
-if TYPE_CHECKING:
-    from cllm.result_file import ResultFile
-    from cllm.serving.offline import Prompt
-
-    Answers = Callable[[int, Iterable[Prompt]], Iterator[dict[str, Any]]]  # batch size, prompts -> rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +57,15 @@ def options() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = options().parse_args(argv)
     sampling = sampling_of(args, args.seed)
+    from tqdm import tqdm
+
     from cllm.cli.model import open_model
     from cllm.decoding import JacobiDecoder, Queue, make_guess
     from cllm.evaluation.environment import check_writable
     from cllm.models import default_width
     from cllm.prompts import PLACE
     from cllm.result_file import ResultFile
-    from cllm.serving.offline import answer
+    from cllm.serving.offline import Prompt, answer, read_prompts
 
     guess = make_guess(args.guess)
     check_writable(args.output)
@@ -87,11 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     results = ResultFile(args.output, settings, args.resume, "--output")
 
-    def answers(size: int, prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
-        queue = Queue(decoder, size, args.max_slots)
-        return answer(queue, of.tokenizer, of.template, prompts, max_tokens=args.max_tokens, sampling=sampling)
-
-    _answer(args, results, answers, total)
+    queue = Queue(decoder, args.batch_size, args.max_slots)
+    waiting = (item for item in read_prompts(args.prompts) if isinstance(item, Prompt) and item.id not in results.rows)
+    answers = answer(queue, of.tokenizer, of.template, waiting, max_tokens=args.max_tokens, sampling=sampling)
+    with tqdm(total=total, initial=len(results.rows), unit="reply", file=sys.stderr, disable=None) as bar:
+        for row in answers:
+            results.append([row])
+            bar.update()
     errors = sum("error" in row for row in results.rows.values())
     print(f"{len(results.rows) - errors} replies in {args.output}")
     for reason, number in {"prompts that cannot be answered (see `error`)": errors, **bad}.items():
@@ -114,29 +111,3 @@ def _count(path: str) -> tuple[int, Counter[str]]:
         raise UsageError(f"no prompt in {path}; expected rows with `prompt` or `messages`")
     return total, bad
 
-
-def _answer(args: argparse.Namespace, results: ResultFile, answers: Answers, total: int) -> None:
-    """Answer what has no result yet; out of memory, go on with half the batch."""
-    import torch
-    from tqdm import tqdm
-
-    from cllm.serving.offline import Prompt, read_prompts
-
-    def waiting() -> Iterator[Prompt]:
-        for item in read_prompts(args.prompts):
-            if isinstance(item, Prompt) and item.id not in results.rows:
-                yield item
-
-    size = args.batch_size
-    with tqdm(total=total, initial=len(results.rows), unit="reply", file=sys.stderr, disable=None) as bar:
-        while True:
-            try:
-                for row in answers(size, waiting()):
-                    results.append([row])
-                    bar.update()
-                return
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                size = max(1, size // 2)
-                logger.warning("out of memory; going on with --batch_size %d", size)

@@ -93,6 +93,11 @@ class Chooser:
         self.limits_top_p = any(s.top_p < 1 for s in drawn)
         self.limits_min_p = any(s.min_p > 0 for s in drawn)
 
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """Choosers of the same kind do the same to tensors."""
+        return tuple(vars(self).values())
+
     def choose(
         self,
         logits_BWV: torch.Tensor,
