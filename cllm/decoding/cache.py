@@ -50,7 +50,8 @@ class RowCache(Cache):
         """Take in the rows of ``other`` at these places (int64 indices) among ``rows``. ``other`` is used up."""
         while len(self.row_layers) < len(other.row_layers):
             self.layers.append(self._new_layer())
-        self.stride = max(self.stride, other.stride)
+        if other.length >= self.stride:
+            self.stride = other.stride
         for layer, theirs in zip(self.row_layers, other.row_layers, strict=True):
             layer.put(theirs, places, rows)
             theirs.keys = theirs.values = None  # so that one layer is there twice, never all
@@ -105,9 +106,10 @@ class RowCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(other.keys[:0].transpose(1, 2), other.values[:0].transpose(1, 2))
         self.reserve(rows, self.cache.stride)
-        assert self.keys is not None and self.values is not None
-        self.keys[:, : other.keys.shape[1]].index_copy_(0, places, other.keys)
-        self.values[:, : other.values.shape[1]].index_copy_(0, places, other.values)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            assert mine is not None
+            used = slice(1 + other.cache.length)
+            mine[:, used].index_copy_(0, places, theirs[:, used])
 
     def keep(self, rows: torch.Tensor) -> None:
         for store in (self.keys, self.values):

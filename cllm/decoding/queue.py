@@ -5,6 +5,7 @@ The sliding window makes this cheap: each row has its own position, so a new row
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Queue:
             self._sort()
             self.batch_size = max(1, self.batch_size // 2)
             logger.warning("out of memory; going on with batch size %d", self.batch_size)
+            gc.collect()  # a cache and its layers point at each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -78,11 +78,11 @@ def _times(decoder: JacobiDecoder, batch: Prompts, iterations: int) -> Iterator[
     """Seconds of single iterations behind the first ones. Raises UsageError for prompts that leave no room for any."""
     device, before, budget = torch.device(decoder.device), 0.0, iterations * decoder.width
     for step, iteration in enumerate(decoder.iterate(batch, max_new_tokens=budget)):
-        if step == iterations or len(iteration.rows_B) < len(batch):
-            return
         after = now(device)
+        if step == iterations or iteration.running_B.sum() < len(batch):
+            return
         if step >= SKIPPED:
             yield after - before
-        before = after
+        before = now(device)
     if step < SKIPPED:
         raise UsageError("the prompts leave no room in the model's context to measure in; take shorter ones")

@@ -88,6 +88,20 @@ def test_captures_serve_the_next_batch() -> None:
     assert decoder.generate([[1, 2], [3, 4, 5]], max_new_tokens=20) == first and capture.captures > 3
 
 
+def test_buffers_stay_while_captures_point_at_them() -> None:
+    """Whatever the prompts, as long as the texts are no longer than before."""
+    model = tiny_model(seed=1, vocab_size=97, eos_token_id=None)
+    decoder, wanted = capturing(model, 2), [([5] * 3, 240), ([6] * 230, 9), ([7] * 200, 40)]
+    places = set()
+    for prompt, new_tokens in wanted:
+        expected = JacobiDecoder(model, 2).generate([prompt], max_new_tokens=new_tokens)
+        assert decoder.generate([prompt], max_new_tokens=new_tokens) == expected
+        batch = decoder.runner._kept
+        stores = [store for layer in batch.cache.row_layers for store in (layer.keys, layer.values)]
+        places.add(tuple(store.data_ptr() for store in (*stores, *vars(batch.rows).values())))
+    assert len(places) == 1 and decoder.runner.capture.captures == 1
+
+
 def test_two_batches_at_once() -> None:
     model = tiny_model(seed=1, vocab_size=97, eos_token_id=None)
     decoder, plain = capturing(model, 3), JacobiDecoder(model, 3)
