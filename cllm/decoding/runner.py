@@ -14,7 +14,7 @@ from cllm.decoding.cache import RowCache
 from cllm.decoding.rows import Rows
 from cllm.decoding.sampling import Chooser
 from cllm.decoding.step import Step, round_up
-from cllm.errors import UsageError, out_of_memory
+from cllm.errors import UsageError
 from cllm.models import first_line
 
 logger = logging.getLogger(__name__)
@@ -111,17 +111,24 @@ class CapturingRunner(Runner):
 
 
 class CompiledStep:
-    """A step under ``torch.compile``. Where that fails, a warning says so once, and the step runs as it is."""
+    """A step under ``torch.compile``. Where that fails, a warning says so once, and the step runs as it is.
+
+    Only greedy rows are compiled: inductor (torch 2.13, on a CPU) gives the filters of sampling an index out of bounds.
+    """
 
     def __init__(self, step: StepFunction, backend: str = "inductor") -> None:
         self.plain: StepFunction = step
         self.compiled: StepFunction = torch.compile(step, fullgraph=True, backend=backend)
 
     def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int) -> torch.Tensor:
+        if not chooser.greedy:
+            return self.plain(rows, chooser, cache, length)
         try:
             return self.compiled(rows, chooser, cache, length)
         except Exception as error:
-            if out_of_memory(error) or self.compiled is self.plain:
+            from torch._dynamo.exc import TorchDynamoException  # slow to import; what is raised while nothing has run yet
+
+            if not isinstance(error, TorchDynamoException):
                 raise
             logger.warning("a step of this model cannot be compiled, so it runs uncompiled: %s", first_line(error))
             self.compiled = self.plain
