@@ -12,7 +12,7 @@ from cllm.errors import UnsupportedModelError
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-MASKABLE = ("sdpa", "eager")  # implementations that take a 4-D mask; flash attention takes none
+MASKABLE = ("sdpa", "eager")  # take a 4-D mask; flash attention takes none, FlexAttention another form
 
 
 def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:

@@ -10,3 +10,8 @@ class UsageError(ValueError):
 
 class UnsupportedModelError(UsageError):
     """A model whose cache cannot be rolled back, or whose attention cannot take the masks that decoding needs."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the GPU or on the host, which torch says in a plain RuntimeError."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -22,7 +22,7 @@ from cllm.cli.command import (
     positive,
     sampling_of,
 )
-from cllm.errors import UsageError
+from cllm.errors import UsageError, out_of_memory
 
 if TYPE_CHECKING:
     from cllm.cli.model import OpenModel
@@ -88,15 +88,15 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
     if args.model is None and not args.eval_only:
         words.error("the following arguments are required: --model_dir")
     sampling_of(args, args.seed)  # an option that is out of range is refused before anything is loaded
-    import torch
-
     from cllm.files import write_json
 
     args.output_file_name = Path(args.output_file_name or f"cllm_generated_{args.task}.jsonl")
     args.results = args.results or args.output_file_name.with_suffix(".accuracy.json")
     try:
         report = rescore(args) if args.eval_only else run(args)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise UsageError(
             f"out of memory at --batch_size {args.batch_size}; run again with a smaller one, finished answers are kept"
         ) from error

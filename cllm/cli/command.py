@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from cllm.errors import UsageError
+from cllm.errors import UsageError, out_of_memory
 
 if TYPE_CHECKING:
     from cllm.decoding import Sampling
@@ -49,8 +49,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             if error.errno not in DISK_ERRORS:
                 raise
             _fail(f"{error.strerror}: {error.filename or 'while writing'}")
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
             _fail("out of memory; try a smaller batch size")
         except KeyboardInterrupt:

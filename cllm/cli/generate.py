@@ -6,10 +6,10 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cllm.cli.command import (
     AUTO,
@@ -25,10 +25,6 @@ from cllm.errors import UsageError
 
 if TYPE_CHECKING:
     from cllm.cli.model import OpenModel
-    from cllm.result_file import ResultFile
-    from cllm.serving.offline import Prompt
-
-    Answers = Callable[[int, Iterable[Prompt]], Iterator[dict[str, Any]]]  # batch size, prompts -> rows
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +63,8 @@ def options() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = options().parse_args(argv)
     sampling = sampling_of(args, args.seed)
+    from tqdm import tqdm
+
     from cllm.cli.guess import check_guess, pick_guess
     from cllm.cli.model import open_model
     from cllm.decoding import JacobiDecoder, Queue
@@ -74,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cllm.models import default_width, weights_stamp
     from cllm.prompts import PLACE
     from cllm.result_file import ResultFile
-    from cllm.serving.offline import answer
+    from cllm.serving.offline import Prompt, answer, read_prompts
 
     check_guess(args.guess)
     check_writable(args.output)
@@ -93,12 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples = _samples(args.prompts, of) if args.guess == AUTO and len(results.rows) < total else []
     guess = pick_guess(args.guess, of, width, samples, batch_size=args.batch_size, sampling=sampling)
     decoder = JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess, seed=args.seed)
-
-    def answers(size: int, prompts: Iterable[Prompt]) -> Iterator[dict[str, Any]]:
-        queue = Queue(decoder, size, args.max_slots)
-        return answer(queue, of.tokenizer, of.template, prompts, max_tokens=args.max_tokens, sampling=sampling)
-
-    _answer(args, results, answers, total)
+    queue = Queue(decoder, args.batch_size, args.max_slots)
+    waiting = (item for item in read_prompts(args.prompts) if isinstance(item, Prompt) and item.id not in results.rows)
+    answers = answer(queue, of.tokenizer, of.template, waiting, max_tokens=args.max_tokens, sampling=sampling)
+    with tqdm(total=total, initial=len(results.rows), unit="reply", file=sys.stderr, disable=None) as bar:
+        for row in answers:
+            results.append([row])
+            bar.update()
     errors = sum("error" in row for row in results.rows.values())
     print(f"{len(results.rows) - errors} replies in {args.output}")
     for reason, number in {"prompts that cannot be answered (see `error`)": errors, **bad}.items():
@@ -135,30 +134,3 @@ def _samples(path: str, of: OpenModel) -> list[list[int]]:
             with suppress(UsageError):
                 samples.append(of.template.encode(item.messages, of.tokenizer))
     return samples
-
-
-def _answer(args: argparse.Namespace, results: ResultFile, answers: Answers, total: int) -> None:
-    """Answer what has no result yet; out of memory, go on with half the batch."""
-    import torch
-    from tqdm import tqdm
-
-    from cllm.serving.offline import Prompt, read_prompts
-
-    def waiting() -> Iterator[Prompt]:
-        for item in read_prompts(args.prompts):
-            if isinstance(item, Prompt) and item.id not in results.rows:
-                yield item
-
-    size = args.batch_size
-    with tqdm(total=total, initial=len(results.rows), unit="reply", file=sys.stderr, disable=None) as bar:
-        while True:
-            try:
-                for row in answers(size, waiting()):
-                    results.append([row])
-                    bar.update()
-                return
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                size = max(1, size // 2)
-                logger.warning("out of memory; going on with --batch_size %d", size)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import add_guess_option, add_model_options, add_task_option, command, parser, positive
-from cllm.errors import UsageError
+from cllm.errors import UsageError, out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,11 +61,11 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
 @command
 def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
     args = options(task, argv).parse_args(argv)
-    import torch
-
     try:
         report = run(args)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise UsageError(f"out of memory at --batch_size {args.batch_size}; try a smaller one") from error
     from cllm.files import write_json
 

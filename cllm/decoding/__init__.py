@@ -1,9 +1,10 @@
 """Jacobi decoding: token ids in, token ids and statistics out."""
 
 from cllm.decoding.draft import Draft, Guess
-from cllm.decoding.engine import Iteration, JacobiDecoder, Request, RowResult
+from cllm.decoding.engine import JacobiDecoder, Request
 from cllm.decoding.guess import FreshGuess, context_tokens, make_guess
 from cllm.decoding.queue import Queue
+from cllm.decoding.result import Iteration, RowResult
 from cllm.decoding.sampling import GREEDY, Sampling
 
 __all__ = [

@@ -5,12 +5,19 @@ The sliding window makes this cheap: each row has its own position, so a new row
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from cllm.decoding.engine import JacobiDecoder, Request, RowResult, Tally
-from cllm.errors import UsageError
+import torch
+
+from cllm.decoding.engine import JacobiDecoder, Request
+from cllm.decoding.result import RowResult, Tally
+from cllm.errors import UsageError, out_of_memory
+
+logger = logging.getLogger(__name__)
 
 LOOKAHEAD = 16  # batches of requests that are sorted by length together
 
@@ -35,11 +42,30 @@ class Queue:
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, RowResult]]:
         """Results as their rows finish, each with the number of its request, counted from 0.
 
-        Requests are read as they are needed. Raises UsageError for one that :meth:`check` refuses.
+        Requests are read as they are needed. Out of memory, those not finished are decoded again, half as many together.
+        Raises UsageError for a request that :meth:`check` refuses.
         """
         source = enumerate(requests)
+        while True:
+            inside: dict[int, tuple[int, Request]] = {}  # rows of the engine
+            try:
+                yield from self._flow(source, inside)
+                return
+            except Exception as error:
+                if not out_of_memory(error) or self.batch_size == 1:
+                    raise
+            self._waiting += inside.values()
+            self._sort()
+            self.batch_size = max(1, self.batch_size // 2)
+            logger.warning("out of memory; going on with batch size %d", self.batch_size)
+            gc.collect()  # a cache and its layers point at each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _flow(
+        self, source: Iterator[tuple[int, Request]], inside: dict[int, tuple[int, Request]]
+    ) -> Iterator[tuple[int, RowResult]]:
         tally = Tally(self.decoder.eos_ids.tolist())
-        inside: dict[int, tuple[int, Request]] = {}  # rows of the engine
         fed = 0
         finished: list[int] = []
 
@@ -54,8 +80,10 @@ class Queue:
 
         def results() -> Iterator[tuple[int, RowResult]]:
             for row in sorted(finished):
-                number, request = inside.pop(row)
-                yield number, tally.take(row, request.max_new_tokens)
+                number, request = inside[row]
+                result = tally.take(row, request.max_new_tokens)
+                del inside[row]
+                yield number, result
             finished.clear()
 
         for iteration in self.decoder.flow(feed):
@@ -78,7 +106,7 @@ class Queue:
             for number, request in islice(source, LOOKAHEAD * self.batch_size):
                 self.check(request, f"prompt {number}")
                 self._waiting.append((number, request))
-            self._waiting.sort(key=lambda item: (self._slots(item[1]), -item[0]))
+            self._sort()
         taken: list[tuple[int, Request]] = []
         while self._waiting and len(running) + len(taken) < self.batch_size:
             beside = [*running, *(request for _, request in taken)]
@@ -86,6 +114,9 @@ class Queue:
                 break
             taken.append(self._waiting.pop())
         return taken
+
+    def _sort(self) -> None:
+        self._waiting.sort(key=lambda item: (self._slots(item[1]), -item[0]))
 
     def _fits(self, requests: list[Request]) -> bool:
         return self.max_slots is None or len(requests) * max(map(self._slots, requests)) <= self.max_slots

@@ -93,6 +93,16 @@ class Chooser:
         self.limits_top_p = any(s.top_p < 1 for s in drawn)
         self.limits_min_p = any(s.min_p > 0 for s in drawn)
 
+    @property
+    def greedy(self) -> bool:
+        """The likeliest token is chosen, in all rows."""
+        return not (self.draws or self.penalises)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """Choosers of the same kind do the same to tensors."""
+        return tuple(vars(self).values())
+
     def choose(
         self,
         logits_BWV: torch.Tensor,
@@ -106,7 +116,7 @@ class Chooser:
 
         Each choice takes the window up to its own token for the true text: it is right if that is.
         """
-        if not (self.draws or self.penalises):
+        if self.greedy:
             return logits_BWV.argmax(dim=-1)
         rows = max(1, CHUNK // logits_BWV[0].numel())
         if len(logits_BWV) > rows:

@@ -423,6 +423,8 @@ def test_full_disk_in_training(words: Build, small_disk: Path, capsys) -> None:
         (UsageError("got 0"), 2, "error: got 0"),
         (OSError(errno.ENOSPC, "No space left on device", "a.bin"), 2, "error: No space left on device: a.bin"),
         (torch.OutOfMemoryError("2 GiB"), 2, "error: out of memory; try a smaller batch size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory; try a smaller batch size"),
+        (MemoryError(), 2, "error: out of memory; try a smaller batch size"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
     ids=lambda value: type(value).__name__,

@@ -12,7 +12,7 @@ from tiny import EOS_ID, save_tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from cllm.cli import generate
-from cllm.decoding import JacobiDecoder, Queue
+from cllm.decoding import JacobiDecoder
 from cllm.evaluation.choice import CANDIDATES
 from cllm.prompts import PromptTemplate
 
@@ -99,19 +99,19 @@ def test_rows_that_cannot_be_answered_trouble_no_other(
 def test_out_of_memory_a_smaller_batch_is_tried(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = Queue.run
+    flow = JacobiDecoder.flow
 
-    def short(self: Queue, requests: Any):
-        for number, item in enumerate(run(self, requests)):
-            if self.batch_size > 1 and number == 1:
+    def short(self: JacobiDecoder, feed: Any):
+        for iteration in flow(self, feed):
+            if len(iteration.rows_B) > 1:
                 raise torch.OutOfMemoryError
-            yield item
+            yield iteration
 
-    monkeypatch.setattr(Queue, "run", short)
+    monkeypatch.setattr(JacobiDecoder, "flow", short)
     generate.main([*words, "--batch_size", "4"])
     assert len(rows(tmp_path)) == len(QUESTIONS)
     assert [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()] == [
-        f"out of memory; going on with --batch_size {size}" for size in (2, 1)
+        f"out of memory; going on with batch size {size}" for size in (2, 1)
     ]
 
 

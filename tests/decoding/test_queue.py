@@ -4,6 +4,7 @@ import random
 from itertools import count
 
 import pytest
+import torch
 from tiny import KINDS, tiny_model
 
 from cllm.decoding import JacobiDecoder, Queue, Request
@@ -79,6 +80,40 @@ def test_the_cache_keeps_to_its_bound() -> None:
     assert len(found) == 20 and [found[n].token_ids for n in range(20)] == [r.token_ids for r in alone(decoder, wanted)]
     longest = max(len(r.prompt) + r.max_new_tokens + 4 for r in wanted)
     assert 150 // longest < max(rows) < 8  # more rows once the long ones are gone, never as many as without the bound
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_out_of_memory_half_the_batch_is_tried(error: RuntimeError, caplog: pytest.LogCaptureFixture) -> None:
+    """In the middle of the work: nothing is lost, nothing comes twice."""
+    decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 4)
+    wanted = requests(4, 15)
+    flow, seen = decoder.flow, count()
+
+    def short(feed):
+        for iteration in flow(feed):
+            if len(iteration.rows_B) > 3 and next(seen) > 25:
+                raise error
+            yield iteration
+
+    decoder.flow = short  # type: ignore[method-assign]
+    found = list(Queue(decoder, 7).run(wanted))
+    assert sorted(number for number, _ in found) == list(range(15))
+    assert [dict(found)[n].token_ids for n in range(15)] == [r.token_ids for r in alone(decoder, wanted)]
+    assert [r.getMessage() for r in caplog.records] == ["out of memory; going on with batch size 3"]
+
+
+def test_out_of_memory_alone_and_defects_are_errors() -> None:
+    decoder = JacobiDecoder(tiny_model(), 4)
+    for error, batch_size in ((torch.OutOfMemoryError(), 1), (RuntimeError("a defect"), 4)):
+
+        def broken(feed, error=error):
+            raise error
+
+        decoder.flow = broken  # type: ignore[method-assign]
+        with pytest.raises(type(error)):
+            list(Queue(decoder, batch_size).run([Request([1], 2)]))
 
 
 @pytest.mark.parametrize(

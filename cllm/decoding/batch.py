@@ -1,0 +1,63 @@
+"""Rows that are decoded together, with their cache, in buffers that a captured step can point at."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from itertools import count, islice
+from typing import Any
+
+import torch
+
+from cllm.decoding.cache import RowCache
+from cllm.decoding.rows import Rows
+
+Running = dict[int, tuple[int, int]]  # rows, by number: their place in the batch, and where their window begins
+
+
+class Batch:
+    """Rows come and go; the buffers stay where they are in memory as long as there is room in them.
+
+    A step is about the first ``size`` places. Those of finished rows are free.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.cache = rows, RowCache()
+        self.captured: OrderedDict[Hashable, Any] = OrderedDict()  # what holds only while the buffers stay where they are
+        self.resize(len(rows))
+
+    def resize(self, size: int) -> None:
+        self.size, self.live = size, self.rows.head(size)
+
+    def clear(self) -> None:
+        self.rows.done_B.fill_(True)
+        self.resize(0)
+
+    def look(self) -> Running:
+        """The rows still running. The host waits for the device here."""
+        facts = torch.stack([self.live.ids_B, self.live.start_B, self.live.done_B.long()], dim=1).tolist()
+        return {row: (place, start) for place, (row, start, done) in enumerate(facts) if not done}
+
+    def put(self, other: Batch, running: Running, slots: int, fixed: bool) -> None:
+        """Take in the rows of ``other``, which is used up, in free places first and then behind the last.
+
+        ``slots``: how far the texts may reach. ``fixed``: make room in the cache for all of them now.
+        """
+        taken = {place for place, _ in running.values()}
+        places = list(islice((place for place in count() if place not in taken), len(other.rows)))
+        used = max(self.size, places[-1] + 1)
+        room = max(used, len(self.rows))
+        if self.rows.reserve(room, slots):
+            self.captured.clear()
+        if fixed:
+            self.cache.reserve(room, slots)
+        to = torch.tensor(places, device=self.rows.ids_B.device)
+        self.rows.put(other.rows, to)
+        self.cache.put(other.cache, to, room)
+        self.resize(used)
+
+    def keep(self, running: Running) -> None:
+        """Move the rows still running to the front."""
+        rows = torch.tensor([place for place, _ in running.values()], device=self.rows.ids_B.device)
+        self.rows.keep(rows)
+        self.cache.keep(rows)

@@ -1,0 +1,50 @@
+"""The same on a CUDA device, with real graphs."""
+
+import pytest
+import torch
+from tiny import KINDS, tiny_model
+
+from cllm.decoding import JacobiDecoder, Queue, Request, Sampling
+from cllm.decoding.guess import STRATEGIES
+from cllm.decoding.runner import CapturingRunner
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("guess", STRATEGIES)
+@pytest.mark.parametrize("mode", ["graph", "compile"])
+def test_captured_steps_give_the_same_texts(mode: str, guess: str) -> None:
+    """All kinds of model; rows join and leave, greedy ones beside sampled ones."""
+    for kind in KINDS:
+        model = tiny_model(kind, vocab_size=97, eos_token_id=None).cuda()
+        wanted = [
+            Request([1 + n, 2, 3][: 1 + n % 3], 10 + 3 * n, Sampling(temperature=0.9 * (n % 3 == 2), seed=n)) for n in range(8)
+        ]
+        plain = dict(Queue(JacobiDecoder(model, 1, compile="off"), 3).run(wanted))
+        decoder = JacobiDecoder(model, 6, guess=guess, compile=mode)
+        found = dict(Queue(decoder, 3).run(wanted))
+        assert {n: r.token_ids for n, r in found.items()} == {n: r.token_ids for n, r in plain.items()}, kind
+
+
+def test_graphs_are_what_a_gpu_gets() -> None:
+    decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None).cuda(), 4)
+    decoder.generate([[1, 2, 3]], max_new_tokens=40)
+    assert isinstance(decoder.runner, CapturingRunner) and decoder.runner.capture
+    assert any(callable(known) for known in decoder.runner._kept.captured.values())
+
+
+def test_the_host_does_not_wait_between_looks() -> None:
+    decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None).cuda(), 4)
+    decoder.sync_interval = 100
+    iterations = decoder.iterate([[1, 2, 3], [4]], max_new_tokens=100)
+    for _ in range(6):
+        next(iterations)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(30):
+            next(iterations)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
