@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cllm", "cllm.*"]),
-    package_data={"cllm": ["train_cllm.sh"]},
+    package_data={"cllm": ["train_cllm.sh", "serving/demo/page.html"]},
     install_requires=[
         "torch>=2.8",
         "transformers>=5.16,<6",
@@ -26,6 +26,7 @@ setup(
         "flash-attn": ["flash-attn"],
         "deepspeed": ["deepspeed"],
         "fastchat": ["fschat"],
+        "serve": ["fastapi", "uvicorn", "prometheus-client"],
         "spider": ["sqlglot"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-timeout"],
     },

@@ -99,10 +99,11 @@ def add_task_option(
 
 
 def add_model_options(options: argparse.ArgumentParser, *names: str, required: bool = True) -> None:
-    """The model's path under ``names`` (stored as ``model``), and how to load it."""
+    """The model's path under ``names`` (stored as ``model``; a word of its own where there are none), and how to load it."""
     from cllm.prompts import DIALOGUES
 
-    options.add_argument(*names, dest="model", required=required, metavar="PATH", help="checkpoint folder or hub name")
+    named = {"dest": "model", "required": required, "metavar": "PATH"} if names else {"metavar": "MODEL"}
+    options.add_argument(*names or ["model"], help="checkpoint folder or hub name", **named)
     options.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 elsewhere")
     options.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     options.add_argument("--attn_implementation", choices=MASKABLE, help="default: the model's own")

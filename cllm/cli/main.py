@@ -16,6 +16,8 @@ COMMANDS = {
     "generate": "answer a file of prompts",
     "chat": "talk to a model",
     "report": "make one page and pictures out of result files",
+    "serve": "serve a model under the OpenAI protocol",
+    "demo": "watch AR and Jacobi decoding side by side in a web page",
     "fastchat": "FastChat's chat, model worker and servers with our decoder (needs fschat)",
     "tasks": "list the tasks with their data, metric and prompt templates",
 }

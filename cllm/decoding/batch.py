@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from itertools import count, islice
 from typing import Any
 
@@ -32,6 +32,10 @@ class Batch:
     def clear(self) -> None:
         self.rows.done_B.fill_(True)
         self.resize(0)
+
+    def drop(self, numbers: Collection[int]) -> None:
+        """End these rows, where they are still running."""
+        self.live.done_B.logical_or_(torch.isin(self.live.ids_B, torch.tensor([*numbers], device=self.live.ids_B.device)))
 
     def look(self) -> Running:
         """The rows still running. The host waits for the device here."""

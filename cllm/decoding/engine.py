@@ -6,7 +6,7 @@ Shapes: B rows, W window width, P longest prompt, T tokens of a forward, S posit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -146,18 +146,19 @@ class JacobiDecoder:
         return self.flow(feed)
 
     @torch.inference_mode()
-    def flow(self, feed: Feed) -> Iterator[Iteration]:
+    def flow(self, feed: Feed, unwanted: Collection[int] = ()) -> Iterator[Iteration]:
         """The loop itself, with rows that come and go: one :class:`Iteration` per forward, until no row is left.
 
         Whenever the host looks at the rows (after every iteration on a CPU, every few on a GPU), ``feed`` is asked for
-        requests to take in. Those are prefilled together, as an iteration of their own, and then join the others.
+        requests to take in. Those are prefilled together, as an iteration of their own, and then join the others. Rows
+        whose numbers stand in ``unwanted``, which the caller may fill meanwhile, end before ``feed`` is asked.
         Raises UsageError for an empty prompt, or one that leaves no room in the model's context.
         """
         training = self.model.training
         self.model.eval()
         try:
             with self.runner.batch(self._start([], 0).rows) as batch:
-                yield from self._loop(feed, batch)
+                yield from self._loop(feed, unwanted, batch)
         finally:
             self.model.train(training)
 
@@ -175,11 +176,13 @@ class JacobiDecoder:
 
     # ------------------------------------------------------------- internals
 
-    def _loop(self, feed: Feed, batch: Batch) -> Iterator[Iteration]:
+    def _loop(self, feed: Feed, unwanted: Collection[int], batch: Batch) -> Iterator[Iteration]:
         inside: dict[int, Request] = {}  # by their rows
         fed = step = reach = most = 0
         while True:
             if step % self.sync_interval == 0:
+                if unwanted:
+                    batch.drop(unwanted)
                 running = batch.look()
                 inside = {row: inside[row] for row in running}
                 if requests := feed(list(inside)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -98,6 +98,11 @@ class Queue:
         if self.max_slots is not None and slots > self.max_slots:
             raise UsageError(f"{name} may need {slots} cache slots, which is more than max_slots {self.max_slots}")
 
+    def fits(self, requests: Sequence[Request]) -> bool:
+        """Whether the bounds let these requests (at least one) be decoded together."""
+        slots = len(requests) * max(map(self._slots, requests))
+        return len(requests) <= self.batch_size and (self.max_slots is None or slots <= self.max_slots)
+
     def _take(self, source: Iterator[tuple[int, Request]], running: list[Request]) -> list[tuple[int, Request]]:
         """The next requests that there is room for beside those running, the longest first, so that none is left over."""
         if len(running) >= self.batch_size:
@@ -108,18 +113,15 @@ class Queue:
                 self._waiting.append((number, request))
             self._sort()
         taken: list[tuple[int, Request]] = []
-        while self._waiting and len(running) + len(taken) < self.batch_size:
+        while self._waiting:
             beside = [*running, *(request for _, request in taken)]
-            if not self._fits([*beside, self._waiting[-1][1]]):
+            if not self.fits([*beside, self._waiting[-1][1]]):
                 break
             taken.append(self._waiting.pop())
         return taken
 
     def _sort(self) -> None:
         self._waiting.sort(key=lambda item: (self._slots(item[1]), -item[0]))
-
-    def _fits(self, requests: list[Request]) -> bool:
-        return self.max_slots is None or len(requests) * max(map(self._slots, requests)) <= self.max_slots
 
     def _slots(self, request: Request) -> int:
         """How long its text may become, the window behind it included."""

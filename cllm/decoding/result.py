@@ -105,10 +105,15 @@ class Tally:
     def add(self, iteration: Iteration) -> None:
         self._history.append(iteration)
 
+    def so_far(self, row: int) -> RowResult:
+        """What a row has by now; how it stops is said by :meth:`take` alone."""
+        self._fetch()
+        return self._rows.setdefault(row, RowResult())
+
     def take(self, row: int, max_new_tokens: int) -> RowResult:
         """The result of a finished row, which is forgotten here."""
-        self._fetch()
-        result = self._rows.pop(row)
+        result = self.so_far(row)
+        del self._rows[row]
         result.stop = "length" if len(result.token_ids) == max_new_tokens else "context"
         if result.token_ids and result.token_ids[-1] in self._eos:
             result.stop = "eos"

@@ -107,9 +107,7 @@ def test_stop_tokens_of_the_request():
 
 def test_a_long_prompt_keeps_its_end():
     items = list(
-        ours.generate_stream(
-            tiny_model(), tiny_tokenizer(), {"prompt": "x" * 300 + "Hello", "max_new_tokens": 20}, "cpu", 64
-        )
+        ours.generate_stream(tiny_model(), tiny_tokenizer(), {"prompt": "x" * 300 + "Hello", "max_new_tokens": 20}, "cpu", 64)
     )
     assert items[-1]["usage"]["prompt_tokens"] == 64 - 20 - 1 and items[-1]["usage"]["completion_tokens"] <= 20
 
@@ -381,9 +379,7 @@ def test_answers_and_judgments_load_in_fastchats_llm_judge(shared_data, tmp_path
     assert set(judges) >= {"single-v1", "single-math-v1-multi-turn"}
     common.check_data(questions, answers, {"gpt-4": {}}, ["mine"], {})
     assert len(answers["mine"]) == 80
-    assert all(
-        answers["mine"][q["question_id"]]["choices"][0]["turns"] == [f"a{n}", "b"] for n, q in enumerate(questions)
-    )
+    assert all(answers["mine"][q["question_id"]]["choices"][0]["turns"] == [f"a{n}", "b"] for n, q in enumerate(questions))
 
 
 def test_without_fastchat_the_command_says_what_to_install(monkeypatch, capsys):

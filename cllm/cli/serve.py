@@ -1,0 +1,102 @@
+"""``cllm serve``: a server that speaks the OpenAI protocol."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cllm.cli.command import (
+    add_guess_option,
+    add_model_options,
+    add_sampling_options,
+    command,
+    parser,
+    positive,
+    sampling_of,
+)
+from cllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from cllm.cli.model import OpenModel
+    from cllm.decoding import JacobiDecoder, Sampling
+    from cllm.serving.server.service import Service
+
+KEY = "CLLM_API_KEY"
+
+
+def options() -> argparse.ArgumentParser:
+    result = parser("Serve a model under the OpenAI protocol: /v1/chat/completions, /v1/completions, /v1/models.", "cllm serve")
+    add_service_options(result)
+    result.add_argument("--api_key", help=f"what clients must send; default: the environment's {KEY}, else no key is asked for")
+    result.add_argument("--grace", type=float, default=30.0, help="seconds that running answers get to end after SIGTERM")
+    add_sampling_options(result)
+    return result
+
+
+def add_service_options(options: argparse.ArgumentParser) -> None:
+    """What ``cllm serve`` and ``cllm demo`` share; :func:`open_service` reads it."""
+    add_model_options(options)
+    options.add_argument("--served_model_name", metavar="NAME", help="default: the last part of the path")
+    options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 or :: lets other machines in")
+    options.add_argument("--port", type=int, default=8000, help="0: a free one")
+    options.add_argument("--block_size", type=positive, help="default: what `cllm tune` or the training stored, else 16")
+    options.add_argument("--batch_size", type=positive, default=8, help="responses decoded together at most")
+    options.add_argument(
+        "--max_slots", type=positive, help="bound of the key-value cache: responses together times the longest text, in tokens"
+    )
+    options.add_argument("--max_tokens", type=positive, default=1024, help="new tokens per response at most")
+    options.add_argument("--max_waiting", type=positive, default=128, help="responses waiting at most; beyond: status 429")
+    options.add_argument("--max_body", type=positive, default=1 << 20, help="bytes of a request at most; beyond: status 413")
+    options.add_argument("--timeout", type=float, default=600.0, help="seconds for an answer; beyond: status 408")
+    add_guess_option(options)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = options().parse_args(argv)
+    sampling = sampling_of(args)
+    check_packages()
+    from cllm.serving.server.app import create_app
+    from cllm.serving.server.run import Server, address, bind
+
+    with bind(args.host, args.port) as listener:
+        service = open_service(args, sampling)
+        app = create_app(service, args.api_key or os.environ.get(KEY))
+        print(f"{service.name} on {address(listener)}/v1; Ctrl-C stops it", flush=True)
+        Server(app, service.worker, args.grace).run(sockets=[listener])
+
+
+def check_packages() -> None:
+    """Raise UsageError where the extra packages are missing."""
+    try:
+        import cllm.serving.server.app
+        import cllm.serving.server.run  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"the server needs more packages: pip install -e .[serve] (cannot import {error.name})") from error
+
+
+def open_service(args: argparse.Namespace, sampling: Sampling) -> Service:
+    """Load the model and start its worker."""
+    from cllm.decoding import Queue
+    from cllm.serving.server.service import Limits, Service
+
+    of, decoder = open_decoder(args)
+    queue = Queue(decoder, args.batch_size, args.max_slots)
+    limits = Limits(args.max_body, args.max_tokens, args.max_waiting, args.timeout)
+    name = args.served_model_name or Path(args.model).resolve().name
+    return Service(name, queue, of.tokenizer, of.template, limits, sampling)
+
+
+def open_decoder(args: argparse.Namespace) -> tuple[OpenModel, JacobiDecoder]:
+    from cllm.cli.model import open_model
+    from cllm.decoding import JacobiDecoder, make_guess
+    from cllm.models import default_width
+    from cllm.prompts import PLACE
+
+    guess = make_guess(args.guess)
+    of = open_model(args, PLACE)
+    width = args.block_size or default_width(of.record)
+    return of, JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess)

@@ -1,0 +1,128 @@
+"""A race as an animated SVG: needs no script, and moves in a README too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from cllm.serving.demo.race import Method, Step
+
+COLUMNS, LINES = 46, 16  # characters and lines of one panel; the last lines are shown where the text is longer
+CHARACTER, LINE, MARGIN, HEAD = 8.43, 20, 16, 92  # pixels; a monospaced font of 14 pixels
+LONGEST, REST = 12.0, 3.0  # seconds that the slower one takes at most, and that the end is shown
+TITLES: dict[Method, str] = {"ar": "AR: one token per forward", "jacobi": "Jacobi: the same text"}
+STYLE = """
+  text { font: 14px ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace; fill: #1b1f24; white-space: pre }
+  .page { fill: #ffffff } .panel { fill: #f4f5f7 } .title { font-weight: bold } .fast { fill: #b8e6c3 } .stationary { fill: #ffd98a }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e8eaed } .page { fill: #0d1117 } .panel { fill: #1a1f27 } .fast { fill: #1f5c33 } .stationary { fill: #75540c }
+  }
+"""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A piece of a line: where it stands, and which step of its method brought it."""
+
+    line: int
+    column: int
+    text: str
+    kind: str
+    step: int
+
+
+def animate(steps: Sequence[Step], prompt: str, model: str) -> str:
+    """The SVG of a finished race. Both methods run at their own speed, or both equally slowed or sped up."""
+    slowest = max(step.seconds for step in steps)
+    shown = min(slowest, LONGEST)
+    clock = Clock(shown / slowest if slowest else 1.0, shown + REST)
+    width, height = 3 * MARGIN + 2 * _panel_width(), HEAD + LINES * LINE + 2 * MARGIN + 28
+    body = [f'<rect class="page" width="{width:.0f}" height="{height}"/>', _text(MARGIN, 26, model, "title")]
+    question = " ".join(prompt.split())
+    most = int((width - 2 * MARGIN) / CHARACTER)
+    body.append(_text(MARGIN, 50, question if len(question) <= most else question[: most - 1] + "…"))
+    for place, method in enumerate(TITLES):
+        x = MARGIN + place * (_panel_width() + MARGIN)
+        body += _panel(method, [step for step in steps if step.method == method], x, clock)
+    body.append(_text(MARGIN, height - 12, _legend(clock.scale)))
+    size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
+    label = escape(f"AR and Jacobi decoding by {model}, side by side")
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{label}"><style>{STYLE}</style>' + "\n".join(
+        [*body, "</svg>\n"]
+    )
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Turns seconds of decoding into the animation's, which starts again every ``cycle`` seconds."""
+
+    scale: float
+    cycle: float
+
+    def visible(self, start: float, end: float | None = None) -> str:
+        """Show the element that this stands in from ``start``, up to ``end`` or to the end of the cycle."""
+        begin = max(1e-4, start * self.scale / self.cycle)
+        times, values = [0.0, begin], [0, 1]
+        if end is not None:
+            times, values = [*times, max(begin, end * self.scale / self.cycle)], [*values, 0]
+        said = ";".join(f"{time:.4f}" for time in times), ";".join(map(str, values))
+        return (
+            f'<animate attributeName="opacity" calcMode="discrete" dur="{self.cycle:.2f}s" repeatCount="indefinite" '
+            f'keyTimes="{said[0]}" values="{said[1]}"/>'
+        )
+
+
+def fragments(steps: Sequence[Step]) -> list[Fragment]:
+    """The text in lines of COLUMNS characters, of which the last LINES are kept."""
+    found: list[Fragment] = []
+    line = column = 0
+    for number, step in enumerate(steps):
+        for token in step.gained:
+            for index, part in enumerate(token.text.split("\n")):
+                if index:
+                    line, column = line + 1, 0
+                while part:
+                    if column == COLUMNS:
+                        line, column = line + 1, 0
+                    piece, part = part[: COLUMNS - column], part[COLUMNS - column :]
+                    found.append(Fragment(line, column, piece, token.kind, number))
+                    column += len(piece)
+    first = max(0, line + 1 - LINES)
+    return [Fragment(f.line - first, f.column, f.text, f.kind, f.step) for f in found if f.line >= first]
+
+
+def _panel(method: Method, steps: Sequence[Step], x: float, clock: Clock) -> list[str]:
+    box = f'<rect class="panel" x="{x:.1f}" y="{HEAD - 26}" width="{_panel_width():.1f}" height="{LINES * LINE + 42}" rx="6"/>'
+    left = x + MARGIN / 2
+    drawn = [box, _text(left, HEAD - 8, TITLES[method], "title")]
+    pieces = fragments(steps)
+    for number, step in enumerate(steps):
+        end = steps[number + 1].seconds if number + 1 < len(steps) else None
+        speed = f"{step.generated / step.forward:.2f} per forward, {step.generated / step.seconds:.1f}/s"
+        right = left + (COLUMNS - len(speed)) * CHARACTER
+        drawn.append(f'<g opacity="0">{clock.visible(step.seconds, end)}{_text(right, HEAD + LINES * LINE + 8, speed)}</g>')
+        own = "".join(_fragment(piece, left) for piece in pieces if piece.step == number)
+        drawn.append(f'<g opacity="0">{clock.visible(step.seconds)}{own}</g>')
+    return drawn
+
+
+def _fragment(piece: Fragment, left: float) -> str:
+    x, y = left + piece.column * CHARACTER, HEAD + 16 + piece.line * LINE
+    mark = f'<rect class="{piece.kind}" x="{x:.1f}" y="{y - 14}" width="{len(piece.text) * CHARACTER:.1f}" height="18"/>'
+    return (mark if piece.kind != "plain" else "") + _text(x, y, piece.text, length=len(piece.text) * CHARACTER)
+
+
+def _text(x: float, y: float, content: str, kind: str = "", length: float | None = None) -> str:
+    fitted = f' textLength="{length:.1f}"' if length else ""
+    shown = "".join(letter if letter.isprintable() else " " for letter in content)
+    return f'<text x="{x:.1f}" y="{y}"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}{fitted}>{escape(shown)}</text>'
+
+
+def _panel_width() -> float:
+    return COLUMNS * CHARACTER + MARGIN
+
+
+def _legend(scale: float) -> str:
+    speed = "" if scale == 1 else f"; shown {1 / scale:.1f} times faster than it ran"
+    return f"green: guessed right (fast-forwarded); amber: right one forward earlier (stationary){speed}"

@@ -1,0 +1,68 @@
+"""The page, and the race that it shows, as routes of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Annotated
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from cllm import decoding
+from cllm.errors import UsageError
+from cllm.serving.demo.race import race
+from cllm.serving.server.app import ApiError, EventStream, read_body
+from cllm.serving.server.service import Service
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+PATIENCE = 60.0  # seconds to wait until nobody else uses the model
+
+
+class RaceRequest(BaseModel):
+    """The body of ``/demo/race``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompt: Annotated[str, Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)]
+
+
+def add_demo(app: FastAPI, service: Service, question: str) -> None:
+    """Add the page at ``/``; ``question`` stands in it at first."""
+    page = files("cllm.serving.demo").joinpath("page.html").read_text(encoding="utf-8")
+    settings = {"model": service.name, "question": question, "most": service.limits.new_tokens}
+    page = page.replace("{{settings}}", json.dumps(settings).replace("<", "\\u003c"))
+
+    @app.get("/")
+    async def show() -> HTMLResponse:
+        return HTMLResponse(page, headers={"content-security-policy": POLICY})
+
+    @app.post("/demo/race")
+    async def run(request: Request) -> Response:
+        body = await read_body(request, RaceRequest)
+        prompt = service.template.encode([{"role": "user", "content": body.prompt}], service.tokenizer)
+        try:
+            service.queue.check(decoding.Request(prompt, body.max_tokens))
+            if body.max_tokens > service.limits.new_tokens:
+                raise UsageError(f"max_tokens must be at most {service.limits.new_tokens}, got {body.max_tokens}")
+        except UsageError as problem:
+            raise ApiError(400, str(problem)) from None
+        events = _events(service, prompt, body.max_tokens)
+        return EventStream(events, closing(events), asyncio.get_running_loop().time() + service.limits.seconds)
+
+
+def _events(service: Service, prompt: Sequence[int], max_tokens: int) -> Iterator[str]:
+    """One server-sent event per forward pass; meanwhile the model is nobody else's."""
+    if not service.worker.device.acquire(timeout=PATIENCE):
+        yield 'data: {"error": "others are using the model; try again"}\n\n'
+        return
+    try:
+        for step in race(service.queue.decoder, service.tokenizer, prompt, max_tokens):
+            yield f"data: {json.dumps(asdict(step))}\n\n"
+    finally:
+        service.worker.device.release()

@@ -1,0 +1,94 @@
+"""The choices of one request while they are written, on the event loop's side of the worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from cllm.decoding import Request
+from cllm.serving.server.protocol import Usage
+from cllm.serving.server.worker import Job, Progress, Worker
+from cllm.serving.text import TextStream
+
+
+class AnswerError(Exception):
+    """The worker could not finish; the message says why."""
+
+
+@dataclass(eq=False)
+class Choice:
+    """One response: its text so far, why it ended, what it cost."""
+
+    index: int
+    text: TextStream
+    written: list[str] = field(default_factory=list)
+    reason: str | None = None  # "stop" or "length", once it has ended
+    tokens: int = 0
+    forwards: int = 0
+    fast_forwarded: int = 0
+
+    def take(self, progress: Progress) -> str:
+        """The text that a report of the worker brings, maybe none. Raises AnswerError where it brings a failure."""
+        if progress.error:
+            raise AnswerError(progress.error)
+        self.tokens, self.forwards, self.fast_forwarded = progress.tokens, progress.forwards, progress.fast_forwarded
+        piece = self.text.put(progress.token_ids)
+        if progress.stop:
+            piece += self.text.end()
+            self.reason = "stop" if progress.stop == "eos" else "length"
+        if self.text.stopped:
+            self.reason = "stop"
+        self.written.append(piece)
+        return piece
+
+
+class Answer:
+    """Submits requests to the worker and gathers what it reports. :meth:`cancel` must be called in the end, come what may.
+
+    Raises Busy or Closed where the worker does not take them.
+    """
+
+    def __init__(self, worker: Worker, requests: Sequence[Request], texts: Sequence[TextStream], prompt_tokens: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._worker = worker
+        self._reports: asyncio.Queue[tuple[Choice, Progress]] = asyncio.Queue()
+        self.choices = [Choice(index, text) for index, text in enumerate(texts)]
+        self.prompt_tokens = prompt_tokens
+
+        def report(choice: Choice, progress: Progress) -> None:
+            loop.call_soon_threadsafe(self._reports.put_nowait, (choice, progress))
+
+        self._jobs = [Job(request, partial(report, choice)) for request, choice in zip(requests, self.choices, strict=True)]
+        worker.submit(self._jobs)
+
+    async def pieces(self, deadline: float) -> AsyncIterator[tuple[Choice, str]]:
+        """Each choice with its next piece of text, as they come; with the last piece it has a reason. Maybe empty texts.
+
+        Raises AnswerError where the worker fails, TimeoutError at ``deadline`` (seconds of the event loop's clock).
+        """
+        left = len(self.choices)
+        while left:
+            async with asyncio.timeout_at(deadline):
+                choice, progress = await self._reports.get()
+            if choice.reason:  # the row ran on for a moment behind a stop string
+                continue
+            piece = choice.take(progress)
+            if choice.reason:
+                left -= 1
+                self._worker.cancel([self._jobs[choice.index]])
+            yield choice, piece
+
+    def cancel(self) -> None:
+        """Let go of the rows that are still running."""
+        self._worker.cancel(self._jobs)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            self.prompt_tokens,
+            sum(choice.tokens for choice in self.choices),
+            sum(choice.forwards for choice in self.choices),
+            sum(choice.fast_forwarded for choice in self.choices),
+        )

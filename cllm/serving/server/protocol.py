@@ -1,0 +1,240 @@
+"""The OpenAI protocol: what requests may say, and what answers look like.
+
+Source: the OpenAI API reference, "Chat" and "Completions". Beyond it, requests may have ``top_k``, ``min_p`` and
+``repetition_penalty``, and ``usage`` has a field ``cllm``. What would change the answer and cannot be done is refused;
+what cannot change it is passed over.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from cllm.decoding import Sampling
+
+MAX_STOPS = 16
+USUAL_COMPLETION = 16  # tokens of a completion whose request says nothing
+
+
+def _off(value: Any) -> Any:
+    if value in (None, False, 0, "", [], {}):
+        return value
+    raise ValueError("is not supported here; leave it out")
+
+
+def _no_logprobs(value: Any) -> Any:
+    if value is None or value is False:
+        return value
+    raise ValueError("log-probabilities are not supported: Jacobi decoding keeps none")
+
+
+Unsupported = Annotated[Any, AfterValidator(_off)]
+NoLogprobs = Annotated[Any, AfterValidator(_no_logprobs)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Generation(_Body):
+    """What both kinds of request may say. None: what the server does by itself."""
+
+    model: str
+    n: Positive | None = None
+    max_tokens: Positive | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    logprobs: NoLogprobs = None
+    frequency_penalty: Unsupported = None
+    presence_penalty: Unsupported = None
+    logit_bias: Unsupported = None
+
+    user: Any = None
+    metadata: Any = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def length(self, most: int) -> int:
+        """How many tokens the answer may have, on a server where ``most`` are allowed."""
+        return self.max_tokens or most
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """How tokens are chosen; without a seed, draws differ from one request to the next.
+
+        Raises UsageError for a value that is out of range.
+        """
+        said = {name: value for name in asdict(default) if (value := getattr(self, name)) is not None}
+        return Sampling(**asdict(default) | {"seed": secrets.randbits(63)} | said)
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: Any = None
+
+    def plain(self) -> dict[str, str]:
+        """As prompt templates know it."""
+        role = "system" if self.role == "developer" else self.role
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": role, "content": text}
+
+
+class ChatRequest(Generation):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Positive | None = None
+
+    top_logprobs: NoLogprobs = None
+    tools: Unsupported = None
+    functions: Unsupported = None
+    audio: Unsupported = None
+    prediction: Unsupported = None
+    web_search_options: Unsupported = None
+    reasoning_effort: Unsupported = None
+    modalities: list[Literal["text"]] | None = None
+    response_format: TextFormat | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+
+    parallel_tool_calls: Any = None
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    verbosity: Any = None
+
+    def length(self, most: int) -> int:
+        return self.max_completion_tokens or super().length(most)
+
+
+class TextFormat(_Body):
+    type: Literal["text"]
+
+
+class CompletionRequest(Generation):
+    """The body of ``/v1/completions``; a prompt is a text or token ids, or there are several of one kind."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[list[TokenId]], Field(min_length=1)]
+    )
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    echo: Unsupported = None
+    suffix: Unsupported = None
+
+    def length(self, most: int) -> int:
+        return self.max_tokens or min(USUAL_COMPLETION, most)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        several: Any = self.prompt if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else [self.prompt]
+        return several
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer cost. Its forwards are those that its rows took part in."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    forwards: int
+    fast_forwarded: int
+
+    def json(self) -> dict[str, Any]:
+        per_forward = self.completion_tokens / self.forwards if self.forwards else 0.0
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "cllm": {
+                "forwards": self.forwards,
+                "tokens_per_forward": round(per_forward, 4),
+                "fast_forwarded": self.fast_forwarded,
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Form:
+    """How answers to one request are written: whole, or as the chunks of a stream."""
+
+    model: str
+    chat: bool
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def answer(self, choices: list[tuple[str, str]], usage: Usage) -> dict[str, Any]:
+        """The whole answer; a choice is a text and why it ended."""
+        written = [
+            self._choice(index, {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}, reason)
+            for index, (text, reason) in enumerate(choices)
+        ]
+        return self._frame("chat.completion" if self.chat else "text_completion", written) | {"usage": usage.json()}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The chunk that comes before any text, where the protocol wants one."""
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None) if self.chat else None
+
+    def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        """A chunk; the last one of a choice says why it ended."""
+        delta = {"content": text} if text or reason is None else {}
+        return self._chunk(index, {"delta": delta} if self.chat else {"text": text}, reason)
+
+    def closing(self, usage: Usage) -> dict[str, Any]:
+        """The chunk with the usage, for clients that ask for it."""
+        return self._frame(self._chunk_kind, []) | {"usage": usage.json()}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _chunk(self, index: int, content: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
+        return self._frame(self._chunk_kind, [self._choice(index, content, reason)])
+
+    def _choice(self, index: int, content: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
+        return {"index": index, **content, "logprobs": None, "finish_reason": reason}
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        name = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}"
+        return {"id": name, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def models(name: str, created: int, context: int | None) -> dict[str, Any]:
+    """The list of models, which has one."""
+    only = {"id": name, "object": "model", "created": created, "owned_by": "cllm", "max_model_len": context}
+    return {"object": "list", "data": [only]}
+
+
+def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,57 @@
+"""Running an application until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from cllm.errors import UsageError
+from cllm.serving.server.worker import Worker
+
+CONNECTIONS = 1024  # at once; more get 503
+SLACK = 5  # seconds for connections to close, once their answers have ended
+
+
+class Server(uvicorn.Server):
+    """On SIGTERM or SIGINT takes nothing new, lets running answers end for ``grace`` seconds, then ends them."""
+
+    def __init__(self, app: FastAPI, worker: Worker, grace: float) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=int(grace) + SLACK,
+            server_header=False,
+        )
+        super().__init__(config)
+        self._worker, self._grace = worker, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.close()
+        loop = asyncio.get_running_loop()
+        ending = loop.call_later(self._grace, lambda: loop.run_in_executor(None, self._worker.stop))
+        await super().shutdown(sockets)
+        ending.cancel()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket for the server; port 0 takes a free one. Raises UsageError where the address cannot be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UsageError(f"cannot listen on {host} port {port}: {error}") from error
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    """Where clients find it."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,93 @@
+"""From requests of the protocol to answers being written: the part of the server that knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from cllm.decoding import GREEDY, Queue, Request, Sampling
+from cllm.errors import UsageError
+from cllm.prompts import PromptTemplate
+from cllm.serving.server.answer import Answer
+from cllm.serving.server.metrics import Metrics
+from cllm.serving.server.protocol import ChatRequest, CompletionRequest, Generation
+from cllm.serving.server.worker import Worker
+from cllm.serving.text import TextStream
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask for."""
+
+    body_bytes: int = 1 << 20
+    new_tokens: int = 1024  # of one response
+    waiting: int = 128  # responses of all clients that wait for a place in the batch
+    seconds: float = 600.0  # for an answer, waiting included
+
+
+class Service:
+    """A model that answers. ``sampling`` holds for what a request leaves open."""
+
+    def __init__(
+        self,
+        name: str,
+        queue: Queue,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate,
+        limits: Limits,
+        sampling: Sampling = GREEDY,
+    ) -> None:
+        self.name, self.queue, self.limits = name, queue, limits
+        self.tokenizer, self.template, self.sampling = tokenizer, template, sampling
+        self.started = int(time.time())
+        self.vocabulary = queue.decoder.model.config.get_text_config(decoder=True).vocab_size
+        self.worker = Worker(queue, limits.waiting)
+        self.metrics = Metrics(self.worker)
+        self._encoding = ThreadPoolExecutor(1, "encoding")  # long prompts must not hold up the event loop
+
+    async def answer(self, body: Generation) -> Answer:
+        """Put an answer to ``body`` in line, with ``n`` choices for each prompt.
+
+        Raises UsageError for what can never be answered, Busy and Closed as :meth:`Worker.submit` does.
+        """
+        most = self.limits.new_tokens
+        if (length := body.length(most)) > most:
+            raise UsageError(f"max_tokens must be at most {most} here, got {length}")
+        sampling = body.sampling(self.sampling)
+        copies = body.n or 1
+        prompts = len(body.prompts) if isinstance(body, CompletionRequest) else 1
+        if copies * prompts > self.limits.waiting:
+            raise UsageError(f"at most {self.limits.waiting} choices can be asked for at a time, got {copies * prompts}")
+        encoded = await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, body)
+        requests = []
+        for number, ids in enumerate(encoded):
+            draws = [sampling, *(sampling.of(f"choice {choice}") for choice in range(1, copies))]
+            requests += [Request(ids, length, draw) for draw in draws]
+            self.queue.check(requests[-1], "the prompt" if len(encoded) == 1 else f"prompt {number}")
+        texts = [TextStream(self.tokenizer, body.stops) for _ in requests]
+        return Answer(self.worker, requests, texts, sum(map(len, encoded)))
+
+    def close(self) -> None:
+        """Stop everything; what is not answered yet gets an error."""
+        self.worker.stop()
+        self._encoding.shutdown()
+
+    def _encode(self, body: Generation) -> list[list[int]]:
+        """Token ids of each prompt."""
+        if isinstance(body, ChatRequest):
+            return [self.template.encode([message.plain() for message in body.messages], self.tokenizer)]
+        assert isinstance(body, CompletionRequest)
+        return [self._ids(prompt) for prompt in body.prompts]
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            ids: list[int] = self.tokenizer(prompt).input_ids
+            return ids
+        if (largest := max(prompt, default=0)) >= self.vocabulary:
+            raise UsageError(f"token ids must be below {self.vocabulary}, got {largest}")
+        return list(prompt)

@@ -1,0 +1,182 @@
+"""Many clients at once against ``cllm serve``, some of which hang up: errors, leaked rows, memory, equality of the answers.
+
+    python scripts/benchmarks/soak.py --model MODEL --seconds 300 --output docs/results/soak.json
+
+Exit status 1 where anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import torch
+
+from cllm.evaluation.environment import environment
+from cllm.files import write_json
+
+ALLOWED = {408, 429}  # what an overloaded server may say
+GROWTH = 1.1  # of the memory, from the first third of the time to the end
+PROMPTS = 24
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = options().parse_args(argv)
+    command = [sys.executable, "-m", "cllm", "serve", args.model, "--port", "0", "--served_model_name", "model"]
+    server = subprocess.Popen([*command, *args.options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert server.stdout and server.stderr
+    first = server.stdout.readline().split()
+    if not first:
+        sys.exit(server.stderr.read())
+    try:
+        result = asyncio.run(Soak(first[2].rstrip(";"), args).run())
+    finally:
+        server.terminate()
+        log = server.stderr.read()
+    result["stack traces in the log"] = log.count("Traceback")
+    for name, value in result.items():
+        print(f"{name}: {value}")
+    if args.output:
+        settings = {name: value for name, value in vars(args).items() if name not in ("output", "model")}
+        content = {"benchmark": "soak", "settings": settings, "result": result, "environment": environment(torch.device("cpu"))}
+        write_json(args.output, content)
+    sys.exit(wrong(result))
+
+
+def options() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    result.add_argument("--model", required=True)
+    result.add_argument("--seconds", type=float, default=300.0)
+    result.add_argument("--clients", type=int, default=64)
+    result.add_argument("--length", type=int, default=32, help="new tokens per answer at most")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--output", help="where to write the result as JSON")
+    result.add_argument("options", nargs="*", help="more options of cllm serve, behind --")
+    return result
+
+
+def wrong(result: dict[str, Any]) -> bool:
+    """Whether the server did anything that it must not."""
+    grown = result["memory at the end, MiB"] > GROWTH * result["memory after a third, MiB"]
+    faults = ("errors", "unequal answers", "rows left over", "stack traces in the log")
+    return grown or not result["answers"] or any(result[fault] for fault in faults)
+
+
+class Soak:
+    """Clients that ask, compare, and hang up at random."""
+
+    def __init__(self, url: str, args: argparse.Namespace) -> None:
+        self.url, self.args = url.removesuffix("/v1"), args
+        self.counts: Counter[str] = Counter()
+        self.expected: dict[tuple[str, int], str] = {}
+
+    async def run(self) -> dict[str, Any]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=self.url, timeout=600, limits=limits) as self.client:
+            await self._ask_alone()
+            start = time.monotonic()
+            clients = [asyncio.create_task(self._talk(number, start + self.args.seconds)) for number in range(self.args.clients)]
+            memory = [await self._metric("process_resident_memory_bytes")]
+            await asyncio.sleep(self.args.seconds / 3)
+            memory.append(await self._metric("process_resident_memory_bytes"))
+            await asyncio.gather(*clients)
+            rows = await self._rows_left()
+            memory.append(await self._metric("process_resident_memory_bytes"))
+        names = ("memory at the start, MiB", "memory after a third, MiB", "memory at the end, MiB")
+        counted = ("answers", "hung up", "refused", "errors", "unequal answers")
+        return (
+            {name: self.counts[name] for name in counted}
+            | {"rows left over": rows}
+            | {name: round(size / 2**20, 1) for name, size in zip(names, memory, strict=True)}
+        )
+
+    async def _ask_alone(self) -> None:
+        """The answers of a single client, which all others must equal."""
+        for number in range(PROMPTS):
+            body = self._body(number, random.Random(number).randint(1, self.args.length))
+            answer = await self.client.post("/v1/chat/completions", json=body)
+            answer.raise_for_status()
+            self.expected[self._key(body)] = answer.json()["choices"][0]["message"]["content"]
+
+    async def _talk(self, number: int, end: float) -> None:
+        draw = random.Random(f"{self.args.seed} {number}")
+        while time.monotonic() < end:
+            (text, length), expected = draw.choice([*self.expected.items()])
+            body = self._body(text, length)
+            try:
+                if draw.random() < 0.3:
+                    await self._hang_up(body, draw)
+                else:
+                    await self._compare(body, expected, stream=draw.random() < 0.5)
+            except httpx.HTTPStatusError as error:
+                kind = "refused" if error.response.status_code in ALLOWED else "errors"
+                self.counts[kind] += 1
+                await asyncio.sleep(draw.random())
+            except httpx.HTTPError:
+                self.counts["errors"] += 1
+
+    async def _compare(self, body: dict[str, Any], expected: str, stream: bool) -> None:
+        answer = await self.client.post("/v1/chat/completions", json=body | {"stream": stream})
+        answer.raise_for_status()
+        text = _streamed(answer.text) if stream else answer.json()["choices"][0]["message"]["content"]
+        self.counts["answers"] += 1
+        self.counts["unequal answers"] += text != expected
+
+    async def _hang_up(self, body: dict[str, Any], draw: random.Random) -> None:
+        """After some events of a stream, or after some time without any."""
+        self.counts["hung up"] += 1
+        if draw.random() < 0.5:
+            try:
+                async with asyncio.timeout(draw.random()):
+                    (await self.client.post("/v1/chat/completions", json=body)).raise_for_status()
+            except TimeoutError:
+                pass
+            return
+        events = draw.randint(0, 10)
+        async with self.client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
+            answer.raise_for_status()
+            async for _ in answer.aiter_lines():
+                events -= 1
+                if events < 0:
+                    return
+
+    async def _rows_left(self) -> int:
+        """Rows that are still there when all clients have gone for a while."""
+        for _ in range(100):
+            rows = await self._metric("cllm_rows_running") + await self._metric("cllm_requests_waiting")
+            if not rows:
+                return 0
+            await asyncio.sleep(0.1)
+        return int(rows)
+
+    async def _metric(self, name: str) -> float:
+        lines = (await self.client.get("/metrics")).text.splitlines()
+        return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+    def _body(self, prompt: int | str, length: int) -> dict[str, Any]:
+        text = prompt if isinstance(prompt, str) else f"What is {prompt} + {prompt * 7}?"
+        asked = [{"role": "user", "content": text}]
+        return {"model": "model", "messages": asked, "max_tokens": length, "temperature": 0}
+
+    def _key(self, body: dict[str, Any]) -> tuple[str, int]:
+        return body["messages"][0]["content"], body["max_tokens"]
+
+
+def _streamed(text: str) -> str:
+    """The text of a stream of events."""
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+
+if __name__ == "__main__":
+    main()

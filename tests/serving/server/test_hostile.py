@@ -1,0 +1,244 @@
+"""Clients that mean harm, or are broken: they get 4xx, trouble nobody else, and leave nothing behind."""
+
+import json
+import socket
+import struct
+import time
+
+import httpx
+import pytest
+
+from cllm.serving.server import guard
+from cllm.serving.server.service import Limits
+
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+USER = [{"role": "user", "content": "x"}]
+LONG = {"model": "tiny", "prompt": "ab", "max_tokens": 200, "temperature": 0}
+
+
+def post(running, path: str, body, **options) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(running.url + path, content=content, timeout=60, **options)
+
+
+def chat(**changes) -> dict:
+    return {"model": "tiny", "messages": USER} | changes
+
+
+def complete(**changes) -> dict:
+    return {"model": "tiny", "prompt": "x"} | changes
+
+
+BAD = [
+    (CHAT, b""),
+    (CHAT, b"null"),
+    (CHAT, b"{"),
+    (CHAT, b"[" * 15_000),
+    (CHAT, b"\xff\xfe\x00"),
+    (CHAT, b'{"model": "tiny", "messages": [{"role": "user", "content": "\xc3\x28"}]}'),
+    (CHAT, b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}'),
+    (CHAT, {}),
+    (CHAT, chat(model=None)),
+    (CHAT, chat(model="other")),
+    (CHAT, chat(messages=[])),
+    (CHAT, chat(messages="x")),
+    (CHAT, chat(messages=[{"role": "robot", "content": "x"}])),
+    (CHAT, chat(messages=[{"role": "user", "content": None}])),
+    (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])),
+    (CHAT, chat(messages=[{"role": "user", "content": "x" * 300}])),  # beyond the context
+    (CHAT, chat(bogus=1)),
+    (CHAT, chat(tools=[{}])),
+    (CHAT, chat(response_format={"type": "json_object"})),
+    (COMPLETE, complete(prompt="")),
+    (COMPLETE, complete(prompt=[])),
+    (COMPLETE, complete(prompt=[[]])),
+    (COMPLETE, complete(prompt=[1, "x"])),
+    (COMPLETE, complete(prompt=[-1])),
+    (COMPLETE, complete(prompt=[10**6])),
+    (COMPLETE, complete(prompt=[10**30])),
+    (COMPLETE, complete(prompt=["x"] * 101)),
+    (COMPLETE, complete(prompt=[1] * 300)),
+    (COMPLETE, complete(max_tokens=0)),
+    (COMPLETE, complete(max_tokens=-5)),
+    (COMPLETE, complete(max_tokens=201)),
+    (COMPLETE, complete(max_tokens=10**30)),
+    (COMPLETE, complete(max_tokens="5")),
+    (COMPLETE, complete(max_tokens=5.5)),
+    (COMPLETE, complete(n=-1)),
+    (COMPLETE, complete(n=10**9)),
+    (COMPLETE, complete(n=True)),
+    (COMPLETE, complete(temperature=-0.5)),
+    (COMPLETE, complete(temperature="hot")),
+    (COMPLETE, b'{"model": "tiny", "prompt": "x", "temperature": NaN}'),
+    (COMPLETE, b'{"model": "tiny", "prompt": "x", "temperature": 1e999}'),
+    (COMPLETE, complete(top_p=0)),
+    (COMPLETE, complete(top_p=2)),
+    (COMPLETE, complete(top_k=-1)),
+    (COMPLETE, complete(min_p=7)),
+    (COMPLETE, complete(repetition_penalty=0)),
+    (COMPLETE, complete(seed=-1)),
+    (COMPLETE, complete(seed=2**63)),
+    (COMPLETE, complete(stop="")),
+    (COMPLETE, complete(stop=["x"] * 17)),
+    (COMPLETE, complete(stop=[1])),
+    (COMPLETE, complete(stream="yes")),
+    (COMPLETE, complete(logprobs=0)),
+    (COMPLETE, complete(logprobs=5)),
+    (COMPLETE, complete(echo=True)),
+    (COMPLETE, complete(best_of=3)),
+    (COMPLETE, complete(logit_bias={"5": 100})),
+    (COMPLETE, complete(presence_penalty=0.5)),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BAD, ids=range(len(BAD)))
+def test_bad_requests(server, path: str, body) -> None:
+    for stream in (False, True):
+        if stream and isinstance(body, dict):
+            body = {"stream": True} | body
+        response = post(server, path, body)
+        assert 400 <= response.status_code < 500, response.text
+        message = response.json()["error"]["message"]
+        assert message and "Traceback" not in message and len(message) < 300
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", CHAT), ("DELETE", "/v1/models"), ("GET", "/v1/%00%ff"), ("POST", "/../x")]
+)
+def test_bad_routes(server, method: str, path: str) -> None:
+    response = httpx.request(method, server.url + path)
+    assert response.status_code in (404, 405) and response.json()["error"]["message"]
+
+
+def test_huge_bodies(server) -> None:
+    assert post(server, CHAT, chat(messages=[{"role": "user", "content": "x" * 30_000}])).status_code == 413
+
+    def endless():
+        for _ in range(1000):
+            yield b"x" * 1000
+
+    try:
+        assert httpx.post(server.url + CHAT, content=endless(), timeout=60).status_code == 413
+    except httpx.WriteError:  # it was cut off while it was writing
+        pass
+
+
+def talk(running, data: bytes, wait: float = 10.0) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", running.port), timeout=wait)
+    connection.sendall(data)
+    return connection
+
+
+def raw(path: str, body: dict, length: int | None = None) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content) if length is None else length}\r\n\r\n"
+    return head.encode() + content
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 100_000 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_no_http(server, data: bytes) -> None:
+    with talk(server, data) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        try:
+            reply = connection.recv(1000)
+        except ConnectionResetError:
+            reply = b""
+        assert not reply or reply.startswith(b"HTTP/1.1 4"), reply
+
+
+def until_empty(running, seconds: float = 10.0) -> None:
+    """All rows are gone soon."""
+    end = time.monotonic() + seconds
+    while running.service.worker.running or running.service.worker.waiting:
+        assert time.monotonic() < end, "rows are left over"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("way", ["close", "reset", "half"])
+def test_rows_of_clients_that_leave_are_free_again(server, stream: bool, way: str) -> None:
+    before = server.metric("cllm_cancelled_total")
+    for _ in range(6):  # more than the batch holds
+        connection = talk(server, raw(COMPLETE, LONG | {"stream": stream}))
+        if way == "half":
+            connection.shutdown(socket.SHUT_WR)
+        if way == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    until_empty(server, 60)
+    assert server.metric("cllm_cancelled_total") >= before
+    assert post(server, COMPLETE, complete()).status_code == 200
+
+
+def test_leaving_ends_the_row_early(start) -> None:
+    with start(Limits(new_tokens=100_000), context=200_000) as running:
+        with httpx.stream("POST", running.url + COMPLETE, json=LONG | {"max_tokens": 100_000, "stream": True}) as stream:
+            next(stream.iter_lines())
+            assert running.service.worker.running == 1
+        until_empty(running)
+        assert running.metric("cllm_cancelled_total") == 1
+
+
+def test_a_client_that_does_not_read(start) -> None:
+    """Its row ends; the others are served."""
+    with start(Limits(new_tokens=400, seconds=3.0), context=2000) as running:
+        many = LONG | {"max_tokens": 400, "stream": True, "n": 40}
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        slow.connect(("127.0.0.1", running.port))
+        slow.sendall(raw(COMPLETE, many))
+        time.sleep(0.5)
+        until_empty(running, 20)
+        assert post(running, COMPLETE, complete()).status_code == 200
+        slow.close()
+
+
+def test_too_many_wait(start) -> None:
+    with start(Limits(new_tokens=1000, waiting=2), context=4000, batch_size=1) as running:
+        body = LONG | {"max_tokens": 1000}
+        busy = [talk(running, raw(COMPLETE, body))]
+        until = time.monotonic() + 10
+        while not running.service.worker.running and time.monotonic() < until:
+            time.sleep(0.01)
+        busy += [talk(running, raw(COMPLETE, body)) for _ in range(2)]
+        while running.service.worker.waiting < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        response = post(running, COMPLETE, complete())
+        assert response.status_code == 429 and response.headers["retry-after"] == "1"
+        assert response.json()["error"]["type"] == "rate_limit_error"
+        for connection in busy:
+            connection.close()
+        until_empty(running)
+
+
+def test_time_outs(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    with start(Limits(new_tokens=100_000, seconds=0.5), context=200_000) as running:
+        long = LONG | {"max_tokens": 100_000}
+        assert post(running, COMPLETE, long).status_code == 408
+        streamed = post(running, COMPLETE, long | {"stream": True})
+        assert streamed.status_code == 200 and "not complete after 0.5 seconds" in streamed.text
+        assert streamed.text.endswith("data: [DONE]\n\n")
+        with talk(running, raw(COMPLETE, complete(), length=5000)) as connection:  # the rest never comes
+            assert b" 408 " in connection.recv(100)
+        until_empty(running)
+
+
+def test_keys(start) -> None:
+    with start(Limits(), api_key="sécret") as running:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": b"Bearer \xff"}):
+            assert post(running, COMPLETE, complete(), headers=headers).status_code == 401
+            assert httpx.get(running.url + "/metrics", headers=headers).status_code == 401
+        right = {"authorization": "Bearer sécret".encode()}
+        assert post(running, COMPLETE, complete(), headers=right).status_code == 200
+        assert httpx.get(running.url + "/health").status_code == 200

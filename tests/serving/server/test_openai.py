@@ -1,0 +1,138 @@
+"""The real ``openai`` client against the server; greedy answers are those of the decoder alone."""
+
+import asyncio
+import json
+import subprocess
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+SPEED = {"temperature": 0, "max_tokens": 24}
+
+
+def messages(text: str) -> list:
+    return [{"role": "user", "content": text}]
+
+
+def alone(running, ids: list[int], length: int = 24) -> str:
+    """What the decoder writes behind a prompt that nobody shares a batch with."""
+    (result,) = running.service.queue.decoder.generate([ids], max_new_tokens=length)
+    return running.service.tokenizer.decode(result.token_ids, skip_special_tokens=True)
+
+
+def chat_ids(running, text: str) -> list[int]:
+    return running.service.template.encode(messages(text), running.service.tokenizer)
+
+
+def test_models(server) -> None:
+    assert [model.id for model in server.client.models.list()] == ["tiny"]
+    assert server.client.models.retrieve("tiny").id == "tiny"
+
+
+def test_chat_is_the_greedy_answer(server) -> None:
+    answer = server.client.chat.completions.create(model="tiny", messages=messages("hello"), **SPEED)
+    assert answer.choices[0].message.content == alone(server, chat_ids(server, "hello"))
+    assert answer.choices[0].finish_reason == "length"
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(chat_ids(server, "hello")), 24)
+    assert usage.cllm["tokens_per_forward"] == pytest.approx(24 / usage.cllm["forwards"], abs=1e-4)
+
+
+def test_parts_and_the_developer_role(server) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    asked = [{"role": "developer", "content": "short"}, {"role": "user", "content": parts}]
+    answer = server.client.chat.completions.create(model="tiny", messages=asked, **SPEED)
+    plain = [{"role": "system", "content": "short"}, {"role": "user", "content": "hello"}]
+    ids = server.service.template.encode(plain, server.service.tokenizer)
+    assert answer.choices[0].message.content == alone(server, ids)
+
+
+def test_a_stream_has_the_same_text(server) -> None:
+    whole = server.client.chat.completions.create(model="tiny", messages=messages("hello"), **SPEED)
+    stream = server.client.chat.completions.create(
+        model="tiny", messages=messages("hello"), stream=True, stream_options={"include_usage": True}, **SPEED
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].usage == whole.usage
+
+
+def test_completions_of_texts_and_of_ids(server) -> None:
+    texts = ["ab", "cde", "f"]
+    ids = [server.service.tokenizer(text).input_ids for text in texts]
+    for prompt in (texts, ids):
+        answer = server.client.completions.create(model="tiny", prompt=prompt, **SPEED)
+        assert [choice.text for choice in answer.choices] == [alone(server, one) for one in ids]
+    assert server.client.completions.create(model="tiny", prompt=ids[1], **SPEED).choices[0].text == alone(server, ids[1])
+    assert server.client.completions.create(model="tiny", prompt="ab").usage.completion_tokens == 16
+    stream = server.client.completions.create(model="tiny", prompt="ab", stream=True, **SPEED)
+    assert "".join(chunk.choices[0].text for chunk in stream) == alone(server, ids[0])
+
+
+def test_seeds(server) -> None:
+    def draw(**options) -> list[str]:
+        options = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 24} | options
+        answer = server.client.chat.completions.create(model="tiny", messages=messages("x"), **options)
+        return [choice.message.content for choice in answer.choices]
+
+    assert draw(seed=7) == draw(seed=7) == draw(seed=7, n=3)[:1]
+    assert len(set(draw(seed=7, n=3))) == 3
+    assert draw() != draw()
+    assert draw(temperature=0) == draw(seed=3, extra_body={"top_k": 1}) == [alone(server, chat_ids(server, "x"))]
+
+
+def test_stop_strings(server) -> None:
+    full = alone(server, chat_ids(server, "stop"), 40)
+    for stop in (full[7:9], [full[20:22], full[12:15]]):
+        first = min(full.find(one) for one in ([stop] if isinstance(stop, str) else stop))
+        for stream in (False, True):
+            asked = dict(model="tiny", messages=messages("stop"), stop=stop, max_completion_tokens=40, temperature=0)
+            answer = server.client.chat.completions.create(stream=stream, **asked)
+            if stream:
+                choices = [chunk.choices[0] for chunk in answer]
+                text, reason = "".join(c.delta.content or "" for c in choices), choices[-1].finish_reason
+            else:
+                text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+            assert (text, reason) == (full[:first], "stop")
+
+
+def test_thirty_two_at_once(server) -> None:
+    texts = [f"question {number} {'x' * (number % 7)}" for number in range(32)]
+
+    async def ask() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            asked = [client.chat.completions.create(model="tiny", messages=messages(text), **SPEED) for text in texts]
+            return [answer.choices[0].message.content for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask()) == [alone(server, chat_ids(server, text)) for text in texts]
+
+
+def test_refusals_are_the_clients_exceptions(server) -> None:
+    ask = server.client.chat.completions.create
+    with pytest.raises(openai.NotFoundError, match="'gpt' does not exist; this server has 'tiny'"):
+        ask(model="gpt", messages=messages("x"))
+    with pytest.raises(openai.BadRequestError, match="logprobs: .*not supported"):
+        ask(model="tiny", messages=messages("x"), logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="tools: .*not supported"):
+        ask(model="tiny", messages=messages("x"), tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_curl(server) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "ab", **SPEED})
+    output = subprocess.run(
+        ["curl", "-sS", f"{server.url}/v1/completions", "-d", body], check=True, capture_output=True, timeout=60
+    )
+    ids = server.service.tokenizer("ab").input_ids
+    assert json.loads(output.stdout)["choices"][0]["text"] == alone(server, ids)
+
+
+def test_metrics_and_health(server) -> None:
+    before = {name: server.metric(name) for name in ("cllm_generated_tokens_total", "cllm_requests_total")}
+    server.client.chat.completions.create(model="tiny", messages=messages("hello"), **SPEED)
+    assert server.metric("cllm_generated_tokens_total") == before["cllm_generated_tokens_total"] + 24
+    assert server.metric("cllm_requests_total") == before["cllm_requests_total"] + 1
+    for path in ("health", "metrics"):
+        subprocess.run(["curl", "-sSf", f"{server.url}/{path}"], check=True, capture_output=True, timeout=60)
