@@ -88,3 +88,12 @@ def test_exactness(tiny_model_dir, problems, tmp_path):
 def test_iteration(tiny_model_dir, problems, tmp_path):
     result = run("iteration", tiny_model_dir, problems, tmp_path / "result.json", "--widths", "1", "4", "--batches", "2")
     assert result["batch 2, width 4"]["iterations"] > 0
+
+
+@pytest.mark.slow
+def test_soak(tiny_model_dir, tmp_path):
+    output = tmp_path / "result.json"
+    command = [sys.executable, str(FOLDER / "soak.py"), "--model", str(tiny_model_dir), "--output", str(output)]
+    subprocess.run([*command, "--seconds", "5", "--clients", "24"], check=True, timeout=200, cwd=tmp_path)
+    result = json.loads(output.read_text())["result"]
+    assert result["answers"] and result["hung up"]

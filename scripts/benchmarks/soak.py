@@ -84,7 +84,9 @@ class Soak:
         async with httpx.AsyncClient(base_url=self.url, timeout=600, limits=limits) as self.client:
             await self._ask_alone()
             start = time.monotonic()
-            clients = [asyncio.create_task(self._talk(number, start + self.args.seconds)) for number in range(self.args.clients)]
+            clients = [
+                asyncio.create_task(self._talk(number, start + self.args.seconds)) for number in range(self.args.clients)
+            ]
             memory = [await self._metric("process_resident_memory_bytes")]
             await asyncio.sleep(self.args.seconds / 3)
             memory.append(await self._metric("process_resident_memory_bytes"))

@@ -49,7 +49,7 @@ class Guard:
         headers = Headers(scope=scope)
         if self.api_key is not None and scope["path"] not in OPEN_PATHS:
             given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
                 return JSONResponse(error("a valid API key is needed", "authentication_error", "invalid_api_key"), 401)
         length = headers.get("content-length", "0")
         return self._too_large() if not length.isdecimal() or int(length) > self.max_body else None

@@ -2,14 +2,14 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from tiny import EOS_ID, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 from cllm.decoding import JacobiDecoder, Queue
 from cllm.prompts import PromptTemplate
@@ -41,8 +41,11 @@ class Running:
 
 
 @contextmanager
-def run_server(limits: Limits, *, context: int = 256, batch_size: int = 4, api_key: str | None = None) -> Iterator[Running]:
-    decoder = JacobiDecoder(tiny_model(max_position_embeddings=context), 4, eos_token_ids=[EOS_ID])
+def run_server(
+    limits: Limits, *, context: int = 256, batch_size: int = 4, api_key: str | None = None, eos: Sequence[int] = ()
+) -> Iterator[Running]:
+    """Without ``eos`` all answers are as long as they may be."""
+    decoder = JacobiDecoder(tiny_model(max_position_embeddings=context), 4, eos_token_ids=eos)
     service = Service("tiny", Queue(decoder, batch_size), tiny_tokenizer(), PromptTemplate("chat"), limits)
     server = Server(create_app(service, api_key), service.worker, grace=5)
     with bind("127.0.0.1", 0) as listener:

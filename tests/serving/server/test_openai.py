@@ -8,6 +8,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from cllm.serving.server.service import Limits
+
 SPEED = {"temperature": 0, "max_tokens": 24}
 
 
@@ -97,6 +99,13 @@ def test_stop_strings(server) -> None:
             else:
                 text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
             assert (text, reason) == (full[:first], "stop")
+
+
+def test_the_end_of_the_text(start) -> None:
+    with start(Limits(), eos=range(0, 98, 2)) as running:
+        answer = running.client.chat.completions.create(model="tiny", messages=messages("hello"), temperature=0)
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.choices[0].message.content == alone(running, chat_ids(running, "hello"))
 
 
 def test_thirty_two_at_once(server) -> None:

@@ -1,0 +1,96 @@
+"""The decoding thread: jobs in line, cancelled jobs, failures, the end."""
+
+import queue as queues
+import threading
+
+import pytest
+from tiny import tiny_model
+
+from cllm.decoding import JacobiDecoder, Queue, Request
+from cllm.serving.server.worker import Busy, Closed, Job, Progress, Worker
+
+
+@pytest.fixture
+def decoder() -> JacobiDecoder:
+    return JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None, max_position_embeddings=100_000), 4)
+
+
+def job(prompt: list[int], length: int) -> tuple[Job, "queues.Queue[Progress]"]:
+    reports: queues.Queue[Progress] = queues.Queue()
+    return Job(Request(prompt, length), reports.put), reports
+
+
+def finish(reports: "queues.Queue[Progress]") -> tuple[list[int], Progress]:
+    ids: list[int] = []
+    while True:
+        progress = reports.get(timeout=60)
+        ids += progress.token_ids
+        if progress.stop or progress.error:
+            return ids, progress
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+def test_reports_add_up_to_the_result(decoder: JacobiDecoder, interval: int) -> None:
+    wanted = [([1 + n, 2, 3], 5 + n) for n in range(9)]
+    expected = [decoder.generate([prompt], max_new_tokens=length)[0] for prompt, length in wanted]
+    decoder.sync_interval = interval
+    worker = Worker(Queue(decoder, 3), 100)
+    jobs = [job(*one) for one in wanted]
+    worker.submit([one for one, _ in jobs])
+    for (_, reports), result in zip(jobs, expected, strict=True):
+        ids, last = finish(reports)
+        assert ids == result.token_ids
+        assert (last.tokens, last.forwards, last.fast_forwarded) == (len(ids), result.forwards, result.fast_forwarded)
+        assert last.stop == result.stop
+    worker.stop()
+    assert worker.running == worker.waiting == 0
+
+
+def test_cancelled_jobs_make_room_and_say_nothing_more(decoder: JacobiDecoder) -> None:
+    worker = Worker(Queue(decoder, 1), 3)
+    endless, first = job([1, 2], 90_000)
+    waiting, second = job([3, 4], 90_000)
+    short, third = job([5, 6], 4)
+    worker.submit([endless, waiting, short])
+    first.get(timeout=60)
+    with pytest.raises(Busy, match="2 requests are waiting, and at most 3 may"):
+        worker.submit([job([7], 1)[0]] * 2)
+    worker.cancel([waiting, endless])
+    assert finish(third)[0] == decoder.generate([[5, 6]], max_new_tokens=4)[0].token_ids
+    worker.stop()
+    assert second.empty()
+    with pytest.raises(Closed):
+        worker.submit([short])
+
+
+def test_stopping_ends_everything_with_an_error(decoder: JacobiDecoder) -> None:
+    worker = Worker(Queue(decoder, 1), 10)
+    jobs = [job([1, 2], 90_000) for _ in range(3)]
+    worker.submit([one for one, _ in jobs])
+    jobs[0][1].get(timeout=60)
+    worker.stop()
+    assert all("shut down" in str(finish(reports)[1].error) for _, reports in jobs)
+    assert not worker.ready
+
+
+def test_a_failure_ends_its_batch_only(decoder: JacobiDecoder, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    forward, failing = decoder.model.forward, threading.Event()
+    failing.set()
+
+    def fail_once(*args, **kwargs):
+        if failing.is_set():
+            failing.clear()
+            raise RuntimeError("the device is gone")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(decoder.model, "forward", fail_once)
+    worker = Worker(Queue(decoder, 2), 10)
+    first, reports = job([1, 2], 5)
+    worker.submit([first])
+    assert "the model failed" in str(finish(reports)[1].error)
+    assert "the device is gone" in caplog.text
+    caplog.clear()
+    second, reports = job([1, 2], 5)
+    worker.submit([second])
+    assert len(finish(reports)[0]) == 5
+    worker.stop()
