@@ -47,7 +47,7 @@ def _record(args: argparse.Namespace, question: str) -> None:
     if Path(args.record).suffix != ".svg":
         raise UsageError(f"--record writes SVG, so its name must end with .svg, got {args.record!r}")
     check_writable(args.record)
-    of, decoder = open_decoder(args)
+    of, decoder = open_decoder(args, question)
     prompt = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
     steps = list(race(decoder, of.tokenizer, prompt, args.record_tokens))
     Path(args.record).write_text(animate(steps, question, Path(args.model).resolve().name), encoding="utf-8")
@@ -62,7 +62,7 @@ def _show(args: argparse.Namespace, question: str) -> None:
     from cllm.serving.server.run import Server, address, bind
 
     with bind(args.host, args.port) as listener:
-        service = open_service(args, GREEDY)
+        service = open_service(args, question, GREEDY)
         app = create_app(service)
         add_demo(app, service, question)
         server = Server(app, service.worker, grace=1.0)

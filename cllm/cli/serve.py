@@ -61,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_packages()
     from cllm.serving.server.app import create_app
     from cllm.serving.server.run import Server, address, bind
+    from cllm.tasks import get_task
 
     with bind(args.host, args.port) as listener:
-        service = open_service(args, sampling)
+        service = open_service(args, get_task("gsm8k").default_question, sampling)
         app = create_app(service, args.api_key or os.environ.get(KEY))
         print(f"{service.name} on {address(listener)}/v1; Ctrl-C stops it", flush=True)
         Server(app, service.worker, args.grace).run(sockets=[listener])
@@ -78,25 +79,29 @@ def check_packages() -> None:
         raise UsageError(f"the server needs more packages: pip install -e .[serve] (cannot import {error.name})") from error
 
 
-def open_service(args: argparse.Namespace, sampling: Sampling) -> Service:
-    """Load the model and start its worker."""
+def open_service(args: argparse.Namespace, question: str, sampling: Sampling) -> Service:
+    """Load the model and start its worker; ``--guess auto`` measures with ``question``."""
     from cllm.decoding import Queue
     from cllm.serving.server.service import Limits, Service
 
-    of, decoder = open_decoder(args)
+    of, decoder = open_decoder(args, question)
     queue = Queue(decoder, args.batch_size, args.max_slots)
     limits = Limits(args.max_body, args.max_tokens, args.max_waiting, args.timeout)
     name = args.served_model_name or Path(args.model).resolve().name
     return Service(name, queue, of.tokenizer, of.template, limits, sampling)
 
 
-def open_decoder(args: argparse.Namespace) -> tuple[OpenModel, JacobiDecoder]:
+def open_decoder(args: argparse.Namespace, question: str) -> tuple[OpenModel, JacobiDecoder]:
+    """The model and its decoder; ``--guess auto`` measures with ``question``."""
+    from cllm.cli.guess import check_guess, pick_guess
     from cllm.cli.model import open_model
-    from cllm.decoding import JacobiDecoder, make_guess
+    from cllm.decoding import JacobiDecoder
     from cllm.models import default_width
     from cllm.prompts import PLACE
 
-    guess = make_guess(args.guess)
+    check_guess(args.guess)
     of = open_model(args, PLACE)
     width = args.block_size or default_width(of.record)
+    sample = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
+    guess = pick_guess(args.guess, of, width, [sample])
     return of, JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess)

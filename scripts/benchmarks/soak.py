@@ -27,6 +27,7 @@ from cllm.files import write_json
 ALLOWED = {408, 429}  # what an overloaded server may say
 GROWTH = 1.1  # of the memory, from the first third of the time to the end
 PROMPTS = 24
+SAMPLES = 12  # of the memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,7 +67,8 @@ def options() -> argparse.ArgumentParser:
 
 def wrong(result: dict[str, Any]) -> bool:
     """Whether the server did anything that it must not."""
-    grown = result["memory at the end, MiB"] > GROWTH * result["memory after a third, MiB"]
+    memory = result["memory, MiB"]
+    grown = memory[-1] > GROWTH * memory[len(memory) // 3]
     faults = ("errors", "unequal answers", "rows left over", "stack traces in the log")
     return grown or not result["answers"] or any(result[fault] for fault in faults)
 
@@ -87,19 +89,14 @@ class Soak:
             clients = [
                 asyncio.create_task(self._talk(number, start + self.args.seconds)) for number in range(self.args.clients)
             ]
-            memory = [await self._metric("process_resident_memory_bytes")]
-            await asyncio.sleep(self.args.seconds / 3)
-            memory.append(await self._metric("process_resident_memory_bytes"))
+            memory = [await self._memory()]
+            for _ in range(SAMPLES):
+                await asyncio.sleep(self.args.seconds / SAMPLES)
+                memory.append(await self._memory())
             await asyncio.gather(*clients)
             rows = await self._rows_left()
-            memory.append(await self._metric("process_resident_memory_bytes"))
-        names = ("memory at the start, MiB", "memory after a third, MiB", "memory at the end, MiB")
         counted = ("answers", "hung up", "refused", "errors", "unequal answers")
-        return (
-            {name: self.counts[name] for name in counted}
-            | {"rows left over": rows}
-            | {name: round(size / 2**20, 1) for name, size in zip(names, memory, strict=True)}
-        )
+        return {name: self.counts[name] for name in counted} | {"rows left over": rows, "memory, MiB": memory}
 
     async def _ask_alone(self) -> None:
         """The answers of a single client, which all others must equal."""
@@ -159,6 +156,9 @@ class Soak:
                 return 0
             await asyncio.sleep(0.1)
         return int(rows)
+
+    async def _memory(self) -> float:
+        return round(await self._metric("process_resident_memory_bytes") / 2**20, 1)
 
     async def _metric(self, name: str) -> float:
         lines = (await self.client.get("/metrics")).text.splitlines()

@@ -14,9 +14,11 @@ LONGEST, REST = 12.0, 3.0  # seconds that the slower one takes at most, and that
 TITLES: dict[Method, str] = {"ar": "AR: one token per forward", "jacobi": "Jacobi: the same text"}
 STYLE = """
   text { font: 14px ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace; fill: #1b1f24; white-space: pre }
-  .page { fill: #ffffff } .panel { fill: #f4f5f7 } .title { font-weight: bold } .fast { fill: #b8e6c3 } .stationary { fill: #ffd98a }
+  .page { fill: #ffffff } .panel { fill: #f4f5f7 } .title { font-weight: bold }
+  .fast { fill: #b8e6c3 } .stationary { fill: #ffd98a }
   @media (prefers-color-scheme: dark) {
-    text { fill: #e8eaed } .page { fill: #0d1117 } .panel { fill: #1a1f27 } .fast { fill: #1f5c33 } .stationary { fill: #75540c }
+    text { fill: #e8eaed } .page { fill: #0d1117 } .panel { fill: #1a1f27 }
+    .fast { fill: #1f5c33 } .stationary { fill: #75540c }
   }
 """
 

@@ -26,7 +26,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Gained(Token):
-    """A token that a forward pass fixed: ``fast`` if it had been guessed, ``stationary`` if that one forward earlier already."""
+    """A token that a forward pass fixed: ``fast`` if it had been guessed, ``stationary`` if one forward earlier already."""
 
     kind: Kind
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from cllm.decoding import Sampling
 
@@ -24,13 +25,13 @@ USUAL_COMPLETION = 16  # tokens of a completion whose request says nothing
 def _off(value: Any) -> Any:
     if value in (None, False, 0, "", [], {}):
         return value
-    raise ValueError("is not supported here; leave it out")
+    raise PydanticCustomError("unsupported", "is not supported here; leave it out")
 
 
 def _no_logprobs(value: Any) -> Any:
     if value is None or value is False:
         return value
-    raise ValueError("log-probabilities are not supported: Jacobi decoding keeps none")
+    raise PydanticCustomError("unsupported", "log-probabilities are not supported: Jacobi decoding keeps none")
 
 
 Unsupported = Annotated[Any, AfterValidator(_off)]

@@ -92,8 +92,8 @@ def test_the_trajectory_by_keyboard(page) -> None:
     for number in range(1, forwards + 1):
         words = text(page, "#what").split()
         assert words[:4] == ["Forward", str(number), "of", f"{forwards}:"]
-        gained, fast = gained + int(words[4]), fast + int(words[7])
-        assert page.locator("#state .fast").count() == int(words[7])
+        gained, fast = gained + int(words[4]), fast + int(words[6])
+        assert page.locator("#state .fast").count() == int(words[6])
         page.keyboard.press("ArrowRight")
     tokens = int(text(page, "#jacobi .tokens"))
     assert gained == tokens and tokens - forwards <= fast <= tokens
