@@ -39,14 +39,15 @@ def animate(steps: Sequence[Step], prompt: str, model: str) -> str:
     slowest = max(step.seconds for step in steps)
     shown = min(slowest, LONGEST)
     clock = Clock(shown / slowest if slowest else 1.0, shown + REST)
-    width, height = 3 * MARGIN + 2 * _panel_width(), HEAD + LINES * LINE + 2 * MARGIN + 28
+    own = {method: [step for step in steps if step.method == method] for method in TITLES}
+    lines = 1 + max((piece.line for each in own.values() for piece in fragments(each)), default=0)
+    width, height = 3 * MARGIN + 2 * _panel_width(), HEAD + lines * LINE + 2 * MARGIN + 28
     body = [f'<rect class="page" width="{width:.0f}" height="{height}"/>', _text(MARGIN, 26, model, "title")]
     question = " ".join(prompt.split())
     most = int((width - 2 * MARGIN) / CHARACTER)
     body.append(_text(MARGIN, 50, question if len(question) <= most else question[: most - 1] + "…"))
-    for place, method in enumerate(TITLES):
-        x = MARGIN + place * (_panel_width() + MARGIN)
-        body += _panel(method, [step for step in steps if step.method == method], x, clock)
+    for place, (method, each) in enumerate(own.items()):
+        body += _panel(TITLES[method], each, MARGIN + place * (_panel_width() + MARGIN), lines, clock)
     body.append(_text(MARGIN, height - 12, _legend(clock.scale)))
     size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
     label = escape(f"AR and Jacobi decoding by {model}, side by side")
@@ -94,16 +95,16 @@ def fragments(steps: Sequence[Step]) -> list[Fragment]:
     return [Fragment(f.line - first, f.column, f.text, f.kind, f.step) for f in found if f.line >= first]
 
 
-def _panel(method: Method, steps: Sequence[Step], x: float, clock: Clock) -> list[str]:
-    box = f'<rect class="panel" x="{x:.1f}" y="{HEAD - 26}" width="{_panel_width():.1f}" height="{LINES * LINE + 42}" rx="6"/>'
+def _panel(title: str, steps: Sequence[Step], x: float, lines: int, clock: Clock) -> list[str]:
+    box = f'<rect class="panel" x="{x:.1f}" y="{HEAD - 26}" width="{_panel_width():.1f}" height="{lines * LINE + 42}" rx="6"/>'
     left = x + MARGIN / 2
-    drawn = [box, _text(left, HEAD - 8, TITLES[method], "title")]
+    drawn = [box, _text(left, HEAD - 8, title, "title")]
     pieces = fragments(steps)
     for number, step in enumerate(steps):
         end = steps[number + 1].seconds if number + 1 < len(steps) else None
         speed = f"{step.generated / step.forward:.2f} per forward, {step.generated / step.seconds:.1f}/s"
         right = left + (COLUMNS - len(speed)) * CHARACTER
-        drawn.append(f'<g opacity="0">{clock.visible(step.seconds, end)}{_text(right, HEAD + LINES * LINE + 8, speed)}</g>')
+        drawn.append(f'<g opacity="0">{clock.visible(step.seconds, end)}{_text(right, HEAD + lines * LINE + 8, speed)}</g>')
         own = "".join(_fragment(piece, left) for piece in pieces if piece.step == number)
         drawn.append(f'<g opacity="0">{clock.visible(step.seconds)}{own}</g>')
     return drawn
