@@ -1,4 +1,4 @@
-"""Consistency large language models. ``model.generate(..., custom_generate=cllm.jacobi)`` decodes any model by Jacobi iteration."""
+"""Consistency large language models. ``model.generate(..., custom_generate=cllm.jacobi)``: Jacobi decoding of any model."""
 
 import importlib
 from typing import Any

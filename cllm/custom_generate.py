@@ -8,14 +8,13 @@ Shapes: B rows, P longest prompt, S positions of the sequences, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -28,10 +27,11 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
-from cllm.decoding.engine import Iteration, JacobiDecoder, Streamer, unpad
+from cllm.decoding.engine import JacobiDecoder, Streamer, unpad
+from cllm.decoding.result import Iteration
 from cllm.decoding.sampling import ProcessedSampling, Sampling
 from cllm.errors import UsageError
-from cllm.models import default_width, read_record
+from cllm.models import default_guess, default_width, read_record
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 NO_OUTPUT = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -69,6 +69,8 @@ def generate(
     """
     if "custom_generate" in kwargs:  # another loop is wanted
         more = {"streamer": streamer, "tokenizer": tokenizer}
+    elif kwargs.get("assistant_model") is not None:
+        raise UsageError("Jacobi decoding takes no draft model, got assistant_model")
     else:  # a loop that is given as a function gets neither streamer nor tokenizer from transformers
         criteria = list(stopping_criteria or [])
         sources = (kwargs.get("stop_strings"), generation_config and generation_config.stop_strings)
@@ -79,8 +81,8 @@ def generate(
             kwargs["stop_strings"] = None
         stopping_criteria = StoppingCriteriaList(criteria)
         more = {"custom_generate": jacobi, "stream_to": streamer}
-    prepare: Any = type(model).generate
-    return prepare(model, inputs, generation_config, logits_processor, stopping_criteria, **more, **kwargs)
+    kind: Any = type(model)
+    return kind.generate(model, inputs, generation_config, logits_processor, stopping_criteria, **more, **kwargs)
 
 
 def jacobi(
@@ -91,7 +93,7 @@ def jacobi(
     generation_config: GenerationConfig,
     *,
     block_size: int | None = None,
-    guess: str = "context",
+    guess: str | None = None,
     seed: int | None = None,
     stream_to: Streamer | None = None,
     **model_kwargs: Any,
@@ -101,8 +103,8 @@ def jacobi(
     ``input_ids`` [B, P]: padded prompts. Returns [B, S]: the prompts with their responses, padded on the right, as
     ``generate`` gives them. Greedy responses are those of AR decoding; sampled ones are distributed as AR's.
 
-    ``block_size``: default, what the checkpoint's config.json says (else 16). ``guess``: see JacobiDecoder. ``seed``: of the
-    draws, one for each row being made of it; default, drawn from torch's generator, which ``set_seed`` seeds.
+    ``block_size`` and ``guess``: as for JacobiDecoder; default, what the checkpoint's config.json says. ``seed``: of the draws,
+    one for each row being made of it; default, drawn from torch's generator, which ``set_seed`` seeds.
     ``stream_to``: a streamer. (``generate`` keeps its own ``streamer`` from a loop that is given as a function.)
 
     Logits processors are called once for every token of a row, in their order, with the text so far, as in AR decoding; in a
@@ -115,33 +117,40 @@ def jacobi(
     mask_BP = torch.ones_like(input_ids).bool() if mask_BP is None else mask_BP.bool()
     _refuse_other_tasks(generation_config, model_kwargs, mask_BP)
     prompts = unpad(input_ids, mask_BP)
+    record = read_record(model.config)
     decoder = JacobiDecoder(
         model,
-        default_width(read_record(model.config)) if block_size is None else block_size,
+        default_width(record) if block_size is None else block_size,
         eos_token_ids=[int(i) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id],
-        guess=guess,
+        guess=default_guess(record) if guess is None else guess,
     )
     most = generation_config.max_length - input_ids.shape[1]
     room = [min(most, (decoder.context or most + len(prompt)) - len(prompt)) for prompt in prompts]
     seed = (int(torch.randint(1 << 62, ())) if generation_config.do_sample else 0) if seed is None else seed
     samplings = _samplings(logits_processor, generation_config, input_ids, mask_BP, decoder.eos_ids.tolist(), seed)
     sheet = Sheet(input_ids, room, stopping_criteria, generation_config._pad_token_tensor)
-    if stream_to is not None:
-        stream_to.put(input_ids.cpu())
-    watched = stream_to is not None or not all(isinstance(c, (EosTokenCriteria, MaxLengthCriteria)) for c in stopping_criteria)
-    for iteration in decoder.iterate(prompts, max_new_tokens=most, sampling=samplings):
-        sheet.add(iteration)
-        if watched:
-            sheet.grow(stream_to)
-            if not sheet.unfinished:
-                break
-    sheet.grow()
-    if stream_to is not None:
-        stream_to.end()
+    _decode(decoder.iterate(prompts, max_new_tokens=most, sampling=samplings), sheet, stream_to)
     if generation_config.return_dict_in_generate:
         forwards_B = torch.tensor(sheet.forwards, device=input_ids.device)
         return JacobiOutput(sequences=sheet.sequences, forwards=forwards_B)  # type: ignore[arg-type]
     return sheet.sequences
+
+
+def _decode(iterations: Iterator[Iteration], sheet: Sheet, streamer: Streamer | None) -> None:
+    """Fill the sheet. The host looks at single iterations only where a streamer or a stopping criterion wants it."""
+    if streamer is None and all(isinstance(of, (EosTokenCriteria, MaxLengthCriteria)) for of in sheet.criteria):
+        for iteration in iterations:
+            sheet.add(iteration)
+        return sheet.close()  # the engine has stopped the rows itself
+    if streamer is not None:
+        streamer.put(sheet.sequences.cpu())
+    for iteration in iterations:
+        sheet.add(iteration)
+        sheet.grow(streamer)
+        if not sheet.unfinished:
+            break
+    if streamer is not None:
+        streamer.end()
 
 
 def _refuse_other_tasks(config: GenerationConfig, model_kwargs: dict[str, Any], mask_BP: torch.Tensor) -> None:
@@ -168,7 +177,7 @@ def _samplings(
     seed: int,
 ) -> list[Sampling]:
     """How the tokens of each row are chosen: by our own options where they say it all, else through the processors."""
-    B = len(input_ids)
+    B, P = input_ids.shape
     options = _own_options(processors, bool(config.do_sample), (~mask_BP).sum(1).tolist())
     if options is not None:
         return [Sampling(**options, seed=seed).of(str(row)) for row in range(B)]
@@ -176,7 +185,7 @@ def _samplings(
         ProcessedSampling(
             temperature=float(bool(config.do_sample)),
             seed=seed,
-            process=Processed(processors, B, row, input_ids[row, ~mask_BP[row]], input_ids.shape[1], config.max_length, eos_ids),
+            process=Processed(processors, B, row, input_ids[row, ~mask_BP[row]], P, config.max_length, eos_ids),
         ).of(str(row))
         for row in range(B)
     ]
@@ -220,11 +229,12 @@ class Processed:
         processed_V = self._ask(ids_S, scores_V)
         if self.batch_size > 1 and not torch.equal(processed_V, self._ask(ids_S, scores_V)):
             names = ", ".join(type(processor).__name__ for processor in self.processors)
-            raise UsageError(f"a logits processor keeps state, so it takes one prompt at a time, got {self.batch_size} ({names})")
+            raise UsageError(f"one of {names} keeps state, so it takes one prompt at a time, got {self.batch_size}")
         return processed_V
 
     def _ask(self, ids_S: torch.Tensor, scores_V: torch.Tensor) -> torch.Tensor:
-        return self.processors(ids_S.repeat(self.batch_size, 1), scores_V.repeat(self.batch_size, 1))[self.row]
+        processors: Any = self.processors
+        return processors(ids_S.repeat(self.batch_size, 1), scores_V.repeat(self.batch_size, 1))[self.row]
 
 
 class Sheet:
@@ -237,10 +247,10 @@ class Sheet:
         self, input_ids: torch.Tensor, room: Sequence[int], criteria: StoppingCriteriaList, pad: torch.Tensor | None
     ) -> None:
         self.criteria, self.room = criteria, room  # room: tokens that each row can have
-        self.ids_BS = torch.nn.functional.pad(input_ids, (0, max(room, default=0)))
+        self.pad = int(pad) if pad is not None else 0
+        self.ids_BS = torch.nn.functional.pad(input_ids, (0, max(room)), value=self.pad)
         self.length = input_ids.shape[1]
         self.start = self.length
-        self.pad = int(pad) if pad is not None else 0
         self.tokens: list[list[int]] = [[] for _ in room]
         self.forwards = [0 for _ in room]
         self.unfinished = set(range(len(room)))
@@ -253,7 +263,14 @@ class Sheet:
     def add(self, iteration: Iteration) -> None:
         self._new.append(iteration)
 
-    def grow(self, streamer: Streamer | None = None) -> None:
+    def close(self) -> None:
+        """Take all steps at once, asking no criterion."""
+        self._fetch()
+        for row, tokens in enumerate(self.tokens):
+            self.ids_BS[row, self.start : self.start + len(tokens)] = torch.tensor(tokens, device=self.ids_BS.device)
+        self.length = self.start + max(map(len, self.tokens))
+
+    def grow(self, streamer: Streamer | None) -> None:
         """Take the steps that can be taken; the streamer gets their tokens, [k] for one row, [B] a step for several."""
         self._fetch()
         before = self.length

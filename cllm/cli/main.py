@@ -15,6 +15,7 @@ COMMANDS = {
     "acc": "measure accuracy on a task",
     "generate": "answer a file of prompts",
     "chat": "talk to a model",
+    "export": "write a checkpoint that decodes by Jacobi iteration in plain transformers",
     "report": "make one page and pictures out of result files",
     "fastchat": "FastChat's chat, model worker and servers with our decoder (needs fschat)",
     "tasks": "list the tasks with their data, metric and prompt templates",
