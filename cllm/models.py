@@ -43,7 +43,7 @@ def load_model(
     attention. Raises UsageError where nothing can be loaded from ``path``, or where weights are missing or of another shape
     than config.json says.
     """
-    _check_path(path)
+    check_path(path)
     device = device or default_device()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
@@ -70,7 +70,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
     Raises UsageError where there is none, or one without an end-of-sequence token.
     """
-    _check_path(path)
+    check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # as in load_model
@@ -82,6 +82,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_path(path: str) -> None:
+    """Raise UsageError for what is neither a folder nor the form of a hub name."""
+    if not path or not Path(path).is_dir() and (Path(path).exists() or not HUB_NAME.fullmatch(path)):
+        raise UsageError(f"model must be a checkpoint folder or a hub name, got {path!r}, which is neither")
 
 
 def embedding_device(model: PreTrainedModel) -> torch.device:
@@ -154,12 +160,6 @@ def weights_stamp(path: StrPath) -> str | None:
             facts = file.stat()
             digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _check_path(path: str) -> None:
-    """Raise UsageError for what is neither a folder nor the form of a hub name."""
-    if not path or not Path(path).is_dir() and (Path(path).exists() or not HUB_NAME.fullmatch(path)):
-        raise UsageError(f"model must be a checkpoint folder or a hub name, got {path!r}, which is neither")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ LAYERS = (  # from the bottom; a module may import its own layer and those below
     {"result_file"},
     {"tasks", "scoring"},
     {"attention", "prompts", "models"},
-    {"packing", "decoding", "reference"},
+    {"packing", "decoding", "reference", "custom_generate"},
     {"trajectory", "training", "evaluation", "serving"},
     {"cli"},
     {"inference", "__main__"},  # other ways to call cli

@@ -15,6 +15,7 @@ COMMANDS = {
     "acc": "measure accuracy on a task",
     "generate": "answer a file of prompts",
     "chat": "talk to a model",
+    "export": "write a checkpoint that decodes by Jacobi iteration in plain transformers",
     "report": "make one page and pictures out of result files",
     "serve": "serve a model under the OpenAI protocol",
     "demo": "watch AR and Jacobi decoding side by side in a web page",

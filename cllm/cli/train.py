@@ -30,12 +30,16 @@ class RunArguments:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    from cllm.serving.export import equip
     from cllm.training.arguments import CllmTrainingArguments
 
     words = sys.argv[1:] if argv is None else argv
     run, args = parse(words, "cllm train", __doc__, RunArguments, CllmTrainingArguments)
     resume_from = checkpoint(args)
-    train(build_trainer(run, args), resume_from, "CLLM")
+    trainer = build_trainer(run, args)
+    train(trainer, resume_from, "CLLM")
+    if trainer.is_world_process_zero():
+        equip(args.output_dir)
 
 
 def build_trainer(run: RunArguments, args):

@@ -201,7 +201,8 @@ class JacobiDecoder:
                 if (size := self.runner.size(len(running), len(batch.rows))) < batch.size:
                     batch.keep(running)
                     batch.resize(size)
-                chooser = Chooser([request.sampling for request in inside.values()])
+                    running = {row: (place, start) for place, (row, (_, start)) in enumerate(running.items())}
+                chooser = Chooser([request.sampling for request in inside.values()], [place for place, _ in running.values()])
                 reach = max(start for _, start in running.values())
             step += 1
             reach = min(reach + self.width, most)  # no row's window ends beyond this

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -20,6 +20,7 @@ from cllm.errors import UsageError
 OPTIONS = 5  # O: how many numbers Sampling.options gives
 COLDEST = 1e-5  # temperatures between this and 0 would overflow float32
 CHUNK = 1 << 25  # logits that are worked on together, to bound the memory
+Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # text so far [t], scores of what follows [V] -> scores [V]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,17 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True)
+class ProcessedSampling(Sampling):
+    """Choices from scores that ``process`` has changed first, as transformers' logits processors do.
+
+    With a sliding window it is called once for every token of the output, in their order, as in AR decoding. It never sees
+    a guess that turns out wrong. It runs on the host: every token costs a look at the device.
+    """
+
+    process: Process | None = None
+
+
 def per_prompt(sampling: Sampling | Sequence[Sampling], prompts: int) -> list[Sampling]:
     """One Sampling for each prompt. Raises UsageError if there are more or fewer."""
     if isinstance(sampling, Sampling):
@@ -85,23 +97,26 @@ def per_prompt(sampling: Sampling | Sequence[Sampling], prompts: int) -> list[Sa
 class Chooser:
     """Chooses tokens as Sampling objects want it: which steps any row needs is known here, before any tensor."""
 
-    def __init__(self, samplings: Sequence[Sampling]) -> None:
+    def __init__(self, samplings: Sequence[Sampling], places: Iterable[int] | None = None) -> None:
+        """``places``: where each one's row stands in the batch, in the order of ``samplings`` unless given."""
         drawn = [s for s in samplings if s.temperature > 0]
         self.draws = bool(drawn)
         self.penalises = any(s.repetition_penalty != 1 for s in samplings)
         self.largest_k = max((s.top_k for s in drawn), default=0)
         self.limits_top_p = any(s.top_p < 1 for s in drawn)
         self.limits_min_p = any(s.min_p > 0 for s in drawn)
+        placed = zip(places or range(len(samplings)), samplings)
+        self.processes = [(place, s.process) for place, s in placed if isinstance(s, ProcessedSampling) and s.process]
 
     @property
     def greedy(self) -> bool:
         """The likeliest token is chosen, in all rows."""
-        return not (self.draws or self.penalises)
+        return not (self.draws or self.penalises or self.processes)
 
     @property
     def kind(self) -> tuple[int, ...]:
-        """Choosers of the same kind do the same to tensors."""
-        return tuple(vars(self).values())
+        """Choosers of the same kind, none of which has ``processes``, do the same to tensors."""
+        return (self.draws, self.penalises, self.largest_k, self.limits_top_p, self.limits_min_p)
 
     def choose(
         self,
@@ -116,12 +131,51 @@ class Chooser:
 
         Each choice takes the window up to its own token for the true text: it is right if that is.
         """
-        if self.greedy:
+        columns = (logits_BWV, text_BS, window_BW, start_B, options_BO, seed_B)
+        choices_BW = self._choose(*columns)
+        for row, process in self.processes:
+            choices_BW[row] = self._follow(process, choices_BW[row], *(of[row : row + 1] for of in columns))
+        return choices_BW
+
+    def _follow(
+        self,
+        process: Process,
+        choices_W: torch.Tensor,
+        logits_1WV: torch.Tensor,
+        text_1S: torch.Tensor,
+        window_1W: torch.Tensor,
+        start_1: torch.Tensor,
+        options_1O: torch.Tensor,
+        seed_1: torch.Tensor,
+    ) -> torch.Tensor:
+        """Choose again from processed scores, as far as the window's guesses turn out right: what follows is no true text."""
+        choices_W, start = choices_W.clone(), int(start_1)
+        text_1S = text_1S.clone()
+        text_1S[0, start : start + window_1W.shape[1]] = window_1W[0]
+        for at, logits_V in enumerate(logits_1WV[0]):
+            scores_V = process(text_1S[0, : start + at + 1], logits_V.float())
+            here = window_1W[:, at : at + 1]
+            choices_W[at] = self._choose(scores_V[None, None], text_1S, here, start_1 + at, options_1O, seed_1)[0, 0]
+            if not torch.equal(choices_W[at : at + 1], window_1W[0, at + 1 : at + 2]):
+                break
+        return choices_W
+
+    def _choose(
+        self,
+        logits_BWV: torch.Tensor,
+        text_BS: torch.Tensor,
+        window_BW: torch.Tensor,
+        start_B: torch.Tensor,
+        options_BO: torch.Tensor,
+        seed_B: torch.Tensor,
+    ) -> torch.Tensor:
+        """:meth:`choose` from the scores as they are."""
+        if not (self.draws or self.penalises):
             return logits_BWV.argmax(dim=-1)
         rows = max(1, CHUNK // logits_BWV[0].numel())
         if len(logits_BWV) > rows:
             columns = (logits_BWV, text_BS, window_BW, start_B, options_BO, seed_B)
-            return torch.cat([self.choose(*part) for part in zip(*(of.split(rows) for of in columns), strict=True)])
+            return torch.cat([self._choose(*part) for part in zip(*(of.split(rows) for of in columns), strict=True)])
         positions_BW = start_B[:, None] + torch.arange(window_BW.shape[1], device=start_B.device)
         scores_BWV = logits_BWV.float()
         if self.penalises:

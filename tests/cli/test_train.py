@@ -72,6 +72,7 @@ def test_the_result_is_a_plain_checkpoint(run, model_dir: Path, capsys) -> None:
     assert (record["target_model"], record["responses"], record["consistency"]) == (str(model_dir), 8, "global")
     assert AutoTokenizer.from_pretrained(out).chat_template
     assert model.generation_config.eos_token_id == 2
+    assert (out / "custom_generate" / "generate.py").is_file() and "- block size: 4" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Steps that are captured or compiled give what plain steps give. Captures are kept, bounded, and given up where they fail."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling
 from cllm.decoding import runner as runner_module
 from cllm.decoding.guess import STRATEGIES
 from cllm.decoding.runner import CapturingRunner, CompiledStep, Runner
+from cllm.decoding.sampling import ProcessedSampling
 from cllm.errors import UsageError
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=7)
@@ -59,6 +61,22 @@ def test_captured_steps_give_the_same_texts(guess: str) -> None:
         decoder = capturing(model, width, **options)
         assert dict(Queue(decoder, 3).run(wanted)) == plain, kind
         assert decoder.runner.capture.replays > decoder.runner.capture.captures > 0
+
+
+def test_rows_with_a_process_of_their_own() -> None:
+    """It is asked about its own row's true text, wherever that row stands; such steps are not captured."""
+
+    def process(text_t: torch.Tensor, scores_V: torch.Tensor) -> torch.Tensor:
+        return scores_V.index_fill(0, text_t[-3:], -torch.inf)
+
+    draw, model = random.Random(5), tiny_model(seed=2, vocab_size=97)
+    picky = [ProcessedSampling(process=process), ProcessedSampling(temperature=1.0, seed=3, process=process)]
+    wanted = [replace(request, sampling=draw.choice([GREEDY, SAMPLED, *picky])) for request in requests(draw, 12)]
+    (ar, plain, captured) = (JacobiDecoder(model, 1), JacobiDecoder(model, 6), capturing(model, 6))
+    expected = {at: ar.generate([r.prompt], max_new_tokens=r.max_new_tokens, sampling=r.sampling) for at, r in enumerate(wanted)}
+    for decoder in (plain, captured):
+        results = dict(Queue(decoder, 4).run(wanted))
+        assert {at: result.token_ids for at, result in results.items()} == {at: r.token_ids for at, (r,) in expected.items()}
 
 
 def test_what_a_caller_holds_is_not_overwritten() -> None:

@@ -1,0 +1,48 @@
+"""``cllm export``: a checkpoint that decodes by Jacobi iteration in plain transformers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from cllm.cli.command import command, parser
+
+
+def options() -> argparse.ArgumentParser:
+    result = parser(
+        "Write a checkpoint that decodes by Jacobi iteration in plain transformers (trust_remote_code=True), and as an "
+        "ordinary model everywhere else; with a model card.",
+        "cllm export",
+    )
+    result.add_argument("model", metavar="MODEL", help="checkpoint folder or hub name")
+    result.add_argument("output", metavar="OUTPUT", help="folder to write: new, empty, or an earlier export")
+    result.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="JSON files of `cllm speedup` and `cllm acc` on this model, for the model card",
+    )
+    result.add_argument(
+        "--push",
+        nargs="?",
+        const="",
+        metavar="OWNER/NAME",
+        help="upload the result to the Hugging Face hub; default: OUTPUT's name among your own models",
+    )
+    return result
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = options().parse_args(argv)
+    from cllm.serving import hub
+    from cllm.serving.export import export
+
+    if args.push is not None:
+        owner = hub.account()  # before gigabytes are copied
+    export(args.model, args.output, args.results)
+    print(f"Checkpoint exported to {args.output}")
+    if args.push is not None:
+        print(f"Pushed to {hub.push(Path(args.output), args.push or f'{owner}/{Path(args.output).resolve().name}')}")

@@ -1,0 +1,178 @@
+"""A checkpoint's README.md: what it is, how to use it, how it was made, what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
+
+from cllm.errors import UsageError
+from cllm.evaluation.quality import QUALITY_ROWS
+from cllm.evaluation.table import number, percent, percent_with_interval, with_interval
+from cllm.files import StrPath, open_text
+from cllm.models import GUESS, HUB_NAME, WIDTH, default_width
+from cllm.prompts import CHAT, DIALOGUES, PLACE
+from cllm.tasks import get_task, task_names
+from cllm.tasks.base import Task
+
+MARK = "<!-- written by cllm export -->"
+TAGS = ["cllm", "custom_generate", "jacobi-decoding", "arxiv:2403.00835"]
+RECIPE = {  # keys of the record, as people say them
+    "block_size": "block size",
+    "responses": "responses trained on",
+    "consistency": "consistency loss",
+    "states_per_block": "states per block",
+    "teacher": "teacher of the states",
+    "ar_loss": "AR loss",
+    "ar_weight": "weight of the AR loss",
+    "distance_decay": "distance decay",
+}
+Report = dict[str, Any]  # the JSON of `cllm speedup` or `cllm acc`
+
+
+def read_reports(paths: Sequence[StrPath], record: Mapping[str, Any]) -> list[Report]:
+    """Result files of the checkpoint that has this record. Raises UsageError for another file or another checkpoint's."""
+    reports = []
+    for path in paths:
+        with open_text(path) as file:
+            try:
+                report = json.load(file)
+            except ValueError as error:
+                raise UsageError(f"not a JSON file: {path} ({error})") from error
+        if not isinstance(report, dict) or not ("methods" in report or "summary" in report) or "settings" not in report:
+            raise UsageError(f"{path} is not what `cllm speedup` or `cllm acc` writes")
+        if _recipe_of(report.get("record") or record) != _recipe_of(record):
+            raise UsageError(f"{path} was measured on another checkpoint: its record differs from the one in config.json")
+        reports.append(report)
+    return reports
+
+
+def model_card(name: str, record: Mapping[str, Any], template: str, reports: Sequence[Report]) -> str:
+    """The card as Markdown with YAML at its head.
+
+    ``record`` is what config.json says of the checkpoint's making, ``template`` the text of its PromptTemplate.
+    """
+    task = get_task(record["task"]) if record.get("task") in task_names() else None
+    parts = [_head(name, record), _usage(template, task), _making(record, task)]
+    if reports:
+        parts.append("## Measured\n\nBrackets: 95% intervals.")
+        parts += [_speed(report) if "methods" in report else _accuracy(report) for report in reports]
+    return f"---\n{_metadata(name, record, task, reports).to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _recipe_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what may be added to it after the training."""
+    return {key: value for key, value in record.items() if key not in (WIDTH, GUESS)}
+
+
+def _metadata(name: str, record: Mapping[str, Any], task: Task | None, reports: Sequence[Report]) -> ModelCardData:
+    target = str(record.get("target_model") or "")
+    fetched = bool(HUB_NAME.fullmatch(target)) and isinstance(try_to_load_from_cache(target, "config.json"), str)
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        base_model=target if fetched else None,  # a local path may look like a hub name
+        datasets=[task.hub.path] if task is not None and task.hub is not None else None,
+        model_name=name,
+        eval_results=[result for report in reports for result in _figures(report)] or None,
+    )
+
+
+def _figures(report: Report) -> list[EvalResult]:
+    """The figures that the hub shows beside a model."""
+    task = str(report["settings"].get("task"))
+    if "methods" in report:
+        score = report["quality"]["jacobi"]["score"]
+        values = {"tokens_per_forward": report["methods"]["jacobi"]["tokens_per_forward"], report["settings"]["metric"]: score}
+    else:
+        values = {name: of["mean"] for name, of in report["summary"]["scores"].items()}
+    return [
+        EvalResult("text-generation", task, task, kind, round(value, 4)) for kind, value in values.items() if value is not None
+    ]
+
+
+def _head(name: str, record: Mapping[str, Any]) -> str:
+    return (
+        f"# {name}\n\nA consistency large language model ([CLLM](https://arxiv.org/abs/2403.00835)): a plain checkpoint that "
+        "decodes several tokens in every forward pass, by Jacobi iteration. The text is that of autoregressive (AR) decoding, "
+        f"token for token; with sampling it is distributed as AR's. Window: {default_width(record)} tokens."
+    )
+
+
+def _usage(template: str, task: Task | None) -> str:
+    question = task.default_question if task is not None else "1 + 1 = ?"
+    if template == CHAT:
+        messages = '[{"role": "user", "content": question}]'
+        options = 'add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        inputs = f"tokenizer.apply_chat_template(\n    {messages}, {options}\n)"
+    else:
+        text = DIALOGUES[template].text if template in DIALOGUES else template
+        inputs = f'tokenizer({text!r}.replace("{PLACE}", question), return_tensors="pt")'
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+question = {question!r}
+inputs = {inputs}
+output = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+`trust_remote_code=True` runs this checkpoint's `custom_generate/generate.py`. Without it the model is an ordinary AR model, as
+in any other program. Batches, streamers, sampling, stop strings and logits processors work as ever; `block_size=`, `guess=` and
+`seed=` are options of its own. Beam search and `output_scores` are refused."""
+
+
+def _making(record: Mapping[str, Any], task: Task | None) -> str:
+    lines = []
+    if record.get("target_model"):
+        target = str(record["target_model"])
+        lines.append(f"- target model: {target if HUB_NAME.fullmatch(target) else Path(target).name}")
+    if task is not None:
+        where = f" ([{task.hub.path}](https://huggingface.co/datasets/{task.hub.path}))" if task.hub is not None else ""
+        lines.append(f"- data: {task.description}{where}; Jacobi trajectories of the target model's own responses")
+    lines += [f"- {title}: {record[key]}" for key, title in RECIPE.items() if record.get(key) is not None]
+    return "## How it was made\n\n" + ("\n".join(lines) or "Its config.json does not say.")
+
+
+def _speed(report: Report) -> str:
+    """What `cllm speedup` found, the target model's text beside it where that was measured."""
+    settings, machine = report["settings"], report["environment"]
+    head = (
+        f"**{settings['task']}**, {report['data']['prompts']} prompts, up to {settings['max_new_seq_len']} new tokens, "
+        f"batch size {settings['batch_size']}, {settings['dtype']} on {machine['device_name']}:"
+    )
+    rows = []
+    for name, of in report["methods"].items():
+        forward = with_interval(of["tokens_per_forward"], of["tokens_per_forward_interval"])
+        over_ar = with_interval(of["speedup"], of["speedup_interval"])
+        rows.append([report["labels"][name], forward, number(of["tokens_per_second"], 1), over_ar, percent(of["same_as_ar"])])
+    speed = _table(["method", "tokens per forward", "tokens/s", "over AR", "same text as AR"], rows)
+    columns = {"jacobi": "this model", "target": "target model"}
+    there = {title: report["quality"][name] for name, title in columns.items() if name in report["quality"]}
+    quality = []
+    for title, value, interval, as_percent in QUALITY_ROWS:
+        show = percent_with_interval if as_percent else with_interval
+        cells = [show(of[value], of[interval] if interval else None) for of in there.values()]
+        quality.append([settings["metric"] if title == "score" else title, *cells])
+    return "\n\n".join([head, speed, _table(["", *there], quality)])
+
+
+def _accuracy(report: Report) -> str:
+    """What `cllm acc` found."""
+    settings, summary = report["settings"], report["summary"]
+    head = f"**{settings['task']}**, {summary['answers']} answers, up to {settings.get('max_tokens')} new tokens:"
+    rows = [[name, percent_with_interval(of["mean"], of["interval"])] for name, of in summary["scores"].items()]
+    rows.append(["tokens per forward", with_interval(summary["tokens_per_forward"], summary["tokens_per_forward_interval"])])
+    return head + "\n\n" + _table(["", "this model"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
