@@ -73,7 +73,9 @@ def test_rows_with_a_process_of_their_own() -> None:
     picky = [ProcessedSampling(process=process), ProcessedSampling(temperature=1.0, seed=3, process=process)]
     wanted = [replace(request, sampling=draw.choice([GREEDY, SAMPLED, *picky])) for request in requests(draw, 12)]
     (ar, plain, captured) = (JacobiDecoder(model, 1), JacobiDecoder(model, 6), capturing(model, 6))
-    expected = {at: ar.generate([r.prompt], max_new_tokens=r.max_new_tokens, sampling=r.sampling) for at, r in enumerate(wanted)}
+    expected = {}
+    for at, request in enumerate(wanted):
+        expected[at] = ar.generate([request.prompt], max_new_tokens=request.max_new_tokens, sampling=request.sampling)
     for decoder in (plain, captured):
         results = dict(Queue(decoder, 4).run(wanted))
         assert {at: result.token_ids for at, result in results.items()} == {at: r.token_ids for at, (r,) in expected.items()}
