@@ -180,6 +180,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     block_size = 1
     if args.use_consistency_decoding:
         block_size = args.max_new_tokens_for_consistency or default_width(of.record)
+    JacobiDecoder(of.model, block_size)  # refuses what cannot be decoded before anything is written
     settings = _settings(args, task, of, block_size, sampling)
     answers = accuracy.AnswerFile(args.output_file_name, settings, args.resume)
     kept = sum(map(answers.has, examples))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 
@@ -29,18 +29,17 @@ COMMANDS = {
     "/help": "this list",
     "/exit": "leave",
 }
-OTHER_NAMES = {"python": "code_search_net"}  # the paper's --cllm_type, where it is not a task's name
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from cllm.tasks import task_names
+    from cllm.tasks import DEFAULT_TASK, task_names
 
     options = parser("Talk to a model; it answers by Jacobi decoding. Reads standard input, one turn a line.", "cllm chat")
     add_model_options(options, "--model")
     options.add_argument(
         "--cllm_type",
-        choices=sorted([*task_names(), *OTHER_NAMES]),
-        default="gsm8k",
+        choices=task_names(others=True),
+        default=DEFAULT_TASK,
         help="whose plain template and default question to use",
     )
     options.add_argument("--block_size", type=int, help="default: the one the checkpoint was trained with, else 16")
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cllm.serving.turns import HOW, turns
     from cllm.tasks import get_task
 
-    task = get_task(OTHER_NAMES.get(args.cllm_type, args.cllm_type))
+    task = get_task(args.cllm_type)
     if args.seed is None:
         args.seed = random.getrandbits(32)
     chat = Chat(args, task.plain_template, task.default_question)
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdin.reconfigure(errors="replace")
     if interactive:
         print(f"{HELP}\n{HOW}\nAn empty line asks: {task.default_question}")
-    for turn in turns(_prompt if interactive else _piped_line):
+    for turn in turns(_prompt if interactive else _piped()):
         text = turn.strip()
         if text == "/exit":
             return
@@ -162,8 +161,12 @@ def _prompt(prompt: str) -> str:
     return input(prompt)
 
 
-def _piped_line(prompt: str) -> str:
-    line = sys.stdin.readline()
-    if not line:
+def _piped() -> Callable[[str], str]:
+    lines = iter(sys.stdin)
+
+    def read(prompt: str) -> str:
+        for line in lines:
+            return line.removesuffix("\n")
         raise EOFError
-    return line.removesuffix("\n")
+
+    return read

@@ -13,12 +13,12 @@ from cllm.errors import UsageError
 
 
 def options() -> argparse.ArgumentParser:
-    from cllm.tasks import task_names
+    from cllm.tasks import DEFAULT_TASK, task_names
 
     result = parser("Watch AR and Jacobi decoding write the same text side by side, in a web page or a picture.", "cllm demo")
     add_service_options(result)
     result.add_argument(
-        "--cllm_type", choices=task_names(), default="gsm8k", help="whose default question the page starts with"
+        "--cllm_type", choices=task_names(), default=DEFAULT_TASK, help="whose default question the page starts with"
     )
     result.add_argument("--prompt", help="another question to start with")
     result.add_argument("--browser", action=argparse.BooleanOptionalAction, default=True, help="open the page in a browser")

@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_packages()
     from cllm.serving.server.app import create_app
     from cllm.serving.server.run import Server, address, bind
-    from cllm.tasks import get_task
+    from cllm.tasks import DEFAULT_TASK, get_task
 
     with bind(args.host, args.port) as listener:
-        service = open_service(args, get_task("gsm8k").default_question, sampling)
+        service = open_service(args, get_task(DEFAULT_TASK).default_question, sampling)
         app = create_app(service, args.api_key or os.environ.get(KEY))
         print(f"{service.name} on {address(listener)}/v1; Ctrl-C stops it", flush=True)
         Server(app, service.worker, args.grace).run(sockets=[listener])

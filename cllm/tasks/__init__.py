@@ -6,20 +6,23 @@ import pkgutil
 from cllm.errors import UsageError
 from cllm.tasks.base import Task
 
-__all__ = ["get_task", "task_names"]
+__all__ = ["DEFAULT_TASK", "get_task", "task_names"]
+
+DEFAULT_TASK = "gsm8k"  # where a command is about none in particular
 
 
-def task_names() -> list[str]:
-    """The names of all tasks, sorted."""
-    return sorted(_tasks())
+def task_names(*, others: bool = False) -> list[str]:
+    """The names of all tasks, sorted; with ``others`` also those that they have beside their own."""
+    return sorted(name for task in _tasks().values() for name in (task.name, *(task.other_names if others else ())))
 
 
 def get_task(name: str) -> Task:
     """The task called ``name``. Raises UsageError, naming the tasks there are, when there is none."""
     tasks = _tasks()
-    if name not in tasks:
-        raise UsageError(f"unknown task {name!r}; choose from {', '.join(sorted(tasks))}")
-    return tasks[name]
+    for task in tasks.values():
+        if name in (task.name, *task.other_names):
+            return task
+    raise UsageError(f"unknown task {name!r}; choose from {', '.join(sorted(tasks))}")
 
 
 def _tasks() -> dict[str, Task]:

@@ -51,6 +51,7 @@ class Task(ABC):
     """One dataset: how its rows become prompts, and how replies are scored."""
 
     name: ClassVar[str]
+    other_names: ClassVar[tuple[str, ...]] = ()  # what the paper calls it somewhere
     description: ClassVar[str]
     fields: ClassVar[str]  # the fields a row needs, for error messages
     metric: ClassVar[str]  # the key of score() that is reported as the task's accuracy

@@ -43,6 +43,7 @@ class CodeSearchNet(Task):
     """Python functions from documentation; a reply passes when its program passes the problem's tests."""
 
     name = "code_search_net"
+    other_names = ("python",)
     description = "CodeSearchNet-Python: functions from their documentation; tested on HumanEval and MBPP"
     fields = (
         "func_documentation_string and func_code_string (CodeSearchNet, training), or "

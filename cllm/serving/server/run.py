@@ -45,6 +45,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # clients that come before the server is ready wait
     except (OSError, OverflowError) as error:
         listener.close()
         raise UsageError(f"cannot listen on {host} port {port}: {error}") from error
