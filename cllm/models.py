@@ -26,6 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DEFAULT_WIDTH = 16  # the paper's block size
 DEFAULT_GUESS = "context"  # what CLLMs are trained with
 WIDTH, GUESS = "decoding_width", "decoding_guess"  # keys of the record
+ORIGINS = ("target_model", "base_model")  # keys that name the checkpoint a model was made of
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -134,15 +135,23 @@ def default_guess(record: Mapping[str, Any]) -> str:
 
 
 def store_choice(path: str, width: int, guess: str) -> None:
-    """Write what :func:`default_width` and :func:`default_guess` then find into a checkpoint's config.json, atomically.
+    """Let a checkpoint say what :func:`default_width` and :func:`default_guess` then find.
+
+    Raises UsageError for what is no local checkpoint.
+    """
+    add_to_record(path, {WIDTH: width, GUESS: guess})
+
+
+def add_to_record(path: StrPath, facts: Mapping[str, Any]) -> None:
+    """Write ``facts`` into the record in a checkpoint's config.json, atomically.
 
     Raises UsageError for what is no local checkpoint.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise UsageError(f"only a local checkpoint can remember its width; there is no {file}")
+        raise UsageError(f"only a local checkpoint has a record to write into; there is no {file}")
     config = json.loads(file.read_text(encoding="utf-8"))
-    config[RECORD] = (config.get(RECORD) or {}) | {WIDTH: width, GUESS: guess}
+    config[RECORD] = (config.get(RECORD) or {}) | dict(facts)
     write_json(file, config)
 
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cllm.attention import check_model
+from cllm.checkpoints import published_record
 from cllm.errors import UsageError
 from cllm.files import StrPath, write_text
-from cllm.models import check_path, first_line, load_tokenizer, read_record, stop_token_ids
+from cllm.models import (
+    HUB_NAME,
+    ORIGINS,
+    add_to_record,
+    check_path,
+    first_line,
+    load_tokenizer,
+    read_record,
+    stop_token_ids,
+)
 from cllm.prompts import PLACE, choose_template
 from cllm.serving.bundle import HEAD, bundle
 from cllm.serving.model_card import MARK, model_card, read_reports
@@ -46,27 +58,34 @@ def export(model: str, output: StrPath, results: Sequence[StrPath] = ()) -> None
     names = sorted(path.name for path in source.iterdir() if path.is_file() and _matches(path.name, FILES))
     if not any(_matches(name, WEIGHTS) for name in names):
         raise UsageError(f"no weights in {model}; expected one of {', '.join(WEIGHTS)}")
-    read_reports(results, Skeleton(source).record)
+    published = published_record(model)  # what the paper's checkpoints do not say themselves
+    read_reports(results, Skeleton(source).record or published)
     write_text(target / CODE, code())  # first, so that an interrupted export can be run again
     for path in target.iterdir():
         if path.name not in names and _matches(path.name, FILES):
             path.unlink()
     for name in names:
         _copy(source / name, target / name)
+    if published:
+        add_to_record(target, published)
     equip(target, results)
 
 
 def equip(folder: StrPath, results: Sequence[StrPath] = ()) -> None:
     """Add to a checkpoint folder: the decoding code, all stop tokens in generation_config.json, and a model card.
 
-    ``results`` are JSON files of ``cllm speedup`` and ``cllm acc`` for the card. A README.md that others wrote stays.
+    Of folders that the record in config.json names, as the target model's, no more than the name is kept. ``results`` are
+    JSON files of ``cllm speedup`` and ``cllm acc`` for the card. A README.md that others wrote stays.
     Raises UsageError for a checkpoint that cannot be loaded or decoded, and for results that are not of it.
     """
     folder = Path(folder)
     skeleton = Skeleton(folder)
     reports = read_reports(results, skeleton.record)
-    card = model_card(folder.resolve().name, skeleton.record, skeleton.template.text, reports)
+    origins = _origins(skeleton.record)
+    card = model_card(folder.resolve().name, skeleton.record | origins, skeleton.template.text, reports)
     write_text(folder / CODE, code())
+    if origins != {key: skeleton.record[key] for key in origins}:
+        add_to_record(folder, origins)
     write_text(folder / "generation_config.json", skeleton.generation_config().to_json_string())
     if (folder / CARD).exists() and MARK not in (folder / CARD).read_text(encoding="utf-8"):
         logger.warning("%s is kept as it is: it was not written by cllm export", folder / CARD)
@@ -117,7 +136,18 @@ def _fetched(model: str) -> Path:
         raise UsageError(f"cannot fetch {model!r} from the Hugging Face hub: {first_line(error)}") from error
 
 
+def _origins(record: Mapping[str, Any]) -> dict[str, str]:
+    """What the checkpoint was made of, in words that mean something elsewhere: hub names, of folders their last parts."""
+    paths = {key: str(record[key]) for key in ORIGINS if record.get(key)}
+    on_hub = {key for key, path in paths.items() if HUB_NAME.fullmatch(path) and not Path(path).exists()}
+    return {key: path if key in on_hub else Path(os.path.abspath(path)).name for key, path in paths.items()}
+
+
 def _is_export(folder: Path) -> bool:
+    """Whether an export wrote all that is there. A training run has left more; its weights must not be overwritten."""
+    ours = (CARD, Path(CODE).parts[0], ".*")
+    if any(not _matches(path.name, (*FILES, *ours)) for path in folder.iterdir()):
+        return False
     return (folder / CODE).is_file() and (folder / CODE).read_text(encoding="utf-8").startswith(HEAD)
 
 

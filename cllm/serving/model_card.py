@@ -13,7 +13,7 @@ from cllm.errors import UsageError
 from cllm.evaluation.quality import QUALITY_ROWS
 from cllm.evaluation.table import number, percent, percent_with_interval, with_interval
 from cllm.files import StrPath, open_text
-from cllm.models import GUESS, HUB_NAME, WIDTH, default_width
+from cllm.models import GUESS, HUB_NAME, ORIGINS, WIDTH, default_width
 from cllm.prompts import CHAT, DIALOGUES, PLACE
 from cllm.tasks import get_task, task_names
 from cllm.tasks.base import Task
@@ -64,8 +64,9 @@ def model_card(name: str, record: Mapping[str, Any], template: str, reports: Seq
 
 
 def _recipe_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without what may be added to it after the training."""
-    return {key: value for key, value in record.items() if key not in (WIDTH, GUESS)}
+    """The record without what may be added to it after the training, and what an export leaves of paths."""
+    kept = {key: value for key, value in record.items() if key not in (WIDTH, GUESS)}
+    return kept | {key: Path(kept[key]).name for key in ORIGINS if kept.get(key)}
 
 
 def _metadata(name: str, record: Mapping[str, Any], task: Task | None, reports: Sequence[Report]) -> ModelCardData:
@@ -133,8 +134,7 @@ in any other program. Batches, streamers, sampling, stop strings and logits proc
 def _making(record: Mapping[str, Any], task: Task | None) -> str:
     lines = []
     if record.get("target_model"):
-        target = str(record["target_model"])
-        lines.append(f"- target model: {target if HUB_NAME.fullmatch(target) else Path(target).name}")
+        lines.append(f"- target model: {record['target_model']}")
     if task is not None:
         where = f" ([{task.hub.path}](https://huggingface.co/datasets/{task.hub.path}))" if task.hub is not None else ""
         lines.append(f"- data: {task.description}{where}; Jacobi trajectories of the target model's own responses")

@@ -17,6 +17,7 @@ from cllm.errors import UsageError
 from cllm.files import write_json
 from cllm.models import RECORD
 from cllm.serving.export import CODE, code, equip, export
+from cllm.serving.model_card import read_reports
 
 MADE = {"block_size": 4, "prompt_template": "chat", "task": "gsm8k", "target_model": "someone/target", "responses": 8}
 ALONE = """
@@ -100,10 +101,9 @@ def test_an_earlier_export_is_overwritten_and_nothing_else(checkpoint: Path, tmp
     export(str(checkpoint), tmp_path / "out")
     first = files(tmp_path / "out")
     (tmp_path / "out" / "model-00002-of-00002.safetensors").touch()  # would be loaded
-    (tmp_path / "out" / "notes.txt").touch()
     (tmp_path / "out" / CODE).write_text(code() + "# changed")
     export(str(checkpoint), tmp_path / "out")
-    assert files(tmp_path / "out") == first | {"notes.txt": b""}
+    assert files(tmp_path / "out") == first
     with pytest.raises(UsageError, match="OUTPUT must be another folder than MODEL"):
         export(str(tmp_path / "out"), tmp_path / "out" / ".." / "out")
     (tmp_path / "mine").mkdir()
@@ -111,6 +111,9 @@ def test_an_earlier_export_is_overwritten_and_nothing_else(checkpoint: Path, tmp
     with pytest.raises(UsageError, match="has other files in it"):
         export(str(checkpoint), tmp_path / "mine")
     assert files(tmp_path / "mine").keys() == {"notes.txt"}
+    equip(checkpoint)  # as the trainer does
+    with pytest.raises(UsageError, match="has other files in it"):
+        export(str(tmp_path / "out"), checkpoint)
 
 
 def test_every_stop_token_is_in_the_generation_config(checkpoint: Path, tmp_path: Path) -> None:
@@ -185,3 +188,33 @@ def test_the_card_of_a_model_that_says_nothing(tmp_path: Path) -> None:
         and "tokenizer('{question}'.replace(" in card.text
         and "Its config.json does not say." in card.text
     )
+
+
+@pytest.mark.parametrize(
+    ("origin", "shown"),
+    [("{}/runs/target", "target"), ("target/", "target"), ("../x", "x"), ("someone/target", "someone/target")],
+)
+def test_no_path_of_this_machine_is_passed_on(checkpoint: Path, tmp_path: Path, monkeypatch, origin: str, shown: str) -> None:
+    """A folder is no more than its name in what is exported, and results of the original are still this model's."""
+    (tmp_path / "target").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = MADE | {"target_model": origin.format(tmp_path), "base_model": str(tmp_path / "base")}
+    write_json(checkpoint / "config.json", json.loads((checkpoint / "config.json").read_text()) | {RECORD: made})
+    export(str(checkpoint), tmp_path / "out")
+    written = files(tmp_path / "out")
+    assert json.loads(written["config.json"])[RECORD] == MADE | {"target_model": shown, "base_model": "base"}
+    assert f"- target model: {shown}\n" in written["README.md"].decode()
+    assert not any(str(tmp_path).encode() in content for content in written.values())
+    result = {"settings": {}, "summary": {}, "record": made}
+    write_json(tmp_path / "result.json", result)
+    assert read_reports([tmp_path / "result.json"], json.loads(written["config.json"])[RECORD]) == [result]
+
+
+def test_a_published_checkpoint_says_what_is_known_of_it(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    write_json(checkpoint / "config.json", {key: value for key, value in config.items() if key != RECORD})
+    monkeypatch.setattr("cllm.serving.export.snapshot_download", lambda name, allow_patterns: str(checkpoint))
+    export("cllm/consistency-llm-7b-math", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "config.json").read_text())[RECORD]
+    assert record == {"prompt_template": "abel", "task": "gsm8k", "target_model": "GAIR/Abel-7B-001"}
+    assert "- target model: GAIR/Abel-7B-001" in (tmp_path / "out" / "README.md").read_text()
