@@ -52,15 +52,11 @@ class Queue:
                 yield from self._flow(source, inside)
                 return
             except Exception as error:
-                if not out_of_memory(error) or self.batch_size == 1:
+                if not self.shrink(error):
                     raise
             self._waiting += inside.values()
             self._sort()
-            self.batch_size = max(1, self.batch_size // 2)
-            logger.warning("out of memory; going on with batch size %d", self.batch_size)
-            gc.collect()  # a cache and its layers point at each other
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()  # what the error held on to is gone by now
 
     def _flow(
         self, source: Iterator[tuple[int, Request]], inside: dict[int, tuple[int, Request]]
@@ -90,6 +86,14 @@ class Queue:
             yield from results()
             tally.add(iteration)
         yield from results()
+
+    def shrink(self, error: Exception) -> bool:
+        """Halve the batch if ``error`` says that memory ran out; False where it does not, or one row was too many."""
+        if not out_of_memory(error) or self.batch_size == 1:
+            return False
+        self.batch_size //= 2
+        logger.warning("out of memory; going on with batch size %d", self.batch_size)
+        return True
 
     def check(self, request: Request, name: str = "the prompt") -> None:
         """Raise UsageError, calling the prompt ``name``, for a request that can never be decoded here."""
@@ -127,3 +131,10 @@ class Queue:
         """How long its text may become, the window behind it included."""
         most = len(request.prompt) + request.max_new_tokens
         return min(most, self.decoder.context or most) + self.decoder.width
+
+
+def free_memory() -> None:
+    """Give back what caches took that nobody uses any more."""
+    gc.collect()  # a cache and its layers point at each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

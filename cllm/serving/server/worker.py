@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from threading import Condition, Lock, Thread
 
 from cllm.decoding import Queue, Request, RowResult
+from cllm.decoding.queue import free_memory
 from cllm.decoding.result import Stop, Tally
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Job:
 
     def update(self, result: RowResult, stop: Stop | None = None) -> None:
         """Report what is new in ``result``, if anything is."""
-        new, self.reported = result.token_ids[self.reported :], len(result.token_ids)
+        new, self.reported = result.token_ids[self.reported :], max(self.reported, len(result.token_ids))
         if not self.cancelled and (new or stop):
             self.report(Progress(new, len(result.token_ids), result.forwards, result.fast_forwarded, stop))
 
@@ -53,7 +54,8 @@ class Job:
 class Worker:
     """Decodes jobs in the order they were submitted, as many at once as ``queue`` allows.
 
-    ``device`` is held while anything is decoded, so that others can use the model between two runs.
+    Out of memory, those inside are decoded again, half as many together. ``device`` is held while anything is decoded, so
+    that others can use the model between two runs.
     """
 
     def __init__(self, queue: Queue, max_waiting: int) -> None:
@@ -118,9 +120,14 @@ class Worker:
             try:
                 with self.device:
                     self._decode()
+                continue
             except Exception as error:  # one bad batch must not end the server
-                logger.error("decoding failed: %s", error, exc_info=True)
-                self._fail("the model failed on this batch of requests; the server's log says why")
+                if self.queue.shrink(error):
+                    self._put_back()
+                else:
+                    logger.error("decoding failed: %s", error, exc_info=True)
+                    self._fail("the model failed on this batch of requests; the server's log says why")
+            free_memory()  # what the error held on to is gone by now
         self._fail("the server was shut down before the answer was complete")
 
     def _wait(self) -> bool:
@@ -167,6 +174,12 @@ class Worker:
                 taken.append(self._waiting.popleft())
                 beside.append(taken[-1].request)
         return taken
+
+    def _put_back(self) -> None:
+        """Let those inside wait again, before all others. They are decoded anew, and report what they have not yet."""
+        with self._change:
+            self._waiting.extendleft(job for job in reversed(self._inside.values()) if not job.cancelled)
+            self._inside.clear()
 
     def _fail(self, reason: str) -> None:
         """End what is running, and, when the worker stops, what waits."""

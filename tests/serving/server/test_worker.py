@@ -4,6 +4,7 @@ import queue as queues
 import threading
 
 import pytest
+import torch
 from tiny import tiny_model
 
 from cllm.decoding import JacobiDecoder, Queue, Request
@@ -94,3 +95,26 @@ def test_a_failure_ends_its_batch_only(decoder: JacobiDecoder, monkeypatch: pyte
     worker.submit([second])
     assert len(finish(reports)[0]) == 5
     worker.stop()
+
+
+def test_out_of_memory_halves_the_batch_and_nothing_is_said_twice(decoder: JacobiDecoder, monkeypatch, caplog) -> None:
+    wanted = [([1 + n, 2, 3], 30) for n in range(5)]
+    expected = [decoder.generate([prompt], max_new_tokens=length)[0] for prompt, length in wanted]
+    forward, calls = decoder.model.forward, []
+
+    def forward_of_two_rows(input_ids, **kwargs):
+        calls.append(len(input_ids))
+        if len(input_ids) > 2 and len(calls) > 4:
+            raise torch.OutOfMemoryError("too many rows")
+        return forward(input_ids, **kwargs)
+
+    monkeypatch.setattr(decoder.model, "forward", forward_of_two_rows)
+    worker = Worker(Queue(decoder, 4), 10)
+    jobs = [job(*one) for one in wanted]
+    worker.submit([one for one, _ in jobs])
+    for (_, reports), result in zip(jobs, expected, strict=True):
+        ids, last = finish(reports)
+        assert (ids, last.error, last.forwards) == (result.token_ids, None, result.forwards)
+    worker.stop()
+    assert worker.queue.batch_size == 2 and max(calls[:5]) == 4 and max(calls[5:]) == 2
+    assert "out of memory; going on with batch size 2" in caplog.text
