@@ -23,6 +23,7 @@ from cllm.decoding import JacobiDecoder, Sampling
 from cllm.errors import UsageError
 from cllm.models import RECORD, context_length, default_guess, default_width, load_tokenizer, read_record, stop_token_ids
 from cllm.prompts import CHAT, PromptTemplate, choose_template
+from cllm.serving.text import TextStream
 
 logger = logging.getLogger(__name__)
 
@@ -171,22 +172,23 @@ def generate_stream(
     record = read_record(model.config)
     decoder = JacobiDecoder(model, default_width(record), eos_token_ids=eos, guess=default_guess(record))
     stops = params.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else list(stops)
+    stream = TextStream(tokenizer, [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop])
 
-    before = prompt if params.get("echo", True) else ""
+    text = prompt if params.get("echo", True) else ""
     output: list[int] = []
-    shown, text, stopped = 0, "", False
+    shown = 0
     for iteration in decoder.iterate([ids], max_new_tokens=room, sampling=sampling):
-        output += iteration.choices_BW[0, : int(iteration.emitted_B[0])].tolist()
-        text = str(tokenizer.decode(output, skip_special_tokens=True))
-        text, stopped = _cut_at_stop(text, stops)
-        if stopped:
+        new = iteration.choices_BW[0, : int(iteration.emitted_B[0])].tolist()
+        output += new
+        text += stream.put(new)
+        if stream.stopped:
             break
         if len(output) - shown >= stream_interval:
             shown = len(output)
-            yield _item(before + _sure(text, stops), len(ids), len(output), None)
-    ended = stopped or bool(output and output[-1] in eos)
-    yield _item(before + text, len(ids), len(output), "stop" if ended else "length")
+            yield _item(text, len(ids), len(output), None)
+    text += stream.end()
+    ended = stream.stopped or bool(output and output[-1] in eos)
+    yield _item(text, len(ids), len(output), "stop" if ended else "length")
 
 
 def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -201,18 +203,6 @@ def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _item(text: str, prompt_tokens: int, tokens: int, finish_reason: str | None) -> dict[str, Any]:
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
     return {"text": text, "logprobs": None, "usage": usage, "finish_reason": finish_reason}
-
-
-def _cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    places = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
-
-
-def _sure(text: str, stops: Sequence[str]) -> str:
-    """The text without an end that may turn out to be part of a character or of a stop string."""
-    text = text.rstrip("\ufffd")
-    longest = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    return text[: len(text) - longest]
 
 
 def _sampling(params: Mapping[str, Any]) -> Sampling:
