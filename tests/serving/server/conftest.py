@@ -73,5 +73,5 @@ def start() -> Callable[..., object]:
 def no_errors_in_the_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Whatever clients do, the log shows no error and no stack trace."""
     yield
-    bad = [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
+    bad = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR or record.exc_info]
     assert not bad, [record.getMessage() for record in bad]

@@ -167,7 +167,6 @@ def until_empty(running, seconds: float = 10.0) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("way", ["close", "reset", "half"])
 def test_rows_of_clients_that_leave_are_free_again(server, stream: bool, way: str) -> None:
-    before = server.metric("cllm_cancelled_total")
     for _ in range(6):  # more than the batch holds
         connection = talk(server, raw(COMPLETE, LONG | {"stream": stream}))
         if way == "half":
@@ -176,7 +175,6 @@ def test_rows_of_clients_that_leave_are_free_again(server, stream: bool, way: st
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
     until_empty(server, 60)
-    assert server.metric("cllm_cancelled_total") >= before
     assert post(server, COMPLETE, complete()).status_code == 200
 
 
