@@ -100,6 +100,11 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: Any = None
+    annotations: Unsupported = None  # empty in answers that clients send back
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    refusal: Unsupported = None
+    tool_calls: Unsupported = None
 
     def plain(self) -> dict[str, str]:
         """As prompt templates know it."""

@@ -50,6 +50,15 @@ def test_parts_and_the_developer_role(server) -> None:
     assert answer.choices[0].message.content == alone(server, ids)
 
 
+def test_an_answer_may_be_sent_back_as_it_came(server) -> None:
+    first = server.client.chat.completions.create(model="tiny", messages=messages("hello"), **SPEED).choices[0].message
+    asked = [*messages("hello"), first.model_dump(), *messages("and?")]  # with fields that are null
+    answer = server.client.chat.completions.create(model="tiny", messages=asked, **SPEED)
+    plain = [*messages("hello"), {"role": "assistant", "content": first.content}, *messages("and?")]
+    ids = server.service.template.encode(plain, server.service.tokenizer)
+    assert answer.choices[0].message.content == alone(server, ids)
+
+
 def test_a_stream_has_the_same_text(server) -> None:
     whole = server.client.chat.completions.create(model="tiny", messages=messages("hello"), **SPEED)
     stream = server.client.chat.completions.create(
