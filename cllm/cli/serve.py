@@ -16,6 +16,7 @@ from cllm.cli.command import (
     parser,
     positive,
     sampling_of,
+    seconds,
 )
 from cllm.errors import UsageError
 
@@ -31,7 +32,7 @@ def options() -> argparse.ArgumentParser:
     result = parser("Serve a model under the OpenAI protocol: /v1/chat/completions, /v1/completions, /v1/models.", "cllm serve")
     add_service_options(result)
     result.add_argument("--api_key", help=f"what clients must send; default: the environment's {KEY}, else no key is asked for")
-    result.add_argument("--grace", type=float, default=30.0, help="seconds that running answers get to end after SIGTERM")
+    result.add_argument("--grace", type=seconds, default=30.0, help="seconds that running answers get to end after SIGTERM")
     add_sampling_options(result)
     return result
 
@@ -50,7 +51,7 @@ def add_service_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--max_tokens", type=positive, default=1024, help="new tokens per response at most")
     options.add_argument("--max_waiting", type=positive, default=128, help="responses waiting at most; beyond: status 429")
     options.add_argument("--max_body", type=positive, default=1 << 20, help="bytes of a request at most; beyond: status 413")
-    options.add_argument("--timeout", type=float, default=600.0, help="seconds for an answer; beyond: status 408")
+    options.add_argument("--timeout", type=seconds, default=600.0, help="seconds for an answer; beyond: status 408")
     add_guess_option(options)
 
 

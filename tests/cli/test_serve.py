@@ -51,6 +51,8 @@ def test_sigterm_lets_answers_end(server) -> None:
         (["--host", "999.1.1.1", "--port", "0"], "cannot listen on 999.1.1.1 port 0"),
         (["--temperature", "-1"], "temperature must be 0"),
         (["--batch_size", "0"], "must be an integer >= 1"),
+        (["--timeout", "nan"], "must be a number of seconds >= 0, got 'nan'"),
+        (["--grace=-1"], "must be a number of seconds >= 0, got '-1'"),
         (["--port", "0", "--block_size", "9999"], "block_size must be between 1 and the context length"),
     ],
 )

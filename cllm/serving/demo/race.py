@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ class Racer:
             for index, token in enumerate(choices[:emitted])
         ]
         if self.ended and (rest := self.text.end()):
-            gained.append(Gained(gained.pop().id, rest, "plain"))
+            gained[-1] = replace(gained[-1], text=rest)
         self._window, self._choices, self._emitted = window, choices, emitted
         state = [Token(token, self._alone(token)) for token in window]
         return Step(self.method, self.forwards, self.seconds, state, gained, self.generated, self.ended)

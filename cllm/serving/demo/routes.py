@@ -45,8 +45,8 @@ def add_demo(app: FastAPI, service: Service, question: str) -> None:
     @app.post("/demo/race")
     async def run(request: Request) -> Response:
         body = await read_body(request, RaceRequest)
-        prompt = service.template.encode([{"role": "user", "content": body.prompt}], service.tokenizer)
         try:
+            prompt = service.template.encode([{"role": "user", "content": body.prompt}], service.tokenizer)
             service.queue.check(decoding.Request(prompt, body.max_tokens))
             if body.max_tokens > service.limits.new_tokens:
                 raise UsageError(f"max_tokens must be at most {service.limits.new_tokens}, got {body.max_tokens}")

@@ -21,7 +21,7 @@ class Metrics:
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated, those of cancelled answers included")
         self.forwards = self._counter("forwards", "Forward passes, counted for each row that took part")
         self.fast_forwarded = self._counter("fast_forwarded_tokens", "Tokens gained beyond one per forward pass")
-        self.cancelled = self._counter("cancelled", "Answers that the client did not wait for")
+        self.cancelled = self._counter("cancelled", "Answers that were not completed, for whatever reason")
         self.seconds = self._histogram("request_seconds", "From the request to the end of its answer")
         self.first_seconds = self._histogram("first_text_seconds", "From the request to the first text")
         self._gauge("rows_running", "Responses in the batch").set_function(lambda: worker.running)
