@@ -27,7 +27,7 @@ class TextStream:
         """The text that is sure now and was not before."""
         self._ids += token_ids
         before, text = self._decode(self._ids[: self._known]), self._decode(self._ids)
-        if text.endswith(UNFINISHED):
+        if text.endswith(UNFINISHED) or text == before:  # behind special tokens alone, a word would lose its space
             return ""
         self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
         return self._release(text[len(before) :])

@@ -67,3 +67,14 @@ def test_special_tokens_are_no_text() -> None:
     tokenizer = tiny_tokenizer()
     stream = TextStream(tokenizer)
     assert stream.put([*tokenizer("ab").input_ids, tokenizer.eos_token_id]) + stream.end() == "ab"
+
+
+def test_a_special_token_within_the_text_takes_no_space_away() -> None:
+    """Tokenizers like Llama 2's leave out the space in front of the first word that they are given."""
+    words = {"\u2581one": 0, "\u2581two": 1, "<x>": 2, "<unk>": 3}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, additional_special_tokens=["<x>"])
+    for ids in ([0, 2, 1], [2, 0, 2, 2, 1, 0], [0, 1, 2]):
+        stream = TextStream(tokenizer)
+        assert "".join(stream.put([token]) for token in ids) + stream.end() == tokenizer.decode(ids, skip_special_tokens=True)
