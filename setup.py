@@ -28,7 +28,7 @@ setup(
         "fastchat": ["fschat"],
         "serve": ["fastapi", "uvicorn", "prometheus-client"],
         "spider": ["sqlglot"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-timeout"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pytest-timeout", "pytest-xdist"],
     },
     entry_points={"console_scripts": ["cllm = cllm.cli.main:main"]},
 )
