@@ -57,7 +57,7 @@ class Runner:
 
 
 class CapturingRunner(Runner):
-    """Captures each kind of step (rows, slots seen, width, kind of sampling) when it comes for the third time, and replays it then.
+    """Captures each kind of step (rows, slots seen, width, sampling) when it comes for the third time, and replays it then.
 
     Buffers and captured steps are kept from one batch to the next; both go when the buffers have to grow. Memory: the largest
     cache so far, for its rows and its longest text, and what the largest captured step needs in between.

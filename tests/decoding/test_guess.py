@@ -114,7 +114,7 @@ def test_a_forward_is_as_wide_as_it_is_worth() -> None:
     assert widths("pool", [[0]], 31 + 16) == [1] * 31 + [8] * 2
     for whole in ("context", "filler", "prompt_lookup+context", "pool+filler", Spoiler()):
         assert set(widths(whole, [[0]], 12)) == {8}
-    assert set(widths("prompt_lookup", [[0]], 12, window="block")) == {8}
+    assert set(widths("prompt_lookup", [[0]], 12, window="block")) == {9}
     assert not JacobiDecoder(Successor(), 8, guess="prompt_lookup", compile="compile").runner.narrows
 
 
