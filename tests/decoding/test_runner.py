@@ -179,7 +179,7 @@ def test_a_step_is_one_graph(kind: str) -> None:
     """``fullgraph`` refuses every graph break, so also every look at a value."""
     model = tiny_model(kind, vocab_size=97, eos_token_id=None)
     decoder, step = compiled(model, 4, "eager", guess="pool")
-    expected = JacobiDecoder(model, 4, guess="pool").generate([[1, 2, 3], [4]], max_new_tokens=20)
+    expected = JacobiDecoder(model, 4, guess="pool+context").generate([[1, 2, 3], [4]], max_new_tokens=20)
     assert decoder.generate([[1, 2, 3], [4]], max_new_tokens=20) == expected
     assert step.compiled is not step.plain
 
