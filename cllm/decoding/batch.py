@@ -42,6 +42,10 @@ class Batch:
         facts = torch.stack([self.live.ids_B, self.live.start_B, self.live.done_B.long()], dim=1).tolist()
         return {row: (place, start) for place, (row, start, done) in enumerate(facts) if not done}
 
+    def useful(self) -> int:
+        """How many leading tokens of the windows are worth a forward, for some running row. The host waits here, too."""
+        return int(self.live.useful_B.masked_fill(self.live.done_B, 1).amax())
+
     def put(self, other: Batch, running: Running, slots: int, fixed: bool) -> None:
         """Take in the rows of ``other``, which is used up, in free places first and then behind the last.
 

@@ -24,6 +24,7 @@ class Draft:
     window_BW: torch.Tensor
     firm_B: torch.Tensor  # leading tokens that must stay, at least 1
     filled_B: torch.Tensor  # leading tokens that are no empty positions, at least firm_B
+    useful_B: torch.Tensor  # leading tokens that are worth a forward where every token of it costs time, at least 1
     seed_B: torch.Tensor
 
     @property
@@ -54,6 +55,7 @@ class Guess(ABC):
     name: str
     memory_size = 0  # M
     fills_all = False  # leaves no position empty
+    narrows = False  # says how many leading tokens are worth a forward (Draft.useful_B); else all of them are
 
     def learn(
         self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor

@@ -57,7 +57,8 @@ class JacobiDecoder:
     ``block_size`` n: with ``window="sliding"`` the window holds the last verified token and n - 1 guesses, and slides on by
     what each iteration verifies; with ``window="block"`` (the paper's procedure) n guesses behind the verified text are
     iterated until nothing changes, then the next n follow. ``block_size=1`` with a sliding window is AR decoding.
-    ``guess``: how new positions of the window are filled, see :func:`cllm.decoding.guess.make_guess`.
+    ``guess``: how new positions of the window are filled, see :func:`cllm.decoding.guess.make_guess`. Where every token of a
+    forward costs time (CPU, not compiled), one covers only the part of the window that the guess holds to be worth it.
     ``compile``: how iterations are run, see :func:`cllm.decoding.runner.make_runner`. Captured ones point at the model's
     weights where they are now, so use a new decoder for a model that was moved.
     ``prefill_chunk``: how many tokens of each prompt go through the model together, to bound the memory; the forwards of a
@@ -206,7 +207,7 @@ class JacobiDecoder:
                 reach = max(start for _, start in running.values())
             step += 1
             reach = min(reach + self.width, most)  # no row's window ends beyond this
-            yield Iteration(self.runner.run(batch, chooser, self.runner.length(reach)))
+            yield Iteration(self.runner.run(batch, chooser, self.runner.length(reach), self._width(batch)))
 
     def _start(self, requests: Sequence[Request], first: int) -> Batch:
         """Rows ``first``, ... before their first forward."""
@@ -226,6 +227,7 @@ class JacobiDecoder:
             start_B=length - 1,
             end_B=end,
             window_BW=torch.zeros(B, self.width, dtype=torch.long, device=self.device),
+            useful_B=torch.full_like(length, self.width),
             stayed_BW=torch.zeros(B, self.width, dtype=torch.bool, device=self.device),
             held_B=torch.zeros_like(length),
             memory_BM=torch.full((B, self.guess.memory_size), -1, device=self.device),
@@ -235,6 +237,10 @@ class JacobiDecoder:
             rows.window_BW[:, :1] = rows.text_BS.gather(1, rows.start_B[:, None])
             self.step.fill(rows, torch.ones_like(length))
         return Batch(rows)
+
+    def _width(self, batch: Batch) -> int:
+        """How many tokens of each window go through the model."""
+        return batch.useful() if self.runner.narrows and self.sync_interval == 1 else self.width
 
     def _end(self, request: Request) -> int:
         """The first position that a request's row may not fill."""
@@ -246,18 +252,19 @@ class JacobiDecoder:
 
         Of long prompts ``prefill_chunk`` tokens at a time go ahead.
         """
-        rows = new.rows
+        rows, width = new.rows, self._width(new)
         ahead = max(len(request.prompt) for request in requests) - 1
-        order_T = torch.arange(-ahead, self.width, device=self.device)
+        order_T = torch.arange(-ahead, width, device=self.device)
         positions_BT = (rows.start_B[:, None] + order_T).clamp(min=-1)
-        tokens_BT = torch.cat([rows.text_BS.gather(1, positions_BT[:, :ahead].clamp(min=0)), rows.window_BW], dim=1)
+        tokens_BT = torch.cat([rows.text_BS.gather(1, positions_BT[:, :ahead].clamp(min=0)), rows.window_BW[:, :width]], dim=1)
         done = 0
         while ahead - done > self.prefill_chunk:
             chunk = slice(done, done := done + self.prefill_chunk)
-            self.step.forward(tokens_BT[:, chunk], positions_BT[:, chunk], new.cache, round_up(done))
-        logits_BWV = self.step.forward(tokens_BT[:, done:], positions_BT[:, done:], new.cache, round_up(ahead + self.width))
+            self.step.forward(tokens_BT[:, chunk], positions_BT[:, chunk], new.cache, round_up(done), 1)
+        length = round_up(ahead + width)
+        logits_BKV = self.step.forward(tokens_BT[:, done:], positions_BT[:, done:], new.cache, length, width)
         chooser = Chooser([request.sampling for request in requests])
-        return Iteration(self.step.advance(rows, self.step.choose(rows, chooser, logits_BWV)))
+        return Iteration(self.step.advance(rows, self.step.choose(rows, chooser, logits_BKV)))
 
 
 def unpad(input_ids: torch.Tensor | Prompts, attention_mask: torch.Tensor | None = None) -> list[list[int]]:

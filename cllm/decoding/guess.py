@@ -73,6 +73,7 @@ class Combination(Guess):
         self.sizes = [part.memory_size for part in parts]
         self.memory_size = sum(self.sizes)
         self.fills_all = any(part.fills_all for part in parts)
+        self.narrows = all(part.narrows for part in parts)
 
     def learn(
         self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor
@@ -96,7 +97,8 @@ STRATEGIES: dict[str, Guess] = {
 def make_guess(guess: str | Guess | FreshGuess) -> Guess:
     """A strategy that fills every window: one as it is, or by the names of its parts, as in ``prompt_lookup+pool+filler``.
 
-    The parts are tried in that order. Random tokens of the context fill what all of them leave empty.
+    The parts are tried in that order. Random tokens of the context fill what all of them leave empty; unlike those of a
+    part named ``context``, as a CLLM was trained with, they are worth no forward of their own.
 
     Raises UsageError for an unknown name, and for parts behind one that leaves nothing empty.
     """
@@ -104,7 +106,11 @@ def make_guess(guess: str | Guess | FreshGuess) -> Guess:
         guess = _parse(guess)
     elif not isinstance(guess, Guess):
         guess = EachPosition(guess, getattr(guess, "__name__", type(guess).__name__))
-    return guess if guess.fills_all else Combination([guess, CONTEXT])
+    if guess.fills_all:
+        return guess
+    filled = Combination([guess, CONTEXT])
+    filled.name, filled.narrows = guess.name, guess.narrows
+    return filled
 
 
 def _parse(text: str) -> Guess:

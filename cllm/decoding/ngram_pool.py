@@ -23,13 +23,15 @@ class NgramPool(Guess):
     """Remembers, for one and for two tokens in a row, the model's newest choice behind them.
 
     Windows are filled token by token, each knowing those before it. Behind two tokens that are known a guess is replaced;
-    an empty position is filled behind one, too.
+    an empty position is filled behind one, too. Choices behind two tokens are worth a forward as far as they follow each
+    other from the window's first token on.
 
     The memory is a hash table: a slot holds the key's two tokens and the choice, and a new entry takes the place of the old.
     The last slot is for entries that are not kept.
     """
 
     name = "pool"
+    narrows = True
     memory_size = SLOTS + 1
 
     def learn(
@@ -42,7 +44,7 @@ class NgramPool(Guess):
 
     def fill(self, memory_BM: torch.Tensor, draft: Draft) -> Draft:
         tokens = list(draft.window_BW.unbind(dim=1))
-        firm_B, filled_B = draft.firm_B, draft.filled_B
+        firm_B, filled_B, useful_B = draft.firm_B, draft.filled_B, draft.useful_B
         for at in range(1, len(tokens)):
             first_B = tokens[at - 2] if at > 1 else draft.before_B
             single_B, double_B, guess_B = _recall(memory_BM, first_B, tokens[at - 1])
@@ -51,7 +53,9 @@ class NgramPool(Guess):
             tokens[at] = torch.where(written_B, guess_B, tokens[at])
             firm_B = torch.where(written_B, at + 1, firm_B)
             filled_B = filled_B + (empty_B & written_B)
-        return replace(draft, window_BW=torch.stack(tokens, dim=1), firm_B=firm_B, filled_B=filled_B)
+            useful_B = useful_B + (written_B & double_B & (useful_B == at))
+        window_BW = torch.stack(tokens, dim=1)
+        return replace(draft, window_BW=window_BW, firm_B=firm_B, filled_B=filled_B, useful_B=useful_B)
 
 
 def _recall(

@@ -21,9 +21,11 @@ class PromptLookup(Guess):
 
     The tokens in front of the replaceable guesses are looked for first: a match of two or more replaces those guesses. Else
     the guesses stay, and the tokens in front of the empty positions are looked for. Longer matches come before later ones.
+    Only what was copied behind a match of two or more is worth a forward.
     """
 
     name = "prompt_lookup"
+    narrows = True
 
     def fill(self, memory_BM: torch.Tensor, draft: Draft) -> Draft:
         order_W, W = draft.order_W, draft.window_BW.shape[1]
@@ -42,6 +44,7 @@ class PromptLookup(Guess):
             window_BW=torch.where(found_B[:, None] & (order_W >= from_B[:, None]), copied_BW, draft.window_BW),
             firm_B=torch.where(found_B, W, draft.firm_B),
             filled_B=torch.where(found_B, W, draft.filled_B),
+            useful_B=torch.where(replacing_B & (draft.useful_B == draft.firm_B), W, draft.useful_B),
         )
 
 

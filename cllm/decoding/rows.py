@@ -24,6 +24,7 @@ class Rows:
     start_B: torch.Tensor  # where the window begins, with a verified token
     end_B: torch.Tensor  # first position that the row may not fill
     window_BW: torch.Tensor
+    useful_B: torch.Tensor  # leading tokens of the window that are worth a forward
     stayed_BW: torch.Tensor  # the guess was there, unchanged, one iteration ago
     held_B: torch.Tensor  # tokens of the present block verified so far (block mode)
     memory_BM: torch.Tensor  # what the strategy for fresh guesses remembers

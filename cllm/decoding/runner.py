@@ -20,7 +20,7 @@ from cllm.models import first_line
 logger = logging.getLogger(__name__)
 
 Mode = Literal["auto", "off", "graph", "compile"]
-StepFunction = Callable[[Rows, Chooser, RowCache, int], torch.Tensor]  # Step and what wraps it
+StepFunction = Callable[[Rows, Chooser, RowCache, int, int], torch.Tensor]  # Step and what wraps it
 Replay = Callable[[], torch.Tensor]
 Capture = Callable[[Replay], Replay]  # a step with fixed arguments -> the same, whose result lives until the next call
 
@@ -34,8 +34,9 @@ class Runner:
 
     fixed = False  # are the buffers kept for the next batch, and made large enough for the longest text at once?
 
-    def __init__(self, step: StepFunction) -> None:
+    def __init__(self, step: StepFunction, narrows: bool = False) -> None:
         self.step = step
+        self.narrows = narrows  # may steps be about fewer tokens than the windows have?
 
     @contextmanager
     def batch(self, empty: Rows) -> Iterator[Batch]:
@@ -50,13 +51,13 @@ class Runner:
         """How many slots attention should see, if no window ends beyond ``reach``."""
         return round_up(reach)
 
-    def run(self, batch: Batch, chooser: Chooser, length: int) -> torch.Tensor:
+    def run(self, batch: Batch, chooser: Chooser, length: int, width: int) -> torch.Tensor:
         """One step of a batch: the facts of an iteration, which no later step changes."""
-        return self.step(batch.live, chooser, batch.cache, length)
+        return self.step(batch.live, chooser, batch.cache, length, width)
 
 
 class CapturingRunner(Runner):
-    """Captures each kind of step (rows, slots seen, kind of sampling) when it comes for the third time, and replays it then.
+    """Captures each kind of step (rows, slots seen, width, sampling) when it comes for the third time, and replays it then.
 
     Buffers and captured steps are kept from one batch to the next; both go when the buffers have to grow. Memory: the largest
     cache so far, for its rows and its longest text, and what the largest captured step needs in between.
@@ -89,23 +90,23 @@ class CapturingRunner(Runner):
         unit = max(CAPTURED_LENGTHS, 1 << max(reach.bit_length() - 3, 0))
         return round_up(reach, unit)
 
-    def run(self, batch: Batch, chooser: Chooser, length: int) -> torch.Tensor:
+    def run(self, batch: Batch, chooser: Chooser, length: int, width: int) -> torch.Tensor:
         if chooser.processes:  # the host has a say in every token
-            return super().run(batch, chooser, length)
-        kind = (batch.size, length, chooser.kind)
+            return super().run(batch, chooser, length, width)
+        kind = (batch.size, length, width, chooser.kind)
         known = batch.captured.pop(kind, 0)  # how often it was run, or its replay
         if known == WARM_UP and self.capture:
-            known = self._captured(self.capture, batch, chooser, length) or known
+            known = self._captured(self.capture, batch, chooser, length, width) or known
         replay = known if callable(known) else None
         batch.captured[kind] = replay or min(known + 1, WARM_UP)
         if len(batch.captured) > MOST_CAPTURED:
             batch.captured.popitem(last=False)
-        return replay().clone() if replay else super().run(batch, chooser, length)
+        return replay().clone() if replay else super().run(batch, chooser, length, width)
 
-    def _captured(self, capture: Capture, batch: Batch, chooser: Chooser, length: int) -> Replay | None:
+    def _captured(self, capture: Capture, batch: Batch, chooser: Chooser, length: int, width: int) -> Replay | None:
         rows, cache = batch.live, batch.cache
         try:
-            return capture(lambda: self.step(rows, chooser, cache, length))
+            return capture(lambda: self.step(rows, chooser, cache, length, width))
         except Exception as error:
             logger.warning("a step of this model cannot be captured, so it runs uncaptured: %s", first_line(error))
             self.capture = None
@@ -122,11 +123,11 @@ class CompiledStep:
         self.plain: StepFunction = step
         self.compiled: StepFunction = torch.compile(step, fullgraph=True, backend=backend)
 
-    def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int) -> torch.Tensor:
+    def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int, width: int) -> torch.Tensor:
         if not chooser.greedy:
-            return self.plain(rows, chooser, cache, length)
+            return self.plain(rows, chooser, cache, length, width)
         try:
-            return self.compiled(rows, chooser, cache, length)
+            return self.compiled(rows, chooser, cache, length, width)
         except Exception as error:
             from torch._dynamo.exc import TorchDynamoException  # slow to import; what is raised while nothing has run yet
 
@@ -134,7 +135,7 @@ class CompiledStep:
                 raise
             logger.warning("a step of this model cannot be compiled, so it runs uncompiled: %s", first_line(error))
             self.compiled = self.plain
-            return self.plain(rows, chooser, cache, length)
+            return self.plain(rows, chooser, cache, length, width)
 
 
 class CudaGraphs:
@@ -169,5 +170,5 @@ def make_runner(step: Step, mode: Mode) -> Runner:
         raise UsageError(f"compile='graph' needs the whole model on one CUDA device, got {', '.join(map(str, devices))}")
     function = CompiledStep(step) if mode == "compile" else step
     if mode == "off" or not capturable:
-        return Runner(function)
+        return Runner(function, narrows=step.narrows and function is step)
     return CapturingRunner(function, CudaGraphs(next(iter(devices))))

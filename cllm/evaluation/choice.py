@@ -29,7 +29,7 @@ class Choice:
     width: int
     guess: str
     batch_size: int
-    seconds: float  # per iteration, the median
+    seconds: float  # per iteration: the mean of a round (iterations can differ in width), the median of the rounds
     tokens_per_forward: float
 
     @property
@@ -70,8 +70,9 @@ def measure_choices(
         for size, width, guess in seconds:
             batch = [prompts[(at + row) % len(prompts)] for row in range(size)]
             decoder = JacobiDecoder(model, width, guess=guess, seed=seed)  # never ends a text: a batch keeps its rows
-            seconds[size, width, guess] += _times(decoder, batch, sampling, SKIPPED + iterations)
-    return [Choice(w, g, size, statistics.median(times), gains[w, g]) for (size, w, g), times in seconds.items()]
+            if times := list(_times(decoder, batch, sampling, SKIPPED + iterations)):
+                seconds[size, width, guess].append(statistics.mean(times))
+    return [Choice(w, g, size, statistics.median(means), gains[w, g]) for (size, w, g), means in seconds.items()]
 
 
 def fastest(measured: Sequence[Choice], batch_size: int) -> Choice:

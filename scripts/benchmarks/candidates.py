@@ -27,7 +27,7 @@ OTHERS = ("context", "prompt_lookup", "pool")
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(options, prompts=8)
-    options.add_argument("--guess", default="prompt_lookup+pool", help="of the window that is there anyway")
+    options.add_argument("--guess", default="prompt_lookup+pool+context", help="of the window that is there anyway")
     args = options.parse_args()
     model, tokenizer, prompts = load(args)
     stops, W = stop_token_ids(model, tokenizer), args.block_size
@@ -70,7 +70,7 @@ def candidate(guess: Guess, memory_BM: torch.Tensor, text: list[int], width: int
     """The tokens that a strategy puts behind the text, with nothing there before."""
     room = torch.tensor([text + [0] * 2 * width])
     one, window = torch.ones(1, dtype=torch.long), torch.tensor([text[-1:] + [0] * (width - 1)])
-    draft = Draft(room, torch.tensor([len(text) - 1]), window, one, one, torch.zeros(1, dtype=torch.long))
+    draft = Draft(room, torch.tensor([len(text) - 1]), window, one, one, one, torch.zeros(1, dtype=torch.long))
     return guess.fill(memory_BM, draft).window_BW[0, 1:].tolist()
 
 

@@ -79,10 +79,10 @@ def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int)
     The bare one is ``model(...)`` over transformers' own DynamicCache, which is cropped afterwards (not timed). The prefill
     and the next two iterations are left out.
     """
-    model, width, pairs = decoder.model, decoder.width, []
+    model, pairs = decoder.model, []
     cache = DynamicCache(config=model.config)
     model(torch.tensor([prompt[:-1]] * batch, device=model.device), past_key_values=cache, logits_to_keep=1)
-    running = decoder.iterate([prompt] * batch, max_new_tokens=(iterations + 3) * width)
+    running = decoder.iterate([prompt] * batch, max_new_tokens=(iterations + 3) * decoder.width)
     for _ in range(iterations + 3):
         start = now(model.device)
         iteration = next(running, None)
@@ -92,7 +92,7 @@ def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int)
         start = now(model.device)
         model(iteration.window_BW, past_key_values=cache)
         pairs.append((engine, now(model.device) - start))
-        if wrong := width - int(iteration.emitted_B[0]):
+        if wrong := iteration.window_BW.shape[1] - int(iteration.emitted_B[0]):
             cache.crop(-wrong)
     return pairs[3:]
 

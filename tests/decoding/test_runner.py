@@ -57,8 +57,9 @@ def test_captured_steps_give_the_same_texts(guess: str) -> None:
         draw = random.Random(f"{guess} {kind}")
         model, width, window = tiny_model(kind, case, vocab_size=97), draw.randint(1, 9), draw.choice(["sliding", "block"])
         wanted, options = requests(draw, 9), {"window": window, "guess": guess, "eos_token_ids": [3, 4, 5]}
-        plain = dict(Queue(JacobiDecoder(model, width, **options), 3).run(wanted))
-        decoder = capturing(model, width, **options)
+        whole = JacobiDecoder(model, width, **options)
+        whole.runner.narrows = False  # captured steps are about whole windows
+        plain, decoder = dict(Queue(whole, 3).run(wanted)), capturing(model, width, **options)
         assert dict(Queue(decoder, 3).run(wanted)) == plain, kind
         assert decoder.runner.capture.replays > decoder.runner.capture.captures > 0
 
@@ -178,7 +179,7 @@ def test_a_step_is_one_graph(kind: str) -> None:
     """``fullgraph`` refuses every graph break, so also every look at a value."""
     model = tiny_model(kind, vocab_size=97, eos_token_id=None)
     decoder, step = compiled(model, 4, "eager", guess="pool")
-    expected = JacobiDecoder(model, 4, guess="pool").generate([[1, 2, 3], [4]], max_new_tokens=20)
+    expected = JacobiDecoder(model, 4, guess="pool+context").generate([[1, 2, 3], [4]], max_new_tokens=20)
     assert decoder.generate([[1, 2, 3], [4]], max_new_tokens=20) == expected
     assert step.compiled is not step.plain
 

@@ -67,15 +67,15 @@ def test_a_step_works_in_place() -> None:
     decoder = JacobiDecoder(tiny_model(vocab_size=97), 5, window="block", guess="pool")
     plain, places = decoder.runner.step, []
 
-    def watched(rows, chooser, cache, length):
-        facts = plain(rows, chooser, cache, length)
+    def watched(rows, chooser, cache, *shape):
+        facts = plain(rows, chooser, cache, *shape)
         buffers = [*vars(rows).values(), *(store for layer in cache.row_layers for store in (layer.keys, layer.values))]
         places.append([buffer.data_ptr() for buffer in buffers])
         return facts
 
     decoder.runner.step = watched
     decoder.generate([[1, 2, 3], [4]], max_new_tokens=12)
-    assert len(places) > 12 and len(places[0]) == 12 + 2 * 3
+    assert len(places) > 12 and len(places[0]) == 13 + 2 * 3
     assert all(place == places[0] for place in places)
 
 
