@@ -78,7 +78,8 @@ def test_defaults(tiny_model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "no/such/folder", "a b", "../x", ""])
-def test_no_path_and_no_hub_name(path: str) -> None:
+def test_no_path_and_no_hub_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for load in (load_model, load_tokenizer):
         assert "must be a checkpoint folder or a hub name" in message_of(load, path)
 
