@@ -67,7 +67,6 @@ def _show(args: argparse.Namespace, question: str) -> None:
         add_demo(app, service, question)
         server = Server(app, service.worker, grace=1.0)
         print(f"{service.name} on {address(listener)}; Ctrl-C stops it", flush=True)
-        listener.listen()  # the browser may come before the server is up
         if args.browser:
             webbrowser.open(address(listener))
         server.run(sockets=[listener])

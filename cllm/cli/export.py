@@ -29,7 +29,7 @@ def options() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="OWNER/NAME",
-        help="upload the result to the Hugging Face hub; default: OUTPUT's name among your own models",
+        help="upload the result to the Hugging Face hub, where it is public; default: OUTPUT's name among your own models",
     )
     return result
 
