@@ -35,7 +35,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
         metavar="NAME",
         nargs="+",
         default=[AUTO],
-        help="fresh guesses to measure, named as for `cllm speedup`; auto: context, prompt_lookup, pool, prompt_lookup+pool",
+        help="fresh guesses to measure, named as for `cllm speedup`; auto: those that --guess auto chooses from everywhere",
     )
     result.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="batch sizes to measure")
     result.add_argument("--seed", type=int, default=0, help="of the fresh guesses")

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 
@@ -94,6 +95,17 @@ def per_prompt(sampling: Sampling | Sequence[Sampling], prompts: int) -> list[Sa
     return list(sampling)
 
 
+class Windows(NamedTuple):
+    """The windows that choices are made for, and what their choices depend on."""
+
+    logits_BWV: torch.Tensor
+    text_BS: torch.Tensor
+    window_BW: torch.Tensor  # stands in the text at start_B
+    start_B: torch.Tensor
+    options_BO: torch.Tensor
+    seed_B: torch.Tensor
+
+
 class Chooser:
     """Chooses tokens as Sampling objects want it: which steps any row needs is known here, before any tensor."""
 
@@ -118,73 +130,50 @@ class Chooser:
         """Choosers of the same kind, none of which has ``processes``, do the same to tensors."""
         return (self.draws, self.penalises, self.largest_k, self.limits_top_p, self.limits_min_p)
 
-    def choose(
-        self,
-        logits_BWV: torch.Tensor,
-        text_BS: torch.Tensor,
-        window_BW: torch.Tensor,
-        start_B: torch.Tensor,
-        options_BO: torch.Tensor,
-        seed_B: torch.Tensor,
-    ) -> torch.Tensor:
-        """The choices [B, W] behind each token of the windows, which start at ``start_B``.
+    def choose(self, at: Windows) -> torch.Tensor:
+        """The choices [B, W] behind each token of the windows.
 
         Each choice takes the window up to its own token for the true text: it is right if that is.
         """
-        columns = (logits_BWV, text_BS, window_BW, start_B, options_BO, seed_B)
-        choices_BW = self._choose(*columns)
+        choices_BW = self._choose(at)
         for row, process in self.processes:
-            choices_BW[row] = self._follow(process, choices_BW[row], *(of[row : row + 1] for of in columns))
+            choices_BW[row] = self._follow(process, choices_BW[row], Windows(*(of[row : row + 1] for of in at)))
         return choices_BW
 
-    def _follow(
-        self,
-        process: Process,
-        choices_W: torch.Tensor,
-        logits_1WV: torch.Tensor,
-        text_1S: torch.Tensor,
-        window_1W: torch.Tensor,
-        start_1: torch.Tensor,
-        options_1O: torch.Tensor,
-        seed_1: torch.Tensor,
-    ) -> torch.Tensor:
-        """Choose again from processed scores, as far as the window's guesses turn out right: what follows is no true text."""
-        choices_W, start = choices_W.clone(), int(start_1)
-        text_1S = text_1S.clone()
-        text_1S[0, start : start + window_1W.shape[1]] = window_1W[0]
-        for at, logits_V in enumerate(logits_1WV[0]):
-            scores_V = process(text_1S[0, : start + at + 1], logits_V.float())
-            here = window_1W[:, at : at + 1]
-            choices_W[at] = self._choose(scores_V[None, None], text_1S, here, start_1 + at, options_1O, seed_1)[0, 0]
-            if not torch.equal(choices_W[at : at + 1], window_1W[0, at + 1 : at + 2]):
-                break
+    def _follow(self, process: Process, choices_W: torch.Tensor, at: Windows) -> torch.Tensor:
+        """Choose again, in one row, from processed scores, as far as the window's guesses turn out right."""
+        choices_W, text_1S, start = choices_W.clone(), at.text_BS.clone(), int(at.start_B)
+        window_W = at.window_BW[0]
+        text_1S[0, start : start + len(window_W)] = window_W
+        for ahead, logits_V in enumerate(at.logits_BWV[0]):
+            scores_V = process(text_1S[0, : start + ahead + 1], logits_V.float())
+            one = at._replace(
+                logits_BWV=scores_V[None, None],
+                text_BS=text_1S,
+                window_BW=at.window_BW[:, ahead : ahead + 1],
+                start_B=at.start_B + ahead,
+            )
+            choices_W[ahead] = self._choose(one)[0, 0]
+            if not torch.equal(choices_W[ahead : ahead + 1], window_W[ahead + 1 : ahead + 2]):
+                break  # what follows is no true text
         return choices_W
 
-    def _choose(
-        self,
-        logits_BWV: torch.Tensor,
-        text_BS: torch.Tensor,
-        window_BW: torch.Tensor,
-        start_B: torch.Tensor,
-        options_BO: torch.Tensor,
-        seed_B: torch.Tensor,
-    ) -> torch.Tensor:
+    def _choose(self, at: Windows) -> torch.Tensor:
         """:meth:`choose` from the scores as they are."""
         if not (self.draws or self.penalises):
-            return logits_BWV.argmax(dim=-1)
-        rows = max(1, CHUNK // logits_BWV[0].numel())
-        if len(logits_BWV) > rows:
-            columns = (logits_BWV, text_BS, window_BW, start_B, options_BO, seed_B)
-            return torch.cat([self._choose(*part) for part in zip(*(of.split(rows) for of in columns), strict=True)])
-        positions_BW = start_B[:, None] + torch.arange(window_BW.shape[1], device=start_B.device)
-        scores_BWV = logits_BWV.float()
+            return at.logits_BWV.argmax(dim=-1)
+        rows = max(1, CHUNK // at.logits_BWV[0].numel())
+        if len(at.logits_BWV) > rows:
+            return torch.cat([self._choose(Windows(*part)) for part in zip(*(of.split(rows) for of in at), strict=True)])
+        positions_BW = at.start_B[:, None] + torch.arange(at.window_BW.shape[1], device=at.start_B.device)
+        scores_BWV = at.logits_BWV.float()
         if self.penalises:
-            text_BS = text_BS.scatter(1, positions_BW, window_BW)
-            scores_BWV = penalise(scores_BWV, seen(text_BS, positions_BW, scores_BWV.shape[-1]), options_BO[:, 4])
+            text_BS = at.text_BS.scatter(1, positions_BW, at.window_BW)
+            scores_BWV = penalise(scores_BWV, seen(text_BS, positions_BW, scores_BWV.shape[-1]), at.options_BO[:, 4])
         if self.draws:
-            scores_BWV = self.warp(scores_BWV, options_BO)
-            noise_BWV = gumbel_noise(seed_B, positions_BW + 1, scores_BWV.shape[-1])
-            scores_BWV = scores_BWV + torch.where(options_BO[:, 0, None, None] > 0, noise_BWV, 0.0)
+            scores_BWV = self.warp(scores_BWV, at.options_BO)
+            noise_BWV = gumbel_noise(at.seed_B, positions_BW + 1, scores_BWV.shape[-1])
+            scores_BWV = scores_BWV + torch.where(at.options_BO[:, 0, None, None] > 0, noise_BWV, 0.0)
         return scores_BWV.argmax(dim=-1)
 
     def warp(self, scores_BWV: torch.Tensor, options_BO: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from cllm.decoding.cache import RowCache
 from cllm.decoding.draft import Draft, Guess, token_before
 from cllm.decoding.result import Iteration
 from cllm.decoding.rows import Rows
-from cllm.decoding.sampling import Chooser
+from cllm.decoding.sampling import Chooser, Windows
 
 LENGTHS = 32  # attention sees a multiple of this many slots, so shapes repeat
 
@@ -75,7 +75,8 @@ class Step:
     def choose(self, rows: Rows, chooser: Chooser, logits_BKV: torch.Tensor) -> torch.Tensor:
         """The model's choices [B, K] behind each of the windows' leading tokens."""
         window_BK = rows.window_BW[:, : logits_BKV.shape[1]]
-        return chooser.choose(logits_BKV, rows.text_BS, window_BK, rows.start_B, rows.options_BO, rows.noise_seed_B)
+        at = Windows(logits_BKV, rows.text_BS, window_BK, rows.start_B, rows.options_BO, rows.noise_seed_B)
+        return chooser.choose(at)
 
     def advance(self, rows: Rows, choices_BK: torch.Tensor) -> torch.Tensor:
         """Accept what the forward verified, move the windows on, fill them up; returns the facts [B, F]."""
