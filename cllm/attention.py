@@ -59,14 +59,13 @@ def model_mask(
     """Turn plain visibility into the ``attention_mask`` argument of ``model(...)``.
 
     ``visible_BTL`` is boolean. Layers with a sliding window additionally lose what lies ``window`` or more positions back.
-    SDPA gets booleans, eager attention an additive mask of ``dtype``. A model that mixes layer types gets a dict by type.
+    The mask is additive, of the model's ``dtype``: SDPA would make such a one of a boolean mask, too, in every layer anew. A
+    model that mixes layer types gets a dict by type.
     """
 
     def finish(mask_BTL: torch.Tensor) -> torch.Tensor:
-        mask = mask_BTL[:, None]
-        if config._attn_implementation == "eager":
-            return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-        return mask
+        hidden = ~mask_BTL[:, None]
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
 
     masks = {}
     for kind, window in attention_windows(config).items():

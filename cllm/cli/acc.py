@@ -27,6 +27,8 @@ from cllm.errors import UsageError, out_of_memory
 if TYPE_CHECKING:
     from cllm.cli.model import OpenModel
     from cllm.decoding import Sampling
+    from cllm.evaluation.accuracy import AnswerFile
+    from cllm.tasks.base import Example
 
 MATH_SINGLE = "math-single"
 
@@ -148,15 +150,13 @@ def _questions(args: argparse.Namespace, task: Any) -> Iterator[Any]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answer what is not answered yet, and score everything asked for."""
-    from tqdm import tqdm
-
-    from cllm.cli.guess import check_guess, pick_guess
+    from cllm.cli.guess import check_guess
     from cllm.cli.model import open_model
     from cllm.decoding import JacobiDecoder
     from cllm.evaluation import accuracy
     from cllm.evaluation.environment import check_writable, environment
-    from cllm.evaluation.prompt import default_file, encode
-    from cllm.models import context_length, default_width
+    from cllm.evaluation.prompt import default_file
+    from cllm.models import default_width
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
@@ -164,15 +164,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_writable(args.results)
     check_writable(args.output_file_name)
     task = get_task(args.task).configure(args)
-    sampling = sampling_of(args, args.seed)
-    if task.num_samples > 1 and sampling.temperature == 0:
-        raise UsageError(
-            f"num_samples must be 1 at temperature 0, got {task.num_samples}: greedy decoding gives the same sample every "
-            "time; pass a --temperature above 0"
-        )
+    sampling = _sampling(args, task)
     _check_export(args, task)
-    filename = default_file(args.filename, Path.cwd())
-    stream = load_examples(task, filename, "test", None)
+    stream = load_examples(task, default_file(args.filename, Path.cwd()), "test", None)
     questions = accuracy.select(stream, task, args.dev_set, args.data_size)
     examples = accuracy.samples(questions, task.num_samples)
 
@@ -183,11 +177,56 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     JacobiDecoder(of.model, block_size)  # refuses what cannot be decoded before anything is written
     settings = _settings(args, task, of, block_size, sampling)
     answers = accuracy.AnswerFile(args.output_file_name, settings, args.resume)
-    kept = sum(map(answers.has, examples))
-    if kept:
+    _answer_missing(args, task, of, block_size, sampling, answers, examples)
+    scored = accuracy.rescore(task, [answers.rows[e.id] for e in examples])
+    asked = {
+        "filename": stream.source,
+        "dev_set": args.dev_set,
+        "num_samples": task.num_samples,
+        "batch_size": args.batch_size,
+    }
+    report = {
+        "settings": settings | asked | _scoring(task),
+        "environment": environment(of.model.device),
+        "record": of.record,
+        "bad_rows": dict(stream.bad),
+        "summary": accuracy.summarise(task, scored, seed=args.seed),
+    }
+    return _finish(args, task, scored, report)
+
+
+def _sampling(args: argparse.Namespace, task: Any) -> Sampling:
+    sampling = sampling_of(args, args.seed)
+    if task.num_samples > 1 and sampling.temperature == 0:
+        raise UsageError(
+            f"num_samples must be 1 at temperature 0, got {task.num_samples}: greedy decoding gives the same sample every "
+            "time; pass a --temperature above 0"
+        )
+    return sampling
+
+
+def _answer_missing(
+    args: argparse.Namespace,
+    task: Any,
+    of: OpenModel,
+    block_size: int,
+    sampling: Sampling,
+    answers: AnswerFile,
+    examples: Sequence[Example],
+) -> None:
+    """Decode the answers that the file does not have, and write them into it as they come."""
+    from tqdm import tqdm
+
+    from cllm.cli.guess import pick_guess
+    from cllm.decoding import JacobiDecoder
+    from cllm.evaluation import accuracy
+    from cllm.evaluation.prompt import encode
+    from cllm.models import context_length
+
+    missing = [e for e in examples if not answers.has(e)]
+    if kept := len(examples) - len(missing):
         logger.info("%d of %d answers are there already, in %s", kept, len(examples), args.output_file_name)
-    context = context_length(of.model.config)
-    prompts, too_long = encode((e for e in examples if not answers.has(e)), of.template, of.tokenizer, context)
+    prompts, too_long = encode(missing, of.template, of.tokenizer, context_length(of.model.config))
     asked = [p.ids for p in prompts]
     guess = pick_guess(args.guess, of, block_size, asked, batch_size=args.batch_size, sampling=sampling)
     decoder = JacobiDecoder(of.model, block_size, eos_token_ids=of.stops, guess=guess, seed=args.seed)
@@ -206,22 +245,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ):
             answers.append(rows)
             bar.update(len(rows))
-    scored = accuracy.rescore(task, [answers.rows[e.id] for e in examples])
-    report = {
-        "settings": settings
-        | {
-            "filename": stream.source,
-            "dev_set": args.dev_set,
-            "num_samples": task.num_samples,
-            "batch_size": args.batch_size,
-        }
-        | _scoring(task),
-        "environment": environment(of.model.device),
-        "record": of.record,
-        "bad_rows": dict(stream.bad),
-        "summary": accuracy.summarise(task, scored, seed=args.seed),
-    }
-    return _finish(args, task, scored, report)
 
 
 def _settings(args: argparse.Namespace, task: Any, of: OpenModel, block_size: int, sampling: Sampling) -> dict[str, Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cllm.cli.model import OpenModel
+    from cllm.evaluation.method import Method
     from cllm.evaluation.prompt import Prompt
     from cllm.evaluation.quality import Quality
 
@@ -76,12 +77,9 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns what goes into the JSON file."""
-    from cllm.cli.guess import check_guess, pick_guess
-    from cllm.cli.model import load_weights, open_model
-    from cllm.decoding import make_guess
+    from cllm.cli.guess import check_guess
     from cllm.evaluation import method, prompt, speed
     from cllm.evaluation.environment import check_writable, environment
-    from cllm.models import context_length, default_width, load_tokenizer
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
@@ -89,59 +87,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_guess(name)
     check_writable(args.output)
     task = get_task(args.task).configure(args)
-    filename = prompt.default_file(args.filename, Path.cwd())
-    stream = load_examples(task, filename, "test", args.data_size)
+    stream = load_examples(task, prompt.default_file(args.filename, Path.cwd()), "test", args.data_size)
     examples = list(stream)
-
-    of = open_model(args, task.plain_template)
-    model, eos_ids = of.model, of.stops
-    block_size = args.max_new_tokens or default_width(of.record)
-    target = load_weights(args, args.target_model) if args.target_model else None
-    if target is not None and load_tokenizer(args.target_model).get_vocab() != of.tokenizer.get_vocab():
-        raise UsageError(
-            f"{args.target_model} and {args.model} have different vocabularies, so they cannot be compared"
-        )
-    contexts = [length for m in (model, target) if m is not None and (length := context_length(m.config))]
-    context = min(contexts, default=None)
+    of, target, context = _open_models(args, task)
     prompts, too_long = prompt.encode(examples, of.template, of.tokenizer, context)
     if not prompts:
         raise UsageError(f"all {len(too_long)} prompts fill the model's context of {context} tokens")
 
     batches = [[p.ids for p in batch] for batch in prompt.batches(prompts, args.batch_size)]
-    picked = [
-        pick_guess(name, of, block_size, [p.ids for p in prompts], batch_size=args.batch_size)
-        for name in args.guess or [None]
-    ]
-    guesses = [make_guess(name) for name in dict.fromkeys(picked)]
-    methods = method.build_methods(
-        model,
-        args.baseline,
-        block_size=block_size,
-        window=args.window,
-        guesses=guesses,
-        eos_ids=eos_ids,
-        seed=args.seed,
-    )
+    methods, chosen = _methods(args, of, prompts)
     measured = speed.measure(methods, batches, args.max_new_seq_len, context=context, progress=_bar("speed"))
-    figures = speed.summarise(measured, seed=args.seed)
-    parted = speed.divergences(model, measured, {p.example.id: p.ids for p in prompts})
     texts = {"jacobi": _ids(measured, method.JACOBI)}
     if target is not None:
-        texts["target"] = _target_texts(target, batches, args.max_new_seq_len, context, eos_ids)
+        texts["target"] = _target_texts(target, batches, args.max_new_seq_len, context, of.stops)
     qualities = _qualities(args, task, of, target, prompts, texts, _ids(measured, method.AR))
     return {
-        "settings": {
-            **_settings(args),
-            "block_size": block_size,
-            "guess": [guess.name for guess in guesses],
-            "filename": stream.source,
-            "prompt_template": of.template.text,
-            "dtype": of.dtype,
-            "attn_implementation": model.config._attn_implementation,
-            "eos_token_ids": eos_ids,
-            "metric": task.metric,
-        },
-        "environment": environment(model.device),
+        "settings": _settings(args) | chosen | _facts(of) | {"filename": stream.source, "metric": task.metric},
+        "environment": environment(of.model.device),
         "record": of.record,
         "data": {
             "prompts": len(prompts),
@@ -150,18 +112,54 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "context": context,
         },
         "labels": {m.name: m.label for m in methods},
-        "methods": figures,
-        "divergences": parted,
+        "methods": speed.summarise(measured, seed=args.seed),
+        "divergences": speed.divergences(of.model, measured, {p.example.id: p.ids for p in prompts}),
         "quality": {name: asdict(value) for name, value in qualities.items()},
-        "batches": [
-            {
-                name: {"seconds": runs[at].seconds, "prefill_seconds": runs[at].prefill_seconds}
-                for name, runs in measured.runs.items()
-            }
-            for at in range(len(batches))
-        ],
+        "batches": _batch_rows(measured, len(batches)),
         "prompts": _prompt_rows(prompts, measured, texts, of.tokenizer, args.batch_size),
     }
+
+
+def _open_models(args: argparse.Namespace, task: Any) -> tuple[OpenModel, PreTrainedModel | None, int | None]:
+    """The test model, the target model if one is named, and the context that both have."""
+    from cllm.cli.model import load_weights, open_model
+    from cllm.models import context_length, load_tokenizer
+
+    of = open_model(args, task.plain_template)
+    target = load_weights(args, args.target_model) if args.target_model else None
+    if target is not None and load_tokenizer(args.target_model).get_vocab() != of.tokenizer.get_vocab():
+        raise UsageError(
+            f"{args.target_model} and {args.model} have different vocabularies, so they cannot be compared"
+        )
+    contexts = [length for m in (of.model, target) if m is not None and (length := context_length(m.config))]
+    return of, target, min(contexts, default=None)
+
+
+def _methods(
+    args: argparse.Namespace, of: OpenModel, prompts: Sequence[Prompt]
+) -> tuple[list[Method], dict[str, Any]]:
+    """What to measure, and the block size and guesses that the options came to."""
+    from cllm.cli.guess import pick_guess
+    from cllm.decoding import make_guess
+    from cllm.evaluation.method import build_methods
+    from cllm.models import default_width
+
+    block_size = args.max_new_tokens or default_width(of.record)
+    picked = [
+        pick_guess(name, of, block_size, [p.ids for p in prompts], batch_size=args.batch_size)
+        for name in args.guess or [None]
+    ]
+    guesses = [make_guess(name) for name in dict.fromkeys(picked)]
+    methods = build_methods(
+        of.model,
+        args.baseline,
+        block_size=block_size,
+        window=args.window,
+        guesses=guesses,
+        eos_ids=of.stops,
+        seed=args.seed,
+    )
+    return methods, {"block_size": block_size, "guess": [guess.name for guess in guesses]}
 
 
 def _qualities(
@@ -197,6 +195,16 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"test_model": args.model} | given
 
 
+def _facts(of: OpenModel) -> dict[str, Any]:
+    """How the test model was opened."""
+    return {
+        "prompt_template": of.template.text,
+        "dtype": of.dtype,
+        "attn_implementation": of.model.config._attn_implementation,
+        "eos_token_ids": of.stops,
+    }
+
+
 def _bar(title: str) -> Any:
     from tqdm import tqdm
 
@@ -220,6 +228,16 @@ def _target_texts(
         results = decoder.generate(batch, max_new_tokens=budget(batch, max_new_tokens, context))
         texts += [result.token_ids for result in results]
     return texts
+
+
+def _batch_rows(measured: Any, batches: int) -> list[dict[str, Any]]:
+    return [
+        {
+            name: {"seconds": runs[at].seconds, "prefill_seconds": runs[at].prefill_seconds}
+            for name, runs in measured.runs.items()
+        }
+        for at in range(batches)
+    ]
 
 
 def _prompt_rows(prompts: Any, measured: Any, texts: dict, tokenizer: Any, batch_size: int) -> list[dict[str, Any]]:

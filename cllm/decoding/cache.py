@@ -128,12 +128,12 @@ class RowCacheLayer(CacheLayerMixin):
 
 def enlarge(store: torch.Tensor, rows: int, columns: int = 0) -> torch.Tensor:
     """``store`` [B, S, ...] itself if it has so many rows and columns, else a copy that has, filled up with zeros."""
+    if len(store) >= rows and (store.dim() == 1 or store.shape[1] >= columns):
+        return store
     shape = list(store.shape)
     shape[0] = max(shape[0], rows)
     if store.dim() > 1:
         shape[1] = max(shape[1], columns)
-    if shape == list(store.shape):
-        return store
     larger = store.new_zeros(shape)
     larger[tuple(map(slice, store.shape))] = store
     return larger
