@@ -86,6 +86,16 @@ class RowResult:
     def tokens_per_forward(self) -> float:
         return len(self.token_ids) / self.forwards if self.forwards else 0.0
 
+    def behind(self, tokens: int) -> list[list[int]]:
+        """The token ids behind the first ``tokens``, apart by the forwards that brought them."""
+        steps, end = [], len(self.token_ids)
+        for count in reversed(self.accepted):
+            if end <= tokens:
+                break
+            steps.append(self.token_ids[max(tokens, end - count) : end])
+            end -= count
+        return steps[::-1]
+
     def gain(self, token_ids: list[int], fast_forwarded: int, stationary: int) -> None:
         """Add what one forward brought."""
         self.token_ids += token_ids

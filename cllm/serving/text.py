@@ -22,9 +22,19 @@ class TextStream:
         self._known = 0
         self._held = ""
         self.stopped = False  # whether a stop string was met
+        self.tokens = 0  # put in, up to the one that completed a stop string
 
     def put(self, token_ids: Sequence[int]) -> str:
         """The text that is sure now and was not before."""
+        text = ""
+        for some in [[token] for token in token_ids] if self._stops else [token_ids]:
+            if self.stopped:
+                break
+            text += self._put(some)
+            self.tokens += len(some)
+        return text
+
+    def _put(self, token_ids: Sequence[int]) -> str:
         self._ids += token_ids
         before, text = self._decode(self._ids[: self._known]), self._decode(self._ids)
         if text.endswith(UNFINISHED) or text == before:  # behind special tokens alone, a word would lose its space

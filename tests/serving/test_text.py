@@ -46,14 +46,15 @@ def test_an_unfinished_character_at_the_end_is_shown() -> None:
     assert "".join(pieces(TextStream(tokenizer), ids, random.Random(0))) == tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("stops", [["END"], ["ND", "D x"], ["never", "EN"], ["E"]])
+@pytest.mark.parametrize("stops", [["END"], ["ND", "D x"], ["never", "EN"], ["E"], ["two EN three", "N t"]])
 def test_nothing_from_a_stop_string_on(stops: list[str]) -> None:
+    """The one that is completed first counts, however the tokens come."""
     tokenizer, text = tiny_tokenizer(), "one E two EN three END x END"
-    first = min(at for stop in stops if (at := text.find(stop)) >= 0)
+    end, first = min((at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0)
     for seed in range(20):
         stream = TextStream(tokenizer, stops)
         found = pieces(stream, tokenizer(text).input_ids, random.Random(seed))
-        assert stream.stopped and "".join(found) == text[:first]
+        assert stream.stopped and "".join(found) == text[:first] and stream.tokens == end
 
 
 def test_half_a_stop_string_is_text_after_all() -> None:

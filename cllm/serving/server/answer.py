@@ -19,22 +19,28 @@ class AnswerError(Exception):
 
 @dataclass(eq=False)
 class Choice:
-    """One response: its text so far, why it ended, what it cost."""
+    """One response: its text so far, why it ended, what it cost.
+
+    A stop string ends it with the token that completes the string and with the forward that brought this token, whatever
+    else has been decoded meanwhile. So text and cost are functions of the request alone.
+    """
 
     index: int
     text: TextStream
     written: list[str] = field(default_factory=list)
     reason: str | None = None  # "stop" or "length", once it has ended
-    tokens: int = 0
     forwards: int = 0
-    fast_forwarded: int = 0
 
     def take(self, progress: Progress) -> str:
         """The text that a report of the worker brings, maybe none. Raises AnswerError where it brings a failure."""
         if progress.error:
             raise AnswerError(progress.error)
-        self.tokens, self.forwards, self.fast_forwarded = progress.tokens, progress.forwards, progress.fast_forwarded
-        piece = self.text.put(progress.token_ids)
+        piece = ""
+        for step in progress.steps:
+            piece += self.text.put(step)
+            self.forwards += 1
+            if self.text.stopped:
+                break
         if progress.stop:
             piece += self.text.end()
             self.reason = "stop" if progress.stop == "eos" else "length"
@@ -88,7 +94,6 @@ class Answer:
     def usage(self) -> Usage:
         return Usage(
             self.prompt_tokens,
-            sum(choice.tokens for choice in self.choices),
+            sum(choice.text.tokens for choice in self.choices),
             sum(choice.forwards for choice in self.choices),
-            sum(choice.fast_forwarded for choice in self.choices),
         )

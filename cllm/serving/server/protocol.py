@@ -175,7 +175,11 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     forwards: int
-    fast_forwarded: int
+
+    @property
+    def fast_forwarded(self) -> int:
+        """Tokens beyond the one that every forward brings."""
+        return self.completion_tokens - self.forwards
 
     def json(self) -> dict[str, Any]:
         per_forward = self.completion_tokens / self.forwards if self.forwards else 0.0

@@ -25,12 +25,9 @@ class Closed(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a job has gained since the last report; the counts are totals."""
+    """What a job has gained since the last report."""
 
-    token_ids: list[int]
-    tokens: int = 0
-    forwards: int = 0
-    fast_forwarded: int = 0
+    steps: list[list[int]]  # token ids, apart by the forwards that brought them
     stop: Stop | None = None  # said once, at the end
     error: str | None = None  # why the job ended without an answer
 
@@ -46,9 +43,9 @@ class Job:
 
     def update(self, result: RowResult, stop: Stop | None = None) -> None:
         """Report what is new in ``result``, if anything is."""
-        new, self.reported = result.token_ids[self.reported :], max(self.reported, len(result.token_ids))
+        new, self.reported = result.behind(self.reported), max(self.reported, len(result.token_ids))
         if not self.cancelled and (new or stop):
-            self.report(Progress(new, len(result.token_ids), result.forwards, result.fast_forwarded, stop))
+            self.report(Progress(new, stop))
 
 
 class Worker:

@@ -38,7 +38,9 @@ def test_chat_is_the_greedy_answer(server) -> None:
     assert answer.choices[0].finish_reason == "length"
     usage = answer.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(chat_ids(server, "hello")), 24)
-    assert usage.cllm["tokens_per_forward"] == pytest.approx(24 / usage.cllm["forwards"], abs=1e-4)
+    (result,) = server.service.queue.decoder.generate([chat_ids(server, "hello")], max_new_tokens=24)
+    cost = {"forwards": result.forwards, "fast_forwarded": result.fast_forwarded}
+    assert usage.cllm == cost | {"tokens_per_forward": pytest.approx(24 / result.forwards, abs=1e-4)}
 
 
 def test_parts_and_the_developer_role(server) -> None:
@@ -110,6 +112,27 @@ def test_stop_strings(server) -> None:
             assert (text, reason) == (full[:first], "stop")
 
 
+def test_what_a_stop_string_costs(server) -> None:
+    """The tokens up to the one that completes it, and the forwards that brought them; in company as alone."""
+    tokenizer, ids = server.service.tokenizer, chat_ids(server, "stop")
+    (result,) = server.service.queue.decoder.generate([ids], max_new_tokens=60)
+    stop = tokenizer.decode(result.token_ids, skip_special_tokens=True)[20:22]
+    tokens = next(n for n in range(60) if stop in tokenizer.decode(result.token_ids[:n], skip_special_tokens=True))
+    forwards = next(n for n in range(60) if sum(result.accepted[:n]) >= tokens)
+    asked = dict(model="tiny", max_tokens=60, temperature=0)
+
+    async def ask(others: int) -> list:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            create = client.chat.completions.create
+            company = [create(messages=messages(f"other {n}"), **asked) for n in range(others)]
+            answers = await asyncio.gather(*company, *(create(messages=messages("stop"), stop=stop, **asked) for _ in range(4)))
+            return [answer.usage for answer in answers[others:]]
+
+    for usage in asyncio.run(ask(0)) + asyncio.run(ask(12)):
+        cost = usage.completion_tokens, usage.cllm["forwards"], usage.cllm["fast_forwarded"]
+        assert cost == (tokens, forwards, tokens - forwards)
+
+
 def test_the_end_of_the_text(start) -> None:
     with start(Limits(), eos=range(0, 98, 2)) as running:
         answer = running.client.chat.completions.create(model="tiny", messages=messages("hello"), temperature=0)
@@ -141,7 +164,7 @@ def test_refusals_are_the_clients_exceptions(server) -> None:
 def test_curl(server) -> None:
     body = json.dumps({"model": "tiny", "prompt": "ab", **SPEED})
     output = subprocess.run(
-        ["curl", "-sS", f"{server.url}/v1/completions", "-d", body], check=True, capture_output=True, timeout=60
+        ["curl", "-sS", f"{server.url}/v1/completions", "--json", body], check=True, capture_output=True, timeout=60
     )
     ids = server.service.tokenizer("ab").input_ids
     assert json.loads(output.stdout)["choices"][0]["text"] == alone(server, ids)

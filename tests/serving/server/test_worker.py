@@ -2,12 +2,13 @@
 
 import queue as queues
 import threading
+from itertools import islice
 
 import pytest
 import torch
 from tiny import tiny_model
 
-from cllm.decoding import JacobiDecoder, Queue, Request
+from cllm.decoding import JacobiDecoder, Queue, Request, RowResult
 from cllm.serving.server.worker import Busy, Closed, Job, Progress, Worker
 
 
@@ -21,13 +22,19 @@ def job(prompt: list[int], length: int) -> tuple[Job, "queues.Queue[Progress]"]:
     return Job(Request(prompt, length), reports.put), reports
 
 
-def finish(reports: "queues.Queue[Progress]") -> tuple[list[int], Progress]:
-    ids: list[int] = []
+def finish(reports: "queues.Queue[Progress]") -> tuple[list[list[int]], Progress]:
+    """The token ids that each forward brought, and the last report."""
+    steps: list[list[int]] = []
     while True:
         progress = reports.get(timeout=60)
-        ids += progress.token_ids
+        steps += progress.steps
         if progress.stop or progress.error:
-            return ids, progress
+            return steps, progress
+
+
+def steps_of(result: RowResult) -> list[list[int]]:
+    ids = iter(result.token_ids)
+    return [list(islice(ids, count)) for count in result.accepted]
 
 
 @pytest.mark.parametrize("interval", [1, 5])
@@ -39,10 +46,8 @@ def test_reports_add_up_to_the_result(decoder: JacobiDecoder, interval: int) -> 
     jobs = [job(*one) for one in wanted]
     worker.submit([one for one, _ in jobs])
     for (_, reports), result in zip(jobs, expected, strict=True):
-        ids, last = finish(reports)
-        assert ids == result.token_ids
-        assert (last.tokens, last.forwards, last.fast_forwarded) == (len(ids), result.forwards, result.fast_forwarded)
-        assert last.stop == result.stop
+        steps, last = finish(reports)
+        assert (steps, last.stop) == (steps_of(result), result.stop)
     worker.stop()
     assert worker.running == worker.waiting == 0
 
@@ -57,7 +62,7 @@ def test_cancelled_jobs_make_room_and_say_nothing_more(decoder: JacobiDecoder) -
     with pytest.raises(Busy, match="2 requests are waiting, and at most 3 may"):
         worker.submit([job([7], 1)[0]] * 2)
     worker.cancel([waiting, endless])
-    assert finish(third)[0] == decoder.generate([[5, 6]], max_new_tokens=4)[0].token_ids
+    assert finish(third)[0] == steps_of(decoder.generate([[5, 6]], max_new_tokens=4)[0])
     worker.stop()
     assert second.empty()
     with pytest.raises(Closed):
@@ -93,7 +98,7 @@ def test_a_failure_ends_its_batch_only(decoder: JacobiDecoder, monkeypatch: pyte
     caplog.clear()
     second, reports = job([1, 2], 5)
     worker.submit([second])
-    assert len(finish(reports)[0]) == 5
+    assert sum(map(len, finish(reports)[0])) == 5
     worker.stop()
 
 
@@ -113,8 +118,8 @@ def test_out_of_memory_halves_the_batch_and_nothing_is_said_twice(decoder: Jacob
     jobs = [job(*one) for one in wanted]
     worker.submit([one for one, _ in jobs])
     for (_, reports), result in zip(jobs, expected, strict=True):
-        ids, last = finish(reports)
-        assert (ids, last.error, last.forwards) == (result.token_ids, None, result.forwards)
+        steps, last = finish(reports)
+        assert (steps, last.error) == (steps_of(result), None)
     worker.stop()
     assert worker.queue.batch_size == 2 and max(calls[:5]) == 4 and max(calls[5:]) == 2
     assert "out of memory; going on with batch size 2" in caplog.text
