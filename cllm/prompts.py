@@ -99,7 +99,7 @@ class PromptTemplate:
             return tokenizer(self.render(messages)).input_ids
         try:
             return _chat_ids(messages, tokenizer)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: beside its own refusals, anything may go wrong in it
             folded = _fold_system(messages)
             if len(folded) == len(messages):
                 raise UsageError(f"the tokenizer's chat template refuses the conversation: {error}") from error
