@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cllm.cli.command import command, parser, positive
-from cllm.cli.serve import add_service_options, check_packages, open_decoder, open_service
+from cllm.cli.serve import add_service_options, api_key, check_packages, open_decoder, open_service
 from cllm.errors import UsageError
 
 
@@ -59,12 +59,13 @@ def _show(args: argparse.Namespace, question: str) -> None:
     from cllm.decoding import GREEDY
     from cllm.serving.demo.routes import add_demo
     from cllm.serving.server.app import create_app
-    from cllm.serving.server.run import Server, address, bind
+    from cllm.serving.server.run import Server, address, bind, own_names
 
     with bind(args.host, args.port) as listener:
         service = open_service(args, question, GREEDY)
-        app = create_app(service)
-        add_demo(app, service, question)
+        key = api_key(args)
+        app = create_app(service, key, own_names(listener, args.host))
+        add_demo(app, service, question, asks_key=key is not None)
         server = Server(app, service.worker, grace=1.0)
         print(f"{service.name} on {address(listener)}; Ctrl-C stops it", flush=True)
         if args.browser:

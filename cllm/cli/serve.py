@@ -31,7 +31,6 @@ KEY = "CLLM_API_KEY"
 def options() -> argparse.ArgumentParser:
     result = parser("Serve a model under the OpenAI protocol: /v1/chat/completions, /v1/completions, /v1/models.", "cllm serve")
     add_service_options(result)
-    result.add_argument("--api_key", help=f"what clients must send; default: the environment's {KEY}, else no key is asked for")
     result.add_argument("--grace", type=seconds, default=30.0, help="seconds that running answers get to end after SIGTERM")
     add_sampling_options(result)
     return result
@@ -43,6 +42,7 @@ def add_service_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--served_model_name", metavar="NAME", help="default: the last part of the path")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 or :: lets other machines in")
     options.add_argument("--port", type=int, default=8000, help="0: a free one")
+    options.add_argument("--api_key", help=f"what clients must send; default: the environment's {KEY}, else none")
     options.add_argument("--block_size", type=positive, help="default: what `cllm tune` or the training stored, else 16")
     options.add_argument("--batch_size", type=positive, default=8, help="responses decoded together at most")
     options.add_argument(
@@ -61,14 +61,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = sampling_of(args)
     check_packages()
     from cllm.serving.server.app import create_app
-    from cllm.serving.server.run import Server, address, bind
+    from cllm.serving.server.run import Server, address, bind, own_names
     from cllm.tasks import DEFAULT_TASK, get_task
 
     with bind(args.host, args.port) as listener:
         service = open_service(args, get_task(DEFAULT_TASK).default_question, sampling)
-        app = create_app(service, args.api_key or os.environ.get(KEY))
+        app = create_app(service, api_key(args), own_names(listener, args.host))
         print(f"{service.name} on {address(listener)}/v1; Ctrl-C stops it", flush=True)
         Server(app, service.worker, args.grace).run(sockets=[listener])
+
+
+def api_key(args: argparse.Namespace) -> str | None:
+    return args.api_key or os.environ.get(KEY) or None
 
 
 def check_packages() -> None:

@@ -69,6 +69,12 @@ def test_a_port_that_is_taken(tiny_model_dir, capsys) -> None:
         assert f"cannot listen on 127.0.0.1 port {port}" in refused(capsys, serve.main, tiny_model_dir, "--port", port)
 
 
+@pytest.mark.parametrize("command", [serve, demo])
+def test_packages_that_are_missing(tiny_model_dir, monkeypatch, capsys, command) -> None:
+    monkeypatch.setitem(sys.modules, "cllm.serving.server.app", None)  # as where fastapi cannot be imported
+    assert "pip install -e .[serve]" in refused(capsys, command.main, tiny_model_dir)
+
+
 def test_record(tiny_model_dir, tmp_path, capsys) -> None:
     picture = tmp_path / "race.svg"
     demo.main([str(tiny_model_dir), "--record", str(picture), "--record_tokens", "20", "--prompt", "1 + 1?"])

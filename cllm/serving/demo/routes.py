@@ -32,10 +32,10 @@ class RaceRequest(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)]
 
 
-def add_demo(app: FastAPI, service: Service, question: str) -> None:
-    """Add the page at ``/``; ``question`` stands in it at first."""
+def add_demo(app: FastAPI, service: Service, question: str, asks_key: bool = False) -> None:
+    """Add the page at ``/``; ``question`` stands in it at first. ``asks_key``: it has a field for the server's API key."""
     page = files("cllm.serving.demo").joinpath("page.html").read_text(encoding="utf-8")
-    settings = {"model": service.name, "question": question, "most": service.limits.new_tokens}
+    settings = {"model": service.name, "question": question, "most": service.limits.new_tokens, "key": asks_key}
     page = page.replace("{{settings}}", json.dumps(settings).replace("<", "\\u003c"))
 
     @app.get("/")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Collection
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -38,8 +38,11 @@ class ApiError(Exception):
         self.status, self.content = status, error(message, kind, code, param)
 
 
-def create_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The application; when it shuts down, so does the service."""
+def create_app(service: Service, api_key: str | None = None, names: Collection[str] | None = None) -> FastAPI:
+    """The application; when it shuts down, so does the service.
+
+    ``names``: what clients without a key may call the server, see :class:`Guard`; a key is proof enough.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -54,7 +57,8 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     def count(path: str, status: int) -> None:
         service.metrics.requests.labels(path if path in paths else "other", str(status)).inc()
 
-    app.add_middleware(Guard, max_body=service.limits.body_bytes, api_key=api_key, count=count)
+    known = names if api_key is None else None
+    app.add_middleware(Guard, max_body=service.limits.body_bytes, api_key=api_key, names=known, count=count)
     return app
 
 
@@ -98,7 +102,13 @@ def _add_errors(app: FastAPI) -> None:
 
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
-    """The request's body as ``kind``. Raises ApiError where it is none."""
+    """The request's body as ``kind``. Raises ApiError where it is none.
+
+    It must say that it is JSON: what browsers send for a page of somebody else without asking us first cannot.
+    """
+    said = request.headers.get("content-type", "nothing")
+    if said.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, f"the Content-Type must be application/json, got {said[:100]}")
     try:
         return kind.model_validate_json(await request.body())
     except ValidationError as problem:

@@ -1,10 +1,10 @@
-"""What stands between the network and the application: the key, the size of a body and the time it takes to arrive."""
+"""What stands between the network and the application: the host's name, the key, a body's size and the time it takes."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cllm.serving.server.protocol import error
 
-OPEN_PATHS = ("/health",)  # for those who have no key
+OPEN_PATHS = ("/health", "/")  # for those who have no key
 BODY_SECONDS = 20.0  # for a body to arrive
 
 
@@ -21,10 +21,21 @@ class Gone(Exception):
 
 
 class Guard:
-    """An ASGI application around another one, which is given whole bodies only. ``count`` is told path and status."""
+    """An ASGI application around another one, which is given whole bodies only. ``count`` is told path and status.
 
-    def __init__(self, app: ASGIApp, max_body: int, api_key: str | None, count: Callable[[str, int], None]) -> None:
-        self.app, self.max_body, self.api_key, self.count = app, max_body, api_key, count
+    ``names``: what the server may be called in a request's Host header, None: anything. A web page whose own name was made to
+    point at this machine (DNS rebinding) is refused by it.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body: int,
+        api_key: str | None,
+        names: Collection[str] | None,
+        count: Callable[[str, int], None],
+    ) -> None:
+        self.app, self.max_body, self.api_key, self.names, self.count = app, max_body, api_key, names, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,8 +48,7 @@ class Guard:
             await send(message)
 
         try:
-            refusal = self._refusal(scope) or await self._pass(scope, receive, counting)
-            if refusal:
+            if refusal := await self._pass(scope, receive, counting):
                 await refusal(scope, receive, counting)
         except Gone:
             return
@@ -47,6 +57,9 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
+        if self.names is not None and (name := host_name(headers.get("host", ""))) not in self.names:
+            message = f"the Host header says {name[:100]!r}; without an API key this server answers to its own names only"
+            return JSONResponse(error(message, "invalid_request_error"), 421)
         if self.api_key is not None and scope["path"] not in OPEN_PATHS:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
@@ -55,14 +68,15 @@ class Guard:
         return self._too_large() if not length.isdecimal() or int(length) > self.max_body else None
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> JSONResponse | None:
-        """Hand the request on; what is to be answered where its body does not come."""
+        """Hand the request on, or say what is to be answered in its place; not before something came behind its head."""
+        refusal = self._refusal(scope)
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                body = await self._read(receive)
+                body = await self._read(receive, 0 if refusal else self.max_body)
         except TimeoutError:
-            return JSONResponse(error("the request's body did not come in time", "timeout_error"), 408)
-        if body is None:
-            return self._too_large()
+            return refusal or JSONResponse(error("the request's body did not come in time", "timeout_error"), 408)
+        if refusal or body is None:
+            return refusal or self._too_large()
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Message:
@@ -71,18 +85,24 @@ class Guard:
         await self.app(scope, again, send)
         return None
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body; None if it is too long. Raises Gone."""
+    async def _read(self, receive: Receive, most: int) -> bytes | None:
+        """The body; None if it is longer than ``most`` bytes. Raises Gone, also where the body is no HTTP."""
         body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Gone
             body += message.get("body", b"")
-            if len(body) > self.max_body:
+            if len(body) > most:
                 return None
             more = message.get("more_body", False)
         return bytes(body)
 
     def _too_large(self) -> JSONResponse:
         return JSONResponse(error(f"the body is larger than {self.max_body} bytes", "invalid_request_error"), 413)
+
+
+def host_name(header: str) -> str:
+    """The name in a Host header, without port and brackets."""
+    name = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
+    return name.lower()

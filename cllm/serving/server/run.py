@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cllm.errors import UsageError
 from cllm.serving.server.worker import Worker
 
 CONNECTIONS = 1024  # at once; more get 503
 SLACK = 5  # seconds for connections to close, once their answers have ended
+READ_SECONDS = 20.0  # for a client to read something, once its connection is full
+
+
+class Connection(H11Protocol):
+    """Cuts off a client that does not read; uvicorn would wait for it without end, also after the answer's time."""
+
+    _cut: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._cut = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._cut is not None:
+            self._cut.cancel()
 
 
 class Server(uvicorn.Server):
@@ -21,6 +46,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, worker: Worker, grace: float) -> None:
         config = uvicorn.Config(
             app,
+            http=Connection,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -50,6 +76,13 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise UsageError(f"cannot listen on {host} port {port}: {error}") from error
     return listener
+
+
+def own_names(listener: socket.socket, host: str) -> frozenset[str] | None:
+    """What clients may call a server that only this machine can reach; None: anything, as other machines can reach it."""
+    if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        return None
+    return frozenset(("127.0.0.1", "localhost", "::1", host.lower()))
 
 
 def address(listener: socket.socket) -> str:

@@ -1,18 +1,13 @@
 """The page in a real browser: headless Chromium, driven by Playwright. Skipped where there is none."""
 
 import shutil
-import threading
 from collections.abc import Iterator
 
 import pytest
-from tiny import EOS_ID, tiny_model, tiny_tokenizer
+from servers import run_server
+from tiny import EOS_ID, tiny_model
 
-from cllm.decoding import JacobiDecoder, Queue
-from cllm.prompts import PromptTemplate
-from cllm.serving.demo.routes import add_demo
-from cllm.serving.server.app import create_app
-from cllm.serving.server.run import Server, address, bind
-from cllm.serving.server.service import Limits, Service
+from cllm.serving.server.service import Limits
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -22,17 +17,9 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    decoder = JacobiDecoder(tiny_model(initializer_range=0.1, seed=2), 6, eos_token_ids=[EOS_ID])
-    service = Service("tiny", Queue(decoder, 2), tiny_tokenizer(), PromptTemplate("chat"), Limits(new_tokens=64))
-    app = create_app(service)
-    add_demo(app, service, "What is 1 </script> + 1?")
-    server = Server(app, service.worker, grace=1)
-    with bind("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield address(listener)
-        server.should_exit = True
-        thread.join()
+    model = tiny_model(initializer_range=0.1, seed=2)
+    with run_server(Limits(new_tokens=64), model=model, eos=[EOS_ID], question="What is 1 </script> + 1?") as running:
+        yield running.url
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +95,14 @@ def test_errors_are_said(page) -> None:
     page.click("#run")
     page.locator("#message").filter(has_text="Error: busy").wait_for()
     assert page.locator("#run").is_enabled()
+
+
+def test_a_page_that_asks_for_the_key(browser) -> None:
+    with run_server(Limits(new_tokens=8), eos=[EOS_ID], question="1 + 1?", api_key="sesame") as running:
+        page = browser.new_page()
+        page.goto(running.url)
+        for key, message in (("wrong", "Error: a valid API key is needed"), ("sesame", "Done")):
+            page.fill("#key", key)
+            page.click("#run")
+            page.locator("#message").filter(has_text=message).wait_for(timeout=60_000)
+        page.close()

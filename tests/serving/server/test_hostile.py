@@ -8,17 +8,18 @@ import time
 import httpx
 import pytest
 
-from cllm.serving.server import guard
+from cllm.serving.server import guard, run
 from cllm.serving.server.service import Limits
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+JSON = {"content-type": "application/json"}
 USER = [{"role": "user", "content": "x"}]
 LONG = {"model": "tiny", "prompt": "ab", "max_tokens": 200, "temperature": 0}
 
 
-def post(running, path: str, body, **options) -> httpx.Response:
+def post(running, path: str, body, headers: dict | None = None) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(running.url + path, content=content, timeout=60, **options)
+    return httpx.post(running.url + path, content=content, timeout=60, headers=JSON | (headers or {}))
 
 
 def chat(**changes) -> dict:
@@ -46,6 +47,7 @@ BAD = [
     (CHAT, chat(messages=[{"role": "user", "content": None}])),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])),
     (CHAT, chat(messages=[{"role": "user", "content": "x" * 300}])),  # beyond the context
+    (CHAT, chat(messages=[{"role": "user", "content": "x", "bogus": 1}])),
     (CHAT, chat(bogus=1)),
     (CHAT, chat(tools=[{}])),
     (CHAT, chat(response_format={"type": "json_object"})),
@@ -118,7 +120,7 @@ def test_huge_bodies(server) -> None:
             yield b"x" * 1000
 
     try:
-        assert httpx.post(server.url + CHAT, content=endless(), timeout=60).status_code == 413
+        assert httpx.post(server.url + CHAT, content=endless(), headers=JSON, timeout=60).status_code == 413
     except httpx.WriteError:  # it was cut off while it was writing
         pass
 
@@ -131,8 +133,13 @@ def talk(running, data: bytes, wait: float = 10.0) -> socket.socket:
 
 def raw(path: str, body: dict, length: int | None = None) -> bytes:
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content) if length is None else length}\r\n\r\n"
-    return head.encode() + content
+    head = [
+        f"POST {path} HTTP/1.1",
+        "host: localhost",
+        "content-type: application/json",
+        f"content-length: {len(content) if length is None else length}",
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + content
 
 
 @pytest.mark.parametrize(
@@ -142,6 +149,7 @@ def raw(path: str, body: dict, length: int | None = None) -> bytes:
         b"GET /\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00",
         b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 100_000 + b"\r\n\r\n",
     ],
@@ -187,18 +195,26 @@ def test_leaving_ends_the_row_early(start) -> None:
         assert running.metric("cllm_cancelled_total") == 1
 
 
-def test_a_client_that_does_not_read(start) -> None:
-    """Its row ends; the others are served."""
-    with start(Limits(new_tokens=400, seconds=3.0), context=2000) as running:
-        many = LONG | {"max_tokens": 400, "stream": True, "n": 40}
-        slow = socket.socket()
+@pytest.mark.parametrize("patience", [0.5, 60.0], ids=["cut off", "at the deadline"])
+def test_a_client_that_does_not_read(start, monkeypatch: pytest.MonkeyPatch, caplog, patience: float) -> None:
+    """Its row leaves when it is cut off, or else at the deadline; meanwhile the others get their answers."""
+    monkeypatch.setattr(run, "READ_SECONDS", patience)
+    with start(Limits(new_tokens=100_000, seconds=3.0), context=200_000, send_buffer=4096) as running, socket.socket() as slow:
+        expected = post(running, COMPLETE, complete()).json()["choices"]
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         slow.connect(("127.0.0.1", running.port))
-        slow.sendall(raw(COMPLETE, many))
-        time.sleep(0.5)
+        slow.sendall(raw(COMPLETE, LONG | {"max_tokens": 100_000, "stream": True}))
+        while not running.service.worker.running:
+            time.sleep(0.01)
+        for _ in range(3):
+            assert post(running, COMPLETE, complete()).json()["choices"] == expected
         until_empty(running, 20)
-        assert post(running, COMPLETE, complete()).status_code == 200
-        slow.close()
+        assert running.metric("cllm_cancelled_total") == 1
+        if patience > 3:
+            assert "a client did not read its answer in time" in caplog.text
+            caplog.clear()  # uvicorn calls an answer that ends early an error
+        else:
+            assert not running.server.server_state.connections
 
 
 def test_too_many_wait(start) -> None:
@@ -239,4 +255,57 @@ def test_keys(start) -> None:
             assert httpx.get(running.url + "/metrics", headers=headers).status_code == 401
         right = {"authorization": "Bearer sécret".encode()}
         assert post(running, COMPLETE, complete(), headers=right).status_code == 200
+        assert post(running, COMPLETE, complete(), headers=right | {"host": "a.name.of.ours"}).status_code == 200
         assert httpx.get(running.url + "/health").status_code == 200
+
+
+OWN_NAMES = ["127.0.0.1", "localhost:80", "LocalHost:8000", "[::1]", "[::1]:8000"]
+OTHER_NAMES = ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "127.0.0.2", "::1", ""]
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_its_own_names(server, name: str) -> None:
+    assert httpx.get(server.url + "/v1/models", headers={"host": name}).status_code == 200
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_page_whose_name_was_made_to_point_here(server, name: str) -> None:
+    """DNS rebinding: the browser takes our answers for those of the page's own server."""
+    for path in ("/v1/models", "/metrics", "/health", "/"):
+        response = httpx.get(server.url + path, headers={"host": name})
+        assert 400 <= response.status_code < 500
+        if response.status_code != 400:  # what is no name at all, HTTP itself refuses
+            assert response.status_code == 421 and "Host header" in response.json()["error"]["message"]
+
+
+def test_where_every_name_is_welcome() -> None:
+    with run.bind("0.0.0.0", 0) as everywhere, run.bind("localhost", 0) as here:
+        assert run.own_names(everywhere, "0.0.0.0") is None
+        assert run.own_names(here, "My.Host") == {"127.0.0.1", "localhost", "::1", "my.host"}
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"])
+def test_what_a_page_of_others_may_post_without_asking(server, kind: str | None) -> None:
+    """Browsers ask the server first where the type is JSON, and then we say no; where it is one of these, they do not."""
+    headers = {"content-type": kind} if kind else {}
+    response = httpx.post(server.url + COMPLETE, content=json.dumps(complete()), headers=headers)
+    assert response.status_code == 415 and "application/json" in response.json()["error"]["message"]
+    asked = {"origin": "http://evil.example", "access-control-request-method": "POST"}
+    response = httpx.options(server.url + COMPLETE, headers=asked)
+    assert response.status_code == 405 and "access-control-allow-origin" not in response.headers
+
+
+BY_TURNS = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('by turns!') }}{% endif %}"
+    "{{ m.content }}{{ 1 / 0 if m.content == 'crash' }}{% endfor %}"
+)
+
+
+def test_conversations_that_the_chat_template_refuses(start) -> None:
+    with start(Limits(), chat_template=BY_TURNS) as running:
+        for stream in (False, True):
+            for talk, reason in ((USER * 2, "by turns!"), ([USER[0] | {"content": "crash"}], "division by zero")):
+                response = post(running, CHAT, chat(messages=talk, stream=stream))
+                assert response.status_code == 400 and reason in response.json()["error"]["message"]
+        system = [{"role": "system", "content": "s"}, *USER]  # is put in front of the question
+        assert post(running, CHAT, chat(messages=system, max_tokens=4)).status_code == 200

@@ -1,0 +1,79 @@
+"""A server with a tiny model in a thread of the test process, on a free port of the loopback interface.
+
+from servers import Running, run_server
+"""
+
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from cllm.decoding import JacobiDecoder, Queue
+from cllm.prompts import PromptTemplate
+from cllm.serving.demo.routes import add_demo
+from cllm.serving.server.app import create_app
+from cllm.serving.server.run import Server, address, bind, own_names
+from cllm.serving.server.service import Limits, Service
+
+
+@dataclass
+class Running:
+    """A server that answers as ``tiny``."""
+
+    service: Service
+    server: Server
+    url: str
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples, whatever their labels."""
+        families = text_string_to_metric_families(self.service.metrics.text().decode())
+        return sum(s.value for family in families for s in family.samples if s.name == name)
+
+
+@contextmanager
+def run_server(
+    limits: Limits,
+    *,
+    context: int = 256,
+    model: PreTrainedModel | None = None,
+    eos: Sequence[int] = (),
+    batch_size: int = 4,
+    chat_template: str = CHAT_TEMPLATE,
+    api_key: str | None = None,
+    question: str | None = None,
+    send_buffer: int | None = None,
+) -> Iterator[Running]:
+    """Without ``eos`` all answers are as long as they may be. ``model``: another one than the tiny one with this ``context``.
+
+    ``question``: of the demo, which is there too. ``send_buffer``: bytes that the system keeps for a client that does not read.
+    """
+    decoder = JacobiDecoder(model or tiny_model(max_position_embeddings=context), 4, eos_token_ids=eos)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = chat_template
+    service = Service("tiny", Queue(decoder, batch_size), tokenizer, PromptTemplate("chat"), limits)
+    with bind("127.0.0.1", 0) as listener:
+        if send_buffer:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        app = create_app(service, api_key, own_names(listener, "127.0.0.1"))
+        if question is not None:
+            add_demo(app, service, question, asks_key=api_key is not None)
+        server = Server(app, service.worker, grace=5)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield Running(service, server, address(listener))
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,37 @@
+"""The demo's routes without a browser: who may use them."""
+
+import httpx
+from servers import run_server
+
+from cllm.cli import demo, serve
+from cllm.serving.server.service import Limits
+
+ASKED = {"prompt": "1 + 1?", "max_tokens": 8}
+
+
+def test_with_a_key() -> None:
+    with run_server(Limits(), question="1 + 1?", api_key="sesame") as running:
+        page, race = httpx.get(running.url), running.url + "/demo/race"
+        assert page.status_code == 200 and '"key": true' in page.text and "sesame" not in page.text
+        assert httpx.post(race, json=ASKED).status_code == 401
+        answer = httpx.post(race, json=ASKED, headers={"authorization": "Bearer sesame"}, timeout=60)
+        assert answer.status_code == 200 and answer.text.count('"ended": true') == 2
+
+
+def test_without_a_key_it_is_for_pages_of_its_own() -> None:
+    with run_server(Limits(), question="1 + 1?") as running:
+        race, other = running.url + "/demo/race", {"host": "evil.example"}
+        assert '"key": false' in httpx.get(running.url).text
+        assert httpx.get(running.url, headers=other).status_code == 421
+        assert httpx.post(race, json=ASKED, headers=other).status_code == 421
+        assert httpx.post(race, json=ASKED, headers={"content-type": "text/plain"}).status_code == 415
+        assert httpx.post(race, json=ASKED, timeout=60).status_code == 200
+
+
+def test_where_the_key_comes_from(monkeypatch) -> None:
+    for command in (serve, demo):
+        monkeypatch.setenv(serve.KEY, "environment")
+        assert serve.api_key(command.options().parse_args(["m"])) == "environment"
+        assert serve.api_key(command.options().parse_args(["m", "--api_key", "option"])) == "option"
+        monkeypatch.delenv(serve.KEY)
+        assert serve.api_key(command.options().parse_args(["m"])) is None
