@@ -30,7 +30,7 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError("figures need matplotlib: pip install matplotlib") from error
+        raise UsageError("figures need matplotlib: pip install -e .[plot]") from error
     figure = Figure(figsize=size, layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 

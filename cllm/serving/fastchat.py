@@ -255,7 +255,7 @@ def _fastchat(name: str) -> ModuleType:
     try:
         __import__(name)
     except ImportError as error:
-        raise UsageError(f"FastChat is needed for this: pip install fschat (cannot import {error.name})") from error
+        raise UsageError(f"FastChat is needed for this: pip install -e .[fastchat] (cannot import {error.name})") from error
     return sys.modules[name]
 
 

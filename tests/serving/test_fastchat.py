@@ -383,7 +383,7 @@ def test_without_fastchat_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fastchat", None)
     with pytest.raises(SystemExit) as exit_:
         command.main(["cli"])
-    assert exit_.value.code == 2 and "pip install fschat" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "pip install -e .[fastchat]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["gradio"]])
