@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_WIDTH = 16  # the paper's block size
-DEFAULT_GUESS = "context"  # what CLLMs are trained with
+DEFAULT_GUESS = "context"  # what the paper's CLLMs are trained with
 WIDTH, GUESS = "decoding_width", "decoding_guess"  # keys of the record
+TRAINED_GUESS = "guess"  # the key of what stood in the place of unknown tokens in training
 ORIGINS = ("target_model", "base_model")  # keys that name the checkpoint a model was made of
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -131,7 +132,7 @@ def default_width(record: Mapping[str, Any]) -> int:
 
 def default_guess(record: Mapping[str, Any]) -> str:
     """The name of the fresh guesses to decode with: those that ``cllm tune`` found fastest, else the training's."""
-    return str(record.get(GUESS) or DEFAULT_GUESS)
+    return str(record.get(GUESS) or record.get(TRAINED_GUESS) or DEFAULT_GUESS)
 
 
 def store_choice(path: str, width: int, guess: str) -> None:

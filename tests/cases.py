@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cllm.decoding import JacobiDecoder, Queue, Request
 
-PARTIAL, FILLING = ("prompt_lookup", "pool"), ("context", "filler")
+PARTIAL, FILLING = ("prompt_lookup", "pool"), ("context", "uniform", "filler")
 FRONTS = ["+".join(order) for count in (1, 2) for order in permutations(PARTIAL, count)]
 GUESSES = (*FILLING, *FRONTS, *(f"{front}+{last}" for front in FRONTS for last in FILLING))  # all that can be named
 VOCABULARY, MODELS = 97, 6  # tokens; random models of each kind

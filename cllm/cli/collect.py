@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cllm.cli.command import add_model_options, add_task_option, command, parser, positive
+from cllm.cli.command import STARTS, add_model_options, add_task_option, command, parser, positive
 from cllm.errors import UsageError
 
 DATA_FOLDER = Path(__file__).parents[2] / "data"
@@ -27,6 +27,13 @@ def build_parser(task: str | None, argv: Sequence[str] | None = None) -> argpars
     options.add_argument("--filename", help="local data, plain or .gz; default: the hub dataset")
     options.add_argument("--max_new_tokens", type=int, default=16, help="block size n")
     options.add_argument("--max_new_seq_len", type=int, default=512, help="longest response, in tokens")
+    options.add_argument(
+        "--guess",
+        choices=STARTS,
+        default=STARTS[0],
+        help="what trajectories start from: random tokens of the context (the paper), random tokens of the vocabulary, or the "
+        "same token everywhere. The CLLM then decodes with the same",
+    )
     options.add_argument("--use_aug", action="store_true", help="add states with some wrong guesses set right")
     options.add_argument("--use_labels", action="store_true", help="store the dataset's own answers as well")
     options.add_argument("--data_size", type=positive, help="use only the first so many examples")
@@ -97,6 +104,7 @@ def _collector(args: argparse.Namespace, task):
         prompt_template=of.template.text,
         block_size=args.max_new_tokens,
         max_new_seq_len=args.max_new_seq_len,
+        guess=args.guess,
         use_aug=args.use_aug,
         use_labels=args.use_labels,
         aligned=args.published is not None,
@@ -121,6 +129,7 @@ def _process_group(processes: int):
 def _default_folder(args: argparse.Namespace, task) -> Path:
     base = DATA_FOLDER if DATA_FOLDER.is_dir() else Path.cwd()
     name = f"{args.task}_{Path(args.model).name}_n{args.max_new_tokens}_len{args.max_new_seq_len}"
+    name += f"_{args.guess}" * (args.guess != STARTS[0])
     name += "_aug" * args.use_aug + "_labels" * args.use_labels
     name += "".join(f"_{option}" for option, value in task.settings().items() if value is True)
     return base / OUTPUT_FOLDER / name

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # Written out here, because `--help` must not wait for torch; tests hold them to cllm.models and cllm.attention.
 DTYPES = ("float32", "bfloat16", "float16")
 MASKABLE = ("sdpa", "eager")
-GUESSES = ("context", "filler", "prompt_lookup", "pool")
+STARTS = ("context", "uniform", "filler")  # what trajectories can start from, and decoding fill its windows with
+GUESSES = (*STARTS, "prompt_lookup", "pool")
 AUTO = "auto"  # a --guess: measure and pick
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -142,7 +143,7 @@ def add_guess_option(options: argparse.ArgumentParser, several: bool = False) ->
         nargs="+" if several else None,
         help=f"fresh guesses of Jacobi decoding: {', '.join(GUESSES)}, or some of them joined by +, as in "
         f"prompt_lookup+pool, tried in that order; {AUTO} measures and picks. They decide the speed, never the text; "
-        f"default: what `cllm tune` stored, else context{more}",
+        f"default: what `cllm tune` stored, else what the model was trained with{more}",
     )
 
 

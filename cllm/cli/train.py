@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def build_trainer(run: RunArguments, args):
     """Load everything, check that it fits together, and give the trainer. Raises UsageError where it does not."""
     from cllm.attention import check_model
-    from cllm.models import load_model, load_tokenizer, stop_token_ids, write_record
+    from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, load_model, load_tokenizer, stop_token_ids, write_record
+    from cllm.training.arguments import OBJECTIVE
     from cllm.training.examples import Collator, ExampleDataset
     from cllm.training.trainer import CllmTrainer
     from cllm.trajectory.store import TrajectoryDataset
@@ -69,13 +70,9 @@ def build_trainer(run: RunArguments, args):
             "task": settings.get("task"),
             "target_model": run.model,
             "responses": len(rows),
-            "consistency": args.consistency,
-            "states_per_block": args.states_per_block,
-            "teacher": args.teacher,
-            "ar_loss": args.ar_loss,
-            "ar_weight": args.ar_weight,
-            "distance_decay": args.distance_decay,
-        },
+            TRAINED_GUESS: settings.get("guess", DEFAULT_GUESS),
+        }
+        | {name: getattr(args, name) for name in OBJECTIVE},
     )
     return make_trainer(
         CllmTrainer,

@@ -26,6 +26,7 @@ class Draft:
     filled_B: torch.Tensor  # leading tokens that are no empty positions, at least firm_B
     useful_B: torch.Tensor  # leading tokens that are worth a forward where every token of it costs time, at least 1
     seed_B: torch.Tensor
+    vocabulary: int  # tokens that there are
 
     @property
     def order_W(self) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shapes: B rows, W window width, S positions of the text, K positions to fill.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -32,14 +32,19 @@ class FreshGuess(Protocol):
 def context_tokens(
     text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor
 ) -> torch.Tensor:
-    """Random tokens of the context (paper, Algorithm 1).
+    """Random tokens of the context (paper, Algorithm 1)."""
+    return text_BS.gather(1, _hash(positions_BK, seed_B) % known_B[:, None])
 
-    The draw is a hash of seed and position, so it needs no generator state and does not depend on the batch.
-    """
-    mixed = (positions_BK * 0x9E3779B1 + seed_B[:, None] * 0x85EBCA77) & 0xFFFFFFFF
-    for factor in (0x7FEB352D, 0x846CA68B):
-        mixed = ((mixed ^ (mixed >> 16)) * factor) & 0xFFFFFFFF
-    return text_BS.gather(1, (mixed ^ (mixed >> 15)) % known_B[:, None])
+
+def uniform_tokens(vocabulary: int) -> FreshGuess:
+    """Random tokens out of all that there are."""
+
+    def tokens(
+        text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor
+    ) -> torch.Tensor:
+        return _hash(positions_BK, seed_B) % vocabulary
+
+    return tokens
 
 
 def filler_tokens(
@@ -49,16 +54,32 @@ def filler_tokens(
     return torch.full_like(positions_BK, FILLER_ID)
 
 
+def _hash(positions_BK: torch.Tensor, seed_B: torch.Tensor) -> torch.Tensor:
+    """A random number of 32 bits for every seed and position: no generator state, and the same in every batch."""
+    mixed = (positions_BK * 0x9E3779B1 + seed_B[:, None] * 0x85EBCA77) & 0xFFFFFFFF
+    for factor in (0x7FEB352D, 0x846CA68B):
+        mixed = ((mixed ^ (mixed >> 16)) * factor) & 0xFFFFFFFF
+    return mixed ^ (mixed >> 15)
+
+
+STARTS: dict[str, Callable[[int], FreshGuess]] = {  # what trajectories can start from, given the size of the vocabulary
+    "context": lambda _: context_tokens,
+    "uniform": uniform_tokens,
+    "filler": lambda _: filler_tokens,
+}
+
+
 class EachPosition(Guess):
-    """Fills every empty position by a :class:`FreshGuess`, and replaces nothing."""
+    """Fills every empty position by a :class:`FreshGuess` (one for each size of vocabulary), and replaces nothing."""
 
     fills_all = True
 
-    def __init__(self, tokens: FreshGuess, name: str) -> None:
-        self.tokens, self.name = tokens, name
+    def __init__(self, tokens_of: Callable[[int], FreshGuess], name: str) -> None:
+        self.tokens_of, self.name = tokens_of, name
 
     def fill(self, memory_BM: torch.Tensor, draft: Draft) -> Draft:
-        fresh_BW = self.tokens(draft.text_BS, draft.start_B + 1, draft.positions_BW, draft.seed_B)
+        tokens = self.tokens_of(draft.vocabulary)
+        fresh_BW = tokens(draft.text_BS, draft.start_B + 1, draft.positions_BW, draft.seed_B)
         full_B = torch.full_like(draft.filled_B, draft.window_BW.shape[1])
         window_BW = torch.where(draft.order_W < draft.filled_B[:, None], draft.window_BW, fresh_BW)
         return replace(draft, window_BW=window_BW, firm_B=full_B, filled_B=full_B)
@@ -87,11 +108,9 @@ class Combination(Guess):
         return draft
 
 
-CONTEXT = EachPosition(context_tokens, "context")
-STRATEGIES: dict[str, Guess] = {
-    strategy.name: strategy
-    for strategy in (CONTEXT, EachPosition(filler_tokens, "filler"), PromptLookup(), NgramPool())
-}
+STRATEGIES: dict[str, Guess] = {name: EachPosition(tokens_of, name) for name, tokens_of in STARTS.items()}
+STRATEGIES |= {strategy.name: strategy for strategy in (PromptLookup(), NgramPool())}
+CONTEXT = STRATEGIES["context"]
 
 
 def make_guess(guess: str | Guess | FreshGuess) -> Guess:
@@ -105,7 +124,8 @@ def make_guess(guess: str | Guess | FreshGuess) -> Guess:
     if isinstance(guess, str):
         guess = _parse(guess)
     elif not isinstance(guess, Guess):
-        guess = EachPosition(guess, getattr(guess, "__name__", type(guess).__name__))
+        tokens = guess
+        guess = EachPosition(lambda _: tokens, getattr(tokens, "__name__", type(tokens).__name__))
     if guess.fills_all:
         return guess
     filled = Combination([guess, CONTEXT])

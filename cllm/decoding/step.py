@@ -39,6 +39,7 @@ class Step:
         self.model, self.block_size, self.sliding = model, block_size, sliding
         self.guess, self.eos_ids, self.context = guess, eos_ids, context
         self.width = block_size + (not sliding)
+        self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self.narrows = sliding and guess.narrows
         self.order_W = torch.arange(self.width, device=eos_ids.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -112,7 +113,10 @@ class Step:
         if self.width == 1:
             return
         firm_B = torch.ones_like(kept_B) if self.sliding else kept_B
-        draft = Draft(rows.text_BS, rows.start_B, rows.window_BW, firm_B, kept_B, torch.ones_like(kept_B), rows.seed_B)
+        one_B = torch.ones_like(kept_B)
+        draft = Draft(
+            rows.text_BS, rows.start_B, rows.window_BW, firm_B, kept_B, one_B, rows.seed_B, vocabulary=self.vocabulary
+        )
         filled = self.guess.fill(rows.memory_BM, draft)
         rows.window_BW.copy_(filled.window_BW)
         rows.useful_B.copy_(filled.useful_B)

@@ -23,6 +23,7 @@ TAGS = ["cllm", "custom_generate", "jacobi-decoding", "arxiv:2403.00835"]
 RECIPE = {  # keys of the record, as people say them
     "block_size": "block size",
     "responses": "responses trained on",
+    "guess": "starting guesses",
     "consistency": "consistency loss",
     "states_per_block": "states per block",
     "teacher": "teacher of the states",

@@ -8,13 +8,31 @@ from typing import cast
 from transformers import TrainingArguments
 
 from cllm.errors import UsageError
-from cllm.training.examples import Consistency, Sampling
+from cllm.training.examples import Consistency, Sampling, StateChoice
+from cllm.training.objective import BALANCE_LIMIT, DIVERGENCES
 
 CHOICES = {
     "consistency": ("global", "local"),
     "teacher": ("target", "self"),
     "ar_loss": ("target", "fixed_point", "labels"),
+    "divergence": tuple(DIVERGENCES),
+    "state_choice": ("uniform", "noise"),
+    "balance": ("fixed", "gradient"),
 }
+OBJECTIVE = (  # what a checkpoint's record says of how it was trained
+    "consistency",
+    "divergence",
+    "states_per_block",
+    "state_choice",
+    "random_block_size",
+    "on_policy",
+    "teacher",
+    "ar_loss",
+    "ar_weight",
+    "balance",
+    "distance_decay",
+    "label_smoothing_factor",
+)
 
 
 @dataclass
@@ -44,6 +62,35 @@ class CllmTrainingArguments(TrainingArguments):
     distance_decay: float = field(
         default=0.8, metadata={"help": "a token d places behind the first wrong guess weighs distance_decay**d"}
     )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "of the consistency term: forward_kl (the paper), reverse_kl, js (Jensen-Shannon) or hard (cross-entropy "
+            "on the teacher's likeliest token)"
+        },
+    )
+    state_choice: str = field(
+        default="uniform",
+        metadata={
+            "help": "which states are drawn: uniform (the paper) or noise: the share of wrong guesses rises from block to "
+            "block and begins anew, from a random start in every response"
+        },
+    )
+    random_block_size: bool = field(
+        default=False, metadata={"help": "cut the blocks of each response to a width drawn from 1 .. block size"}
+    )
+    on_policy: int = field(
+        default=0,
+        metadata={"help": "Jacobi iterations that the model in training takes the drawn states on by, before the loss"},
+    )
+    balance: str = field(
+        default="fixed",
+        metadata={
+            "help": "fixed: loss = consistency + ar_weight * AR; gradient: in every micro-batch the AR term is scaled so that "
+            "the gradients that the terms send into the last hidden states have norms of 1 : ar_weight (by a factor of "
+            f"{BALANCE_LIMIT:g} at most, up or down)"
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,11 +105,25 @@ class CllmTrainingArguments(TrainingArguments):
             raise UsageError(f"states_per_block must be >= 1, got {self.states_per_block}")
         if self.ar_weight < 0:
             raise UsageError(f"ar_weight must be >= 0, got {self.ar_weight}")
+        if self.on_policy < 0:
+            raise UsageError(f"on_policy must be >= 0, got {self.on_policy}")
+        if self.on_policy and self.consistency == "local":
+            raise UsageError("on_policy makes states that no stored one follows; it needs consistency global, got local")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise UsageError(f"label_smoothing_factor must be at least 0 and below 1, got {self.label_smoothing_factor}")
+        if self.label_smoothing_factor and self.ar_loss == "target":
+            raise UsageError("label_smoothing_factor needs labels: ar_loss must be fixed_point or labels, got target")
         self.remove_unused_columns = False
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(cast(Consistency, self.consistency), self.states_per_block, self.ar_loss == "labels")
+        return Sampling(
+            cast(Consistency, self.consistency),
+            self.states_per_block,
+            self.ar_loss == "labels",
+            cast(StateChoice, self.state_choice),
+            self.random_block_size,
+        )
 
     @property
     def needs_target(self) -> bool:

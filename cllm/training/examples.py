@@ -6,7 +6,7 @@ Shapes: N response tokens. Indices are columns of the packed row.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,10 @@ from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryDataset
 
 Consistency = Literal["global", "local"]
+StateChoice = Literal["uniform", "noise"]
+State = list[int]
+
+NOISE_WINDOW = 16  # blocks over which the noise ratio rises from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Sampling:
     consistency: Consistency = "global"
     states_per_block: int = 1  # more of them share the cost of the clean text
     use_labels: bool = False
+    choice: StateChoice = "uniform"
+    random_block_size: bool = False
 
 
 def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) -> Example:
@@ -68,24 +74,23 @@ def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) ->
     student: list[int] = []
     teacher: list[int] = []
     distance: list[int] = []
-    for block, (start, _) in enumerate(row.spans()):
+    for start, state, goal, fixed in _draw_states(row, rng, sampling):
         last = len(response) - 1 - start  # the response's final token predicts nothing
-        for state, goal in _draw_states(row, block, rng, sampling):
-            wrong = _first_wrong(state, row.trajectories[block][-1])
-            tokens = state[wrong:last]
-            if not tokens:
-                continue
-            at = len(prompt) + start
-            column = builder.add(at + wrong, tokens)
-            student += range(column, column + len(tokens))
-            distance += range(len(tokens))
-            clean = range(at + wrong, at + wrong + len(tokens))
-            if sampling.consistency == "global":
-                teacher += clean
-            else:
-                behind = _first_wrong(goal, row.trajectories[block][-1])
-                column = builder.add(at + behind, goal[behind:last])
-                teacher += [c if c < at + behind else column + c - at - behind for c in clean]
+        wrong = _first_wrong(state, fixed)
+        tokens = state[wrong:last]
+        if not tokens:
+            continue
+        at = len(prompt) + start
+        column = builder.add(at + wrong, tokens)
+        student += range(column, column + len(tokens))
+        distance += range(len(tokens))
+        clean = range(at + wrong, at + wrong + len(tokens))
+        if sampling.consistency == "global":
+            teacher += clean
+        else:
+            behind = _first_wrong(goal, fixed)
+            column = builder.add(at + behind, goal[behind:last])
+            teacher += [c if c < at + behind else column + c - at - behind for c in clean]
     ar_index = list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
     ar_target = list(response)
     if sampling.use_labels:
@@ -96,15 +101,44 @@ def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) ->
 
 
 def _draw_states(
-    row: TrajectoryRow, block: int, rng: random.Random, sampling: Sampling
-) -> list[tuple[list[int], list[int]]]:
-    """States of a block, uniformly and without repetition, each with what it should lead to."""
-    states = row.trajectories[block]
-    if sampling.consistency == "global":
-        choices = [(state, states[-1]) for state in states[:-1] + row.extra_states(block)]
-    else:
-        choices = list(zip(states, states[1:]))
-    return rng.sample(choices, min(sampling.states_per_block, len(choices)))
+    row: TrajectoryRow, rng: random.Random, sampling: Sampling
+) -> Iterator[tuple[int, State, State, State]]:
+    """Of every block: its start, and for each state drawn the state, what it should lead to, and the fixed point.
+
+    With ``random_block_size`` the blocks are cut to one width for all of them. Since no token looks ahead, what is left is a
+    trajectory of the narrower block (a test says so), which may reach its fixed point sooner.
+    """
+    width = rng.randint(1, max(end - start for start, end in row.spans())) if sampling.random_block_size else None
+    phase = rng.random() if sampling.choice == "noise" else 0.0
+    for block, (start, _) in enumerate(row.spans()):
+        states = [state[:width] for state in row.trajectories[block]]
+        fixed, extra = states[-1], [state[:width] for state in row.extra_states(block)]
+        if sampling.consistency == "global":
+            pairs = [(state, fixed) for state in states[:-1] + extra]
+        else:
+            pairs = list(zip(states, states[1:]))
+        if width is not None:
+            pairs = [pair for pair in pairs if pair[0] != fixed]
+        count = min(sampling.states_per_block, len(pairs))
+        if sampling.choice == "uniform":
+            drawn = rng.sample(pairs, count)
+        else:
+            ratios = [(phase + block / NOISE_WINDOW + number / count) % 1 for number in range(count)]
+            drawn = _nearest(pairs, fixed, ratios)
+        yield from ((start, state, goal, fixed) for state, goal in drawn)
+
+
+def _nearest(pairs: list[tuple[State, State]], fixed: State, ratios: Sequence[float]) -> list[tuple[State, State]]:
+    """For each noise ratio the state, of those not yet taken, whose share of wrong guesses is nearest to it."""
+    left, taken = list(pairs), []
+    for ratio in ratios:
+        taken.append(min(left, key=lambda pair: abs(_wrong_share(pair[0], fixed) - ratio)))
+        left.remove(taken[-1])
+    return taken
+
+
+def _wrong_share(state: State, fixed: State) -> float:
+    return sum(a != b for a, b in zip(state, fixed)) / len(fixed)
 
 
 def _first_wrong(state: Sequence[int], fixed: Sequence[int]) -> int:

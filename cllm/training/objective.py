@@ -8,6 +8,7 @@ Shapes: M tokens that a loss is taken at, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,9 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 CHUNK = 256  # tokens whose logits exist at the same time
+BALANCE_LIMIT = 10.0  # gradients of nearly nothing are not blown up beyond this
+
+Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of teacher and student logits [M, V], per token [M]
 
 
 class Head(Protocol):
@@ -34,30 +38,78 @@ def kl_divergence(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.T
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
+def reverse_kl(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
+    """KL(student || teacher) per token [M]: the student may leave out what the teacher holds likely, never add to it."""
+    teacher, student = log_softmax(teacher_MV.detach(), dim=-1), log_softmax(student_MV, dim=-1)
+    return (student.exp() * (student - teacher)).sum(dim=-1)
+
+
+def jensen_shannon(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
+    """Mean KL of both to their mixture, per token [M]: symmetric, at most log 2."""
+    teacher, student = log_softmax(teacher_MV.detach(), dim=-1), log_softmax(student_MV, dim=-1)
+    middle = torch.logaddexp(teacher, student) - math.log(2)
+    return 0.5 * (teacher.exp() * (teacher - middle) + student.exp() * (student - middle)).sum(dim=-1)
+
+
+def hard_targets(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against the teacher's likeliest token, per token [M]."""
+    return cross_entropy(student_MV, teacher_MV.argmax(dim=-1), reduction="none")
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": kl_divergence,
+    "reverse_kl": reverse_kl,
+    "js": jensen_shannon,
+    "hard": hard_targets,
+}
+
+
 def distillation_sum(
     student_MH: torch.Tensor,
     student_head: Head,
     teacher_MH: torch.Tensor,
     teacher_head: Head,
     weight_M: torch.Tensor,
+    divergence: Divergence = kl_divergence,
 ) -> torch.Tensor:
-    """Weighted sum of KL(teacher || student) over tokens, logits computed CHUNK tokens at a time."""
+    """Weighted sum over tokens of the student's divergence from the teacher, logits computed CHUNK tokens at a time."""
 
     def part(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             teacher_logits = teacher_head(teacher)
-        return (kl_divergence(teacher_logits, student_head(student)) * weight).sum()
+        return (divergence(teacher_logits, student_head(student)) * weight).sum()
 
     return _in_chunks(part, student_head, student_MH, teacher_MH.detach(), weight_M)
 
 
-def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of the negative log-likelihood of ``target_M``, in chunks like :func:`distillation_sum`."""
+def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Sum over tokens of the negative log-likelihood of ``target_M``, in chunks like :func:`distillation_sum`.
+
+    ``smoothing``: share of every target that is spread evenly over the vocabulary.
+    """
 
     def part(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(head(hidden), target, reduction="sum")
+        return cross_entropy(head(hidden), target, reduction="sum", label_smoothing=smoothing)
 
     return _in_chunks(part, head, hidden_MH, target_M)
+
+
+@torch.no_grad()
+def likeliest(hidden_MH: torch.Tensor, head: Head) -> torch.Tensor:
+    """The token that follows each hidden state in greedy decoding: ids [M], in chunks like :func:`distillation_sum`."""
+    return torch.cat([head(hidden).argmax(dim=-1) for hidden in hidden_MH.split(CHUNK)])
+
+
+def balanced(first: torch.Tensor, second: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """``second`` with its gradient scaled: with respect to ``hidden`` it has the norm of ``first``'s, its value stays.
+
+    Scaled by BALANCE_LIMIT at most, up or down, and not at all where either gradient is zero. The sums above have their
+    gradients ready, so this costs no further pass.
+    """
+    norms = [torch.autograd.grad(term, hidden, retain_graph=True)[0].float().norm() for term in (first, second)]
+    scale = (norms[0] / norms[1]).clamp(1 / BALANCE_LIMIT, BALANCE_LIMIT)
+    scale = torch.where((norms[0] > 0) & (norms[1] > 0), scale, 1.0)
+    return second.detach() + scale * (second - second.detach())
 
 
 def _in_chunks(part: Callable[..., torch.Tensor], head: Head, hidden_MH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer
 from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
-from cllm.training.objective import cross_entropy_sum, distillation_sum
+from cllm.training.objective import DIVERGENCES, balanced, cross_entropy_sum, distillation_sum, likeliest
+from cllm.training.policy import advance, learn_where_wrong
 
 
 class CllmTrainer(TokenMeanTrainer):
@@ -44,6 +46,23 @@ class CllmTrainer(TokenMeanTrainer):
         """Weights of the consistency tokens, and the number of AR tokens."""
         return torch.stack([batch["weight"].sum(), batch["weight"].new_tensor(float(len(batch["ar_target"])))])
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        if self.args.on_policy:
+            epoch_iterator = map(self.on_policy, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    @torch.no_grad()
+    def on_policy(self, batch: Batch) -> Batch:
+        """A batch whose states are what the model in training makes of the drawn ones in ``args.on_policy`` iterations."""
+        batch = self._prepare_inputs(batch)
+        model = self.model_wrapped
+        head = LanguageHead(self.accelerator.unwrap_model(model))
+        for _ in range(self.args.on_policy):
+            with self.compute_loss_context_manager():
+                hidden = self._hidden(model, batch, head)
+                batch = advance(batch, likeliest(_at(hidden, batch["student"]), head))
+        return learn_where_wrong(batch, self.args.distance_decay)
+
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Consistency and AR loss of a batch as weighted sums over its tokens: [2]."""
         student_head = LanguageHead(self.accelerator.unwrap_model(model))
@@ -60,6 +79,7 @@ class CllmTrainer(TokenMeanTrainer):
             _at(target_hidden if by_target else hidden, batch["teacher"]),
             target_head if by_target else student_head,
             batch["weight"],
+            DIVERGENCES[self.args.divergence],
         )
         ar_hidden = _at(hidden, batch["ar_index"])
         if self.args.ar_loss == "target":
@@ -68,7 +88,10 @@ class CllmTrainer(TokenMeanTrainer):
                 ar_hidden, student_head, _at(target_hidden, batch["ar_index"]), target_head, weight
             )
         else:
-            ar = cross_entropy_sum(ar_hidden, student_head, batch["ar_target"])
+            ar = cross_entropy_sum(ar_hidden, student_head, batch["ar_target"], self.args.label_smoothing_factor)
+        if self.args.balance == "gradient" and hidden.requires_grad:
+            per_token = (1 / self.counts(batch).clamp(min=1e-9)).unbind()
+            ar = balanced(consistency * per_token[0], ar * per_token[1], hidden) / per_token[1]
         return torch.stack([consistency, ar])
 
     def _hidden(self, model: torch.nn.Module, batch: Batch, head: LanguageHead) -> torch.Tensor:

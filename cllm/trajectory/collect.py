@@ -15,8 +15,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.decoding import JacobiDecoder, Queue, Request
+from cllm.decoding.guess import STARTS
 from cllm.errors import UsageError
-from cllm.models import context_length, stop_token_ids
+from cllm.models import DEFAULT_GUESS, context_length, stop_token_ids
 from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
 from cllm.trajectory.hygiene import Seen, augment, degenerate
@@ -36,6 +37,7 @@ class CollectionSettings:
     prompt_template: str
     block_size: int
     max_new_seq_len: int
+    guess: str = DEFAULT_GUESS  # what trajectories start from
     use_aug: bool = False
     use_labels: bool = False
     aligned: bool = False  # every first block starts at 0, as in the published form; otherwise its start is drawn per row
@@ -48,16 +50,17 @@ class CollectionSettings:
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise UsageError(f"block size (--max_new_tokens) must be >= 1, got {self.block_size}")
+        if self.guess not in STARTS:
+            raise UsageError(f"unknown starting guess {self.guess!r}; choose from {', '.join(STARTS)}")
         if self.max_new_seq_len < self.block_size:
             raise UsageError(
                 f"max_new_seq_len must be at least the block size {self.block_size}, got {self.max_new_seq_len}"
             )
 
     def as_dict(self) -> dict[str, Any]:
-        settings = asdict(self)
-        if not self.task_options:
-            del settings["task_options"]
-        return settings
+        """JSON values. Options that older collections did not have are there only where they are used."""
+        later = {"task_options": {}, "guess": DEFAULT_GUESS}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class Collector:
             [response for _, response in part],
             starts,
             seeds=[draw(settings.seed, prompt.row_id, "guess") for prompt, _ in part],
+            guess=STARTS[settings.guess](self.model.config.get_text_config(decoder=True).vocab_size),
         )
         rows = []
         for (prompt, response), offsets, blocks in zip(part, starts, states):

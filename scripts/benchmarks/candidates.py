@@ -70,7 +70,7 @@ def candidate(guess: Guess, memory_BM: torch.Tensor, text: list[int], width: int
     """The tokens that a strategy puts behind the text, with nothing there before."""
     room = torch.tensor([text + [0] * 2 * width])
     one, window = torch.ones(1, dtype=torch.long), torch.tensor([text[-1:] + [0] * (width - 1)])
-    draft = Draft(room, torch.tensor([len(text) - 1]), window, one, one, one, torch.zeros(1, dtype=torch.long))
+    draft = Draft(room, torch.tensor([len(text) - 1]), window, one, one, one, torch.zeros(1, dtype=torch.long), 0)
     return guess.fill(memory_BM, draft).window_BW[0, 1:].tolist()
 
 

@@ -13,8 +13,8 @@ def test_every_guess_in_a_queue(kind: str) -> None:
 
 
 def test_all_guesses_are_there() -> None:
-    assert len(GUESSES) == len(set(GUESSES)) == 14
-    assert {"context", "filler", "pool", "pool+prompt_lookup", "prompt_lookup+pool+filler"} < set(GUESSES)
+    assert len(GUESSES) == len(set(GUESSES)) == 19
+    assert {"context", "uniform", "filler", "pool", "pool+prompt_lookup", "prompt_lookup+pool+filler"} < set(GUESSES)
 
 
 def test_a_name_draws_one_case() -> None:

@@ -35,6 +35,7 @@ def draft_of(text: list[int], kept: list[int], width: int, firm: int = 1) -> Dra
         filled_B=torch.tensor([1 + len(kept)]),
         useful_B=torch.tensor([1]),
         seed_B=torch.tensor([0]),
+        vocabulary=97,
     )
 
 
@@ -168,7 +169,7 @@ def test_values_never_leave_the_device(name):
         row_B = torch.ones(3, dtype=torch.long)
         window_BW = torch.ones(3, 8, dtype=torch.long)
         memory = memory_of(guess, rows=3)
-        draft = Draft(torch.ones(3, 50, dtype=torch.long), row_B, window_BW, row_B, row_B, row_B, row_B)
+        draft = Draft(torch.ones(3, 50, dtype=torch.long), row_B, window_BW, row_B, row_B, row_B, row_B, 97)
         guess.learn(memory, row_B, window_BW, window_BW)
         filled = guess.fill(memory, draft)
     assert filled.window_BW.shape == (3, 8)
