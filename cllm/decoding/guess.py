@@ -108,8 +108,10 @@ class Combination(Guess):
         return draft
 
 
-STRATEGIES: dict[str, Guess] = {name: EachPosition(tokens_of, name) for name, tokens_of in STARTS.items()}
-STRATEGIES |= {strategy.name: strategy for strategy in (PromptLookup(), NgramPool())}
+STRATEGIES: dict[str, Guess] = {
+    strategy.name: strategy
+    for strategy in (*(EachPosition(tokens_of, name) for name, tokens_of in STARTS.items()), PromptLookup(), NgramPool())
+}
 CONTEXT = STRATEGIES["context"]
 
 

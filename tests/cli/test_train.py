@@ -13,7 +13,7 @@ from tiny import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cllm.cli import collect, train
-from cllm.models import read_record
+from cllm.models import default_guess, read_record
 
 LAUNCHER = Path(__file__).parents[2] / "cllm" / "train_cllm.sh"
 
@@ -98,6 +98,16 @@ def test_the_published_form_trains_the_same(run, tmp_path: Path) -> None:
     folder = run(**options, states_per_block=100, output_dir=tmp_path / "a")
     published = run(**options, states_per_block=100, output_dir=tmp_path / "b", trajectories="p.json", block_size=4)
     assert same(weights(folder), weights(published))
+
+
+def test_a_cllm_decodes_from_what_its_trajectories_started_from(model_dir: Path, run, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "d.jsonl", question_rows(4))
+    words = ["--model", model_dir, "--filename", data, "--output", tmp_path / "t", "--guess", "uniform", "--device", "cpu"]
+    collect.main([*map(str, words), "--max_new_tokens", "4", "--max_new_seq_len", "12"], task="gsm8k")
+    new = {"divergence": "js", "state_choice": "noise", "on_policy": 1, "balance": "gradient", "random_block_size": "true"}
+    record = read_record(AutoModelForCausalLM.from_pretrained(run(trajectories=tmp_path / "t", **new)).config)
+    assert default_guess(record) == "uniform"
+    assert new | {"random_block_size": True} == {name: record[name] for name in new}
 
 
 def test_resuming_from_a_checkpoint(run, tmp_path: Path) -> None:

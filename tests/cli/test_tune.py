@@ -58,7 +58,8 @@ def test_the_fastest_is_that_of_its_batch_size() -> None:
 
 def test_what_is_trained_counts_where_nothing_was_measured() -> None:
     assert [default_width(r) for r in ({}, {"block_size": 8}, {"block_size": 8, "decoding_width": 4})] == [16, 8, 4]
-    assert [default_guess(r) for r in ({}, {"block_size": 8}, {"decoding_guess": "pool"})] == ["context", "context", "pool"]
+    records = {}, {"block_size": 8}, {"guess": "uniform"}, {"guess": "uniform", "decoding_guess": "pool"}
+    assert [default_guess(record) for record in records] == ["context", "context", "uniform", "pool"]
 
 
 def test_no_room_to_measure() -> None:

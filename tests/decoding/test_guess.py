@@ -296,7 +296,7 @@ def test_names():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("poool", "unknown guess 'poool'; choose from context, filler, prompt_lookup, pool"),
+        ("poool", "unknown guess 'poool'; choose from context, uniform, filler, prompt_lookup, pool"),
         ("pool+", "unknown guess ''"),
         ("", "unknown guess ''"),
         ("context+pool", "'context\\+pool': context leaves nothing for those behind it; put it last"),

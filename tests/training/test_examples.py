@@ -87,12 +87,47 @@ def test_ar_on_labels_hangs_them_behind_the_prompt():
     assert example.ar_target == [70, 71]
 
 
+STATES = [[[*range(at, at + known), *[90] * (4 - known)] for known in range(5)] for at in (10, 14)]
+WIDE = TrajectoryRow("w", [1], list(range(10, 22)), [0, 4, 8], [*STATES, [[18, 19, 20, 21]]])  # 4 to 1 wrong guesses
+
+
+def wrong_shares(example) -> list[float]:
+    return [len(block.tokens) / 4 for block in example.row.blocks]
+
+
+def test_noise_ratios_choose_the_nearest_state_and_rise_from_block_to_block():
+    shares = [wrong_shares(build(WIDE, seed, choice="noise")) for seed in range(300)]
+    assert {share for pair in shares for share in pair} == {0.25, 0.5, 0.75, 1.0}
+    steps = [second - first for first, second in shares]
+    assert set(steps) == {0.0, 0.25, -0.75}  # a sixteenth higher, or begun anew
+    assert steps.count(0.0) > steps.count(0.25) > 0
+
+
+def test_several_noise_ratios_take_no_state_twice():
+    assert all(
+        sorted(wrong_shares(build(WIDE, seed, choice="noise", states_per_block=9))) == sorted(2 * [0.25, 0.5, 0.75, 1.0])
+        for seed in range(20)
+    )
+
+
+def test_a_random_block_size_cuts_all_blocks_of_a_response_alike():
+    widths = set()
+    for seed in range(40):
+        example = build(WIDE, seed, random_block_size=True, states_per_block=9)
+        ends = [block.start - 1 + len(block.tokens) for block in example.row.blocks]  # in the response
+        (width,) = {end - 4 * (end > 4) for end in ends}
+        assert len(ends) == 2 * width  # each state of the narrower blocks that has a wrong guess, once
+        widths.add(width)
+    assert widths == {1, 2, 3, 4}
+
+
 class Rows(list):
     settings = None
 
 
-def test_states_depend_on_seed_epoch_and_row_only():
-    dataset = ExampleDataset(Rows([ROW] * 20), Sampling(), seed=1)
+@pytest.mark.parametrize("options", [{}, {"choice": "noise"}, {"random_block_size": True}], ids=str)
+def test_states_depend_on_seed_epoch_and_row_only(options):
+    dataset = ExampleDataset(Rows([ROW] * 20), Sampling(**options), seed=1)
     first = [dataset[i] for i in range(20)]
     assert [dataset[i] for i in reversed(range(20))][::-1] == first
     dataset.epoch = 1

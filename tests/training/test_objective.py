@@ -1,9 +1,23 @@
 """The objective's mathematics, on plain tensors."""
 
+import math
+
 import pytest
 import torch
 
-from cllm.training.objective import CHUNK, cross_entropy_sum, distillation_sum, kl_divergence
+from cllm.training.objective import (
+    BALANCE_LIMIT,
+    CHUNK,
+    DIVERGENCES,
+    balanced,
+    cross_entropy_sum,
+    distillation_sum,
+    hard_targets,
+    jensen_shannon,
+    kl_divergence,
+    likeliest,
+    reverse_kl,
+)
 
 
 class Linear:
@@ -28,26 +42,49 @@ def test_kl_matches_torch():
     assert torch.allclose(kl_divergence(teacher, student), expected, atol=1e-6)
 
 
-def test_nothing_flows_into_the_teacher():
+def test_reverse_kl_is_kl_the_other_way_round_and_the_student_learns_from_it():
+    teacher, student = torch.randn(7, 13), torch.randn(7, 13, requires_grad=True)
+    torch.testing.assert_close(reverse_kl(teacher, student), kl_divergence(student, teacher))
+    reverse_kl(teacher, student).sum().backward()
+    assert (student.grad.abs().sum(dim=-1) > 0).all()
+
+
+def test_jensen_shannon_is_symmetric_and_bounded():
+    one, other = 30 * torch.randn(50, 13), 30 * torch.randn(50, 13)
+    between = jensen_shannon(one, other)
+    torch.testing.assert_close(between, jensen_shannon(other, one))
+    assert (between >= 0).all() and (between <= math.log(2) + 1e-6).all() and between.max() > 0.6
+
+
+def test_hard_targets_are_cross_entropy_on_the_teachers_choice():
+    teacher, student = torch.randn(7, 13), torch.randn(7, 13)
+    expected = torch.nn.functional.cross_entropy(student, teacher.argmax(dim=-1), reduction="none")
+    assert torch.equal(hard_targets(teacher, student), expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
+def test_nothing_flows_into_the_teacher(divergence):
     teacher, student = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     weight = torch.randn(4, 9, requires_grad=True)
     teacher_weight = torch.randn(4, 9, requires_grad=True)
-    distillation_sum(student, Linear(weight), teacher, Linear(teacher_weight), torch.ones(3)).backward()
+    distillation_sum(student, Linear(weight), teacher, Linear(teacher_weight), torch.ones(3), divergence).backward()
     assert teacher.grad is None and teacher_weight.grad is None
     assert student.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("count", [1, CHUNK, 2 * CHUNK + 3])
-def test_chunks_change_nothing(count):
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_chunks_change_nothing(count, divergence, smoothing):
     torch.manual_seed(count)
     hidden, teacher = torch.randn(count, 6, requires_grad=True), torch.randn(count, 6)
     weight, target = torch.randn(6, 17, requires_grad=True), torch.randint(0, 17, (count,))
     scale = torch.rand(count)
-    loss = distillation_sum(hidden, Linear(weight), teacher, Linear(weight), scale)
-    loss = loss + cross_entropy_sum(hidden, Linear(weight), target)
+    loss = distillation_sum(hidden, Linear(weight), teacher, Linear(weight), scale, divergence)
+    loss = loss + cross_entropy_sum(hidden, Linear(weight), target, smoothing)
     chunked = torch.autograd.grad(3 * loss, [hidden, weight])
-    plain = (kl_divergence(teacher @ weight, hidden @ weight) * scale).sum()
-    plain = plain + torch.nn.functional.cross_entropy(hidden @ weight, target, reduction="sum")
+    plain = (divergence(teacher @ weight.detach(), hidden @ weight) * scale).sum()
+    plain = plain + torch.nn.functional.cross_entropy(hidden @ weight, target, reduction="sum", label_smoothing=smoothing)
     expected = torch.autograd.grad(3 * plain, [hidden, weight])
     assert torch.allclose(loss, plain, rtol=1e-4)
     torch.testing.assert_close(chunked, expected, atol=1e-4, rtol=1e-4)
@@ -66,3 +103,29 @@ def test_no_tokens_give_zero_with_a_graph():
     loss = cross_entropy_sum(hidden, Linear(torch.randn(4, 5)), torch.zeros(0, dtype=torch.long))
     loss.backward()
     assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("count", [0, 1, CHUNK + 5])
+def test_likeliest_is_the_argmax_of_all_logits(count):
+    hidden, weight = torch.randn(count, 4), torch.randn(4, 9)
+    assert torch.equal(likeliest(hidden, Linear(weight)), (hidden @ weight).argmax(dim=-1))
+
+
+def balanced_norm(factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms of the gradients of two terms, the second one balanced, when it is ``factor`` times the first."""
+    hidden = torch.randn(5, 4, requires_grad=True)
+    first, second = (hidden**2).sum(), factor * (hidden**2).sum()
+    scaled = balanced(first, second, hidden)
+    assert scaled.item() == pytest.approx(second.item())
+    return tuple(torch.autograd.grad(term, hidden, retain_graph=True)[0].norm() for term in (first, scaled))
+
+
+def test_balanced_gradients_have_one_norm():
+    for factor in (0.2, 1.0, 7.0):
+        torch.testing.assert_close(*balanced_norm(factor))
+
+
+def test_balance_is_limited_and_leaves_zero_alone():
+    first, second = balanced_norm(1e-4)
+    torch.testing.assert_close(second, BALANCE_LIMIT * 1e-4 * first)
+    assert balanced_norm(0.0)[1] == 0.0

@@ -13,6 +13,7 @@ from tiny import tiny_model
 from cllm import reference
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.examples import Collator, ExampleDataset, Sampling, build_example
+from cllm.training.objective import DIVERGENCES
 from cllm.training.trainer import CllmTrainer
 from cllm.trajectory.record import TrajectoryRow
 
@@ -77,6 +78,9 @@ OBJECTIVES = [
     {"consistency": "local"},
     {"teacher": "self", "ar_loss": "fixed_point"},
     {"teacher": "self", "use_gt_labels": True},
+    {"divergence": "reverse_kl", "state_choice": "noise"},
+    {"divergence": "js", "random_block_size": True, "on_policy": 1},
+    {"divergence": "hard", "ar_loss": "fixed_point", "label_smoothing_factor": 0.1},
 ]
 
 
@@ -89,6 +93,10 @@ def test_accumulation_and_batch_size_do_not_change_the_gradient(tmp_path, object
             tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, **objective
         )
         torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_states_are_refreshed_in_training(tmp_path):
+    assert not torch.allclose(step(tmp_path, on_policy=1), step(tmp_path))
 
 
 def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
@@ -108,11 +116,13 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
 
 
 def loss_sums(trainer: CllmTrainer, examples) -> list[float]:
-    return trainer.loss_sums(trainer.model, trainer.data_collator(examples)).tolist()
+    batch = trainer.data_collator(examples)
+    return trainer.loss_sums(trainer.model, trainer.on_policy(batch) if trainer.args.on_policy else batch).tolist()
 
 
-def test_padding_and_packing_change_nothing(tmp_path):
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_padding_and_packing_change_nothing(tmp_path, objective):
+    trainer = make_trainer(tmp_path, **objective)
     examples = [trainer.train_dataset[i] for i in range(ROWS)]
     alone = torch.tensor([loss_sums(trainer, [e]) for e in examples]).sum(dim=0)
     assert torch.allclose(torch.tensor(loss_sums(trainer, examples)), alone, rtol=1e-5)
@@ -135,6 +145,49 @@ def test_equals_the_papers_plain_forwards(tmp_path):
                 reference.ReferenceBlock(row.prompt_ids + row.response_ids[:start], row.trajectories[block]), state,
             )
             assert loss_sums(trainer, [example]) == pytest.approx([x.item() for x in expected[:2]], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_equals_plain_forwards(tmp_path, divergence):
+    trainer = make_trainer(tmp_path, divergence=divergence, distance_decay=1.0)
+    for index in range(ROWS):
+        example, expected = trainer.train_dataset[index], 0.0
+        clean = torch.tensor([example.row.clean])
+        teacher = trainer.target_model(clean).logits[0]
+        for block in example.row.blocks:
+            state = torch.tensor([[*example.row.clean[: block.start], *block.tokens]])
+            student = trainer.model(state).logits[0, block.start :]
+            places = slice(block.start, block.start + len(block.tokens))
+            expected += DIVERGENCES[divergence](teacher[places], student).sum().item()
+        assert loss_sums(trainer, [example])[0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_label_smoothing_smooths_the_labels(tmp_path):
+    example = build_example(random_row(0), random.Random(0), Sampling())
+    plain, smoothed = (
+        loss_sums(make_trainer(tmp_path, ar_loss="fixed_point", label_smoothing_factor=factor), [example])
+        for factor in (0.0, 0.1)
+    )
+    trainer = make_trainer(tmp_path)
+    logits = trainer.model(torch.tensor([example.row.clean])).logits[0, example.ar_index]
+    expected = 0.9 * plain[1] - 0.1 * logits.log_softmax(dim=-1).mean(dim=-1).sum().item()
+    assert smoothed == pytest.approx([plain[0], expected], rel=1e-5)
+
+
+def test_balance_gives_both_terms_gradients_of_one_norm_and_the_losses_they_had(tmp_path):
+    trainers = [make_trainer(tmp_path, balance=balance, ar_loss="fixed_point") for balance in ("fixed", "gradient")]
+    batch = trainers[0].data_collator([trainers[0].train_dataset[index] for index in range(ROWS)])
+    hidden = torch.randn(*batch["input_ids"].shape, 32, requires_grad=True)
+    sums = []
+    for trainer in trainers:
+        trainer._hidden = lambda model, batch, head: hidden if model is not trainer.target_model else hidden.detach() + 1  # noqa: B023
+        sums.append(trainer.loss_sums(trainer.model, batch))
+    assert torch.allclose(*sums)
+    means = sums[1] / trainers[1].counts(batch)
+    norms = [torch.autograd.grad(mean, hidden, retain_graph=True)[0].norm() for mean in means]
+    torch.testing.assert_close(*norms)
+    uneven = [torch.autograd.grad(mean, hidden, retain_graph=True)[0].norm() for mean in sums[0] / trainers[0].counts(batch)]
+    assert not torch.allclose(*uneven, rtol=0.05)
 
 
 def test_consistency_is_zero_at_the_fixed_point(tmp_path):
@@ -177,11 +230,14 @@ def test_training_lowers_the_loss_and_logs_its_terms(tmp_path):
         assert entry["loss"] == pytest.approx(entry["consistency_loss"] + 2.0 * entry["ar_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_resumed_training_equals_uninterrupted(tmp_path, strategy):
+NEW = {"state_choice": "noise", "random_block_size": True, "on_policy": 1, "divergence": "js", "balance": "gradient"}
+
+
+@pytest.mark.parametrize(("strategy", "objective"), [("random", {}), ("group_by_length", {}), ("random", NEW)], ids=str)
+def test_resumed_training_equals_uninterrupted(tmp_path, strategy, objective):
     """From the first epoch and from the middle of the second."""
     options = dict(optim="adamw_torch", learning_rate=1e-3, max_steps=7, save_strategy="steps", save_steps=1)
-    options |= dict(per_device_train_batch_size=2, train_sampling_strategy=strategy)
+    options |= dict(per_device_train_batch_size=2, train_sampling_strategy=strategy, **objective)
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
     for step in (3, 5):

@@ -107,6 +107,21 @@ def test_without_options_nothing_extra_is_stored(model: Any, tmp_path: Path) -> 
     assert len(rows) == 3 and all(row.augmented == [] and row.label_ids is None for row in rows)
 
 
+@pytest.mark.parametrize("guess", ["uniform", "filler"])
+def test_trajectories_start_from_the_guesses_named(model: Any, tmp_path: Path, guess: str) -> None:
+    rows = made(collector(model, replace(SETTINGS, guess=guess)), tmp_path)
+    starts = {token for row in rows for states in row.trajectories for token in states[0]}
+    others = {token for row in rows for token in row.prompt_ids + row.response_ids}
+    assert starts == {0} if guess == "filler" else len(starts - others) > 10
+    assert replace(SETTINGS, guess=guess).as_dict()["guess"] == guess
+
+
+def test_a_collection_of_before_the_option_goes_on() -> None:
+    assert "guess" not in SETTINGS.as_dict() and "task_options" not in SETTINGS.as_dict()
+    with pytest.raises(UsageError, match="unknown starting guess 'pool'; choose from context, uniform, filler"):
+        replace(SETTINGS, guess="pool")
+
+
 # ---- interrupted, shared ----
 
 

@@ -48,6 +48,19 @@ def test_states_do_not_depend_on_the_batch():
     assert together == alone
 
 
+@pytest.mark.parametrize("width", range(1, 8))
+def test_a_prefix_of_a_state_is_a_state_of_the_narrower_block(width):
+    """What ``random_block_size`` rests on: no token looks ahead, so what stands behind a prefix cannot change it."""
+    model, prompts = tiny_model(seed=2), [[1, 2, 3], [9] * 7]
+    responses = [r.token_ids for r in JacobiDecoder(model, 1).generate(prompts, max_new_tokens=24)]
+    wide = jacobi_states(model, prompts, responses, [[0, 8, 16]] * 2, seeds=[4, 5])
+    narrow = jacobi_states(model, prompts, responses, [[0, width, 8, 8 + width, 16, 16 + width]] * 2, seeds=[4, 5])
+    for states, narrower in zip([s for row in wide for s in row], [s for row in narrow for s in row[::2]]):
+        prefixes = [state[:width] for state in states]
+        fixed = prefixes.index(prefixes[-1])
+        assert narrower == prefixes[: fixed + 1]
+
+
 def test_a_foreign_response_is_still_the_last_state():
     """A response the model would not have written: its own tokens are what every trajectory ends in."""
     model, response = tiny_model(), [5, 4, 3, 2, 1, 9, 8, 7]

@@ -1,0 +1,309 @@
+"""What every option of the training does to speed and quality: one change at a time, equal training tokens, the same prompts.
+
+    python scripts/study.py --model TARGET --trajectories TRAJECTORIES --task arithmetic --filename test.jsonl \\
+        --runs default paper --seeds 0 1 2 --output FOLDER -- --num_train_epochs 2 --learning_rate 1.5e-4 --use_cpu
+    python scripts/study.py --table FOLDER
+
+What stands behind ``--`` are flags of ``cllm train`` for every run; those of the run itself come after them. Nothing else
+differs: all runs see the same responses as often as the others (states drawn and packed may be more or fewer; both are
+counted). Every run and seed gives one JSON, and what is there already is passed over, so a study can be stopped and gone on
+with, and several processes may share a folder, each with other ``--runs``. The target model is measured in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cllm.cli.command import command
+from cllm.cli.train import RunArguments, build_trainer
+from cllm.cli.training import parse
+from cllm.decoding import JacobiDecoder
+from cllm.errors import UsageError
+from cllm.evaluation.environment import environment
+from cllm.evaluation.interval import bootstrap, ratio_interval
+from cllm.evaluation.quality import response_nlls, score_replies
+from cllm.files import write_json
+from cllm.models import DEFAULT_GUESS, default_guess, load_model, load_tokenizer, read_record, stop_token_ids
+from cllm.prompts import PromptTemplate
+from cllm.tasks import get_task
+from cllm.tasks.base import Example, Task
+from cllm.tasks.source import load_examples
+from cllm.training.arguments import CllmTrainingArguments
+from cllm.trajectory.hygiene import repetition
+from cllm.trajectory.store import TrajectoryDataset
+
+BASE, TARGET = "default", "target"
+GUESS = "guess_"  # such a run takes TRAJECTORIES_NAME: the same, collected with `--guess NAME`
+RUNS = {  # name -> flags of `cllm train`
+    BASE: "",
+    "paper": "--teacher self --ar_loss fixed_point --ar_weight 10 --distance_decay 1 --states_per_block 1 "
+    "--label_smoothing_factor 0.1",
+    "guess_uniform": "",
+    "guess_filler": "",
+    "states_1": "--states_per_block 1",
+    "states_4": "--states_per_block 4",
+    "noise": "--state_choice noise",
+    "random_block": "--random_block_size",
+    "on_policy_1": "--on_policy 1",
+    "on_policy_2": "--on_policy 2",
+    "decay_0.5": "--distance_decay 0.5",
+    "decay_1": "--distance_decay 1",
+    "reverse_kl": "--divergence reverse_kl",
+    "js": "--divergence js",
+    "hard": "--divergence hard",
+    "local": "--consistency local",
+    "self_teacher": "--teacher self",
+    "ar_fixed_point": "--ar_loss fixed_point",
+    "ar_smoothed": "--ar_loss fixed_point --label_smoothing_factor 0.1",
+    "ar_labels": "--ar_loss labels",
+    "ar_weight_0.5": "--ar_weight 0.5",
+    "ar_weight_8": "--ar_weight 8",
+    "balance": "--balance gradient",
+}
+METRICS = {  # title -> what is summed over prompts above and below the line, decimals
+    "TPF": ("tokens", "forwards", 2),
+    "accuracy": ("score", "responses", 3),
+    "repetition": ("repeated", "tokens", 3),
+    "NLL under target": ("nll", "tokens", 3),
+    "entropy": ("entropy", "tokens", 3),
+    "length": ("tokens", "responses", 1),
+} | {f"TPF, quarter {n}": (f"tokens_{n}", f"forwards_{n}", 2) for n in (1, 2, 3, 4)}
+BATCH = 16  # prompts decoded together; changes no figure
+Row = dict[str, float]  # what was counted of one response
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    args = build_parser().parse_args(own)
+    if args.table:
+        print(table(Path(args.table)))
+        return
+    if None in (args.model, args.trajectories, args.task, args.output):
+        raise UsageError("a study needs --model, --trajectories, --task and --output")
+    runs = dict(_named(text) for text in args.runs)
+    study = Study(args)
+    study.once(TARGET, {}, lambda: {"prompts": study.measure(study.target, study.settings.get("guess", DEFAULT_GUESS))})
+    for seed in args.seeds:
+        for name, own_flags in runs.items():
+            every = [*flags, *own_flags.split(), "--seed", str(seed)]
+            study.once(f"{name}-{seed}", {"flags": every}, lambda n=name, f=every: study.run(n, f))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", help="the target model")
+    options.add_argument("--trajectories", help="a folder that `cllm collect` wrote with it")
+    options.add_argument("--task")
+    options.add_argument("--filename", help="held-out examples; default: the hub dataset")
+    options.add_argument("--prompts", type=int, default=64)
+    options.add_argument("--length", type=int, default=128, help="new tokens per response")
+    options.add_argument("--device", help="of the measurement; default: cuda where there is a GPU, else cpu")
+    options.add_argument("--runs", nargs="+", default=[BASE, "paper"], metavar="NAME[=FLAGS]", help=", ".join(RUNS))
+    options.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options.add_argument("--output", help="folder of the results")
+    options.add_argument("--keep_weights", action="store_true", help="as FOLDER/NAME-SEED/")
+    options.add_argument("--table", metavar="FOLDER", help="print what such a folder holds, as Markdown")
+    return options
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, given, flags = text.partition("=")
+    if not given and name not in RUNS:
+        raise UsageError(f"unknown run {name!r}; choose from {', '.join(RUNS)}, or say what it is: NAME='FLAGS'")
+    return name, flags if given else RUNS[name]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A held-out prompt."""
+
+    example: Example
+    ids: list[int]
+
+
+class Study:
+    """What all runs share: target model, prompts, and the folder of results."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.folder = args, Path(args.output)
+        self.settings = TrajectoryDataset(args.trajectories).settings
+        if "block_size" not in self.settings:
+            raise UsageError(f"{args.trajectories} is no folder that `cllm collect` wrote")
+        self.task: Task = get_task(args.task)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
+        self.target = load_model(args.model, dtype="float32", device=args.device)
+        template = PromptTemplate(self.settings["prompt_template"])
+        self.stops = stop_token_ids(self.target, self.tokenizer, template)
+        examples = load_examples(self.task, args.filename, "test", args.prompts)
+        self.asked = [Asked(e, template.encode(e.messages, self.tokenizer)) for e in islice(examples, args.prompts)]
+
+    def once(self, name: str, settings: dict[str, Any], make: Any) -> None:
+        """Write NAME.json with the figures, unless it is there. Raises UsageError if that one was made in another way."""
+        settings = settings | {key: getattr(self.args, key) for key in ("task", "length")}
+        settings |= {key: Path(getattr(self.args, key) or "").name for key in ("model", "trajectories", "filename")}
+        settings |= {"prompts": len(self.asked)}
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            if (there := json.loads(path.read_text(encoding="utf-8"))["settings"]) != settings:
+                raise UsageError(f"{path} was made with other settings: {there} there, {settings} now")
+            return
+        result = make()
+        figures = {title: figure(result["prompts"], title) for title in METRICS}
+        content = {"run": name, "settings": settings, "figures": figures}
+        write_json(path, content | result | {"environment": environment(self.target.device)})
+        print(f"{name}: " + ", ".join(f"{title} {of['value']:.3f}" for title, of in figures.items() if of), flush=True)
+
+    def run(self, name: str, flags: list[str]) -> dict[str, Any]:
+        """Train one CLLM and measure it; its weights are gone afterwards unless they are to be kept."""
+        collected = f"{self.args.trajectories}_{name.removeprefix(GUESS)}" if name.startswith(GUESS) else self.args.trajectories
+        with tempfile.TemporaryDirectory() as scratch:
+            seed = flags[-1]
+            folder = self.folder / f"{name}-{seed}" if self.args.keep_weights else Path(scratch)
+            words = ["--model", self.args.model, "--trajectories", collected, "--output_dir", str(folder)]
+            words += ["--save_strategy", "no", "--report_to", "none", *flags]
+            trainer = build_trainer(*parse(words, "study.py", None, RunArguments, CllmTrainingArguments))
+            start = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - start
+            if self.args.keep_weights:
+                trainer.save_model()
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False).eval()
+        rows = self.measure(model.to(self.target.device), default_guess(read_record(model.config)))
+        return {
+            "training": tokens_seen(trainer) | {"seconds": seconds, "log": trainer.state.log_history},
+            "prompts": rows,
+        }
+
+    @torch.inference_mode()
+    def measure(self, model: PreTrainedModel, guess: str) -> list[Row]:
+        """Decode the held-out prompts greedily, by Jacobi iteration, and count."""
+        decoder = JacobiDecoder(model, self.settings["block_size"], eos_token_ids=self.stops, guess=guess)
+        prompts, results = [asked.ids for asked in self.asked], []
+        for at in range(0, len(prompts), BATCH):
+            results += decoder.generate(prompts[at : at + BATCH], max_new_tokens=self.args.length)
+        texts = [result.token_ids for result in results]
+        nlls = response_nlls(self.target, prompts, texts)
+        rows = [
+            {
+                "responses": 1,
+                "tokens": len(result.token_ids),
+                "forwards": result.forwards,
+                "repeated": repetition(result.token_ids) * len(result.token_ids),
+                "nll": nll,
+                "entropy": entropy(model, prompt, result.token_ids),
+            }
+            | quarters(result.accepted)
+            for prompt, result, nll in zip(prompts, results, nlls, strict=True)
+        ]
+        scores = score_replies(self.task, [asked.example for asked in self.asked], texts, self.tokenizer)
+        if scores is not None and len(scores) == len(rows):
+            rows = [row | {"score": float(score)} for row, score in zip(rows, scores)]
+        return rows
+
+
+def tokens_seen(trainer: Any) -> dict[str, int]:
+    """Response tokens that were trained on, repeats counted; and packed tokens, by the states of one epoch."""
+    data, epochs = trainer.train_dataset, trainer.state.epoch
+    response = sum(len(row.response_ids) for row in data.rows)
+    packed = sum(len(data[index].row) for index in range(len(data)))
+    return {"response_tokens": round(epochs * response), "packed_tokens": round(epochs * packed)}
+
+
+def entropy(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> float:
+    """Entropy in nats of the model's distributions for the tokens of its response, summed."""
+    text = torch.tensor([[*prompt, *response]], device=model.device)
+    logits_NV = model(text, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1].float()
+    return float(torch.distributions.Categorical(logits=logits_NV).entropy().sum())
+
+
+def quarters(accepted: Sequence[int]) -> Row:
+    """Tokens gained and forwards spent in each quarter of a response, by where the first token that a forward gained stands."""
+    counts: Row = {f"{what}_{n}": 0 for what in ("tokens", "forwards") for n in (1, 2, 3, 4)}
+    at, length = 0, sum(accepted)
+    for gained in accepted:
+        quarter = min(4 * at // length, 3) + 1
+        counts[f"tokens_{quarter}"] += gained
+        counts[f"forwards_{quarter}"] += 1
+        at += gained
+    return counts
+
+
+def figure(rows: Sequence[Row], title: str) -> dict[str, Any] | None:
+    """A metric over all prompts with its 95% bootstrap interval; None where it was not measured."""
+    above, below, _ = METRICS[title]
+    if above not in rows[0]:
+        return None
+    columns = [[row[above] for row in rows], [row[below] for row in rows]]
+    total = sum(columns[1])
+    return {"value": sum(columns[0]) / total if total else None, "interval": ratio_interval(*columns)}
+
+
+def table(folder: Path) -> str:
+    """Markdown: of every run the mean over seeds (lowest to highest), and the difference to the default with its interval."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not results:
+        raise UsageError(f"{folder} holds no results")
+    runs: dict[str, dict[str, dict]] = {}
+    for result in results:
+        name, _, seed = result["run"].rpartition("-")
+        runs.setdefault(name or result["run"], {})[seed] = result
+    order = [name for name in (TARGET, *RUNS) if name in runs]
+    titles = [title for title in METRICS if any(result["figures"][title] for result in results)]
+    lines = [["run", "seeds", "response tokens", "packed tokens", *titles], ["---"] * (4 + len(titles))]
+    for name in [*order, *sorted(runs.keys() - set(order))]:
+        seeds = runs[name]
+        counts = [next(iter(seeds.values())).get("training", {}).get(key, 0) for key in ("response_tokens", "packed_tokens")]
+        cells = [_cell(seeds, {} if name in (BASE, TARGET) else runs.get(BASE, {}), title) for title in titles]
+        lines.append([name, str(len(seeds)), *(f"{count:,}" if count else "-" for count in counts), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(seeds: dict[str, dict], base: dict[str, dict], title: str) -> str:
+    digits = METRICS[title][2]
+    values = [of["value"] for result in seeds.values() if (of := result["figures"][title]) and of["value"] is not None]
+    if not values:
+        return "-"
+    text = f"{sum(values) / len(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    common = sorted(seeds.keys() & base.keys())
+    if common:
+        value, interval = difference([seeds[s]["prompts"] for s in common], [base[s]["prompts"] for s in common], title)
+        text += f"<br>{value:+.{digits}f}"
+        text += f" [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]" if interval else ""
+    return text
+
+
+def difference(
+    runs: Sequence[Sequence[Row]], bases: Sequence[Sequence[Row]], title: str
+) -> tuple[float, tuple[float, float] | None]:
+    """How much a metric of some runs is above that of others with the same seeds, prompt by prompt the same: 95% bootstrap.
+
+    Seeds are taken together, prompts are drawn again.
+    """
+    above, below, _ = METRICS[title]
+    columns = [
+        [sum(rows[prompt][key] for rows in side) for prompt in range(len(side[0]))]
+        for side in (runs, bases)
+        for key in (above, below)
+    ]
+    sums = [sum(column) for column in columns]
+    return sums[0] / sums[1] - sums[2] / sums[3], bootstrap(columns, lambda s: s[0] / s[1] - s[2] / s[3])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The study of training options: what it counts, that it can be gone on with, and the table it ends in."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import refused, write_rows
+from tiny import save_tiny_checkpoint
+
+from cllm.cli import collect
+from cllm.tasks.arithmetic import generate
+
+STUDY: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "study.py"))
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("study")
+    model = save_tiny_checkpoint(folder / "m", seed=3, max_position_embeddings=1024)
+    data = write_rows(folder / "d.jsonl", generate(6, seed=0))
+    for guess in ("context", "uniform"):
+        given = ["--model", model, "--filename", data, "--output", f"{folder}/t{'_uniform' * (guess == 'uniform')}"]
+        sizes = ["--max_new_tokens", 4, "--max_new_seq_len", 12, "--guess", guess, "--device", "cpu"]
+        collect.main([*map(str, given + sizes)], task="arithmetic")
+    given = ["--model", model, "--trajectories", folder / "t", "--task", "arithmetic", "--filename", data]
+    return [*map(str, given), "--prompts", "3", "--length", "12", "--device", "cpu", "--output", str(folder / "out")]
+
+
+def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(words[-1])
+    flags = ["--", "--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu"]
+    runs = ["--runs", "default", "paper", "guess_uniform", "mine=--divergence js --on_policy 1"]
+    STUDY["main"]([*words, *runs, *flags])
+    results = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert set(results) == {"target", "default-0", "paper-0", "guess_uniform-0", "mine-0"}  # and no weights
+    for name, result in results.items():
+        assert [row["tokens"] for row in result["prompts"]] == [12] * 3
+        for row in result["prompts"]:
+            assert sum(row[f"tokens_{n}"] for n in (1, 2, 3, 4)) == 12
+            assert sum(row[f"forwards_{n}"] for n in (1, 2, 3, 4)) == row["forwards"]
+        assert 1 <= result["figures"]["TPF"]["value"] <= 4 and result["figures"]["accuracy"]["value"] is not None
+        assert str(folder.parent) not in json.dumps(result), name
+    learned = [result["training"]["response_tokens"] for name, result in results.items() if name != "target"]
+    assert len(set(learned)) == 1
+    assert results["paper-0"]["training"]["packed_tokens"] < results["default-0"]["training"]["packed_tokens"]
+
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    STUDY["main"]([*words, *runs, *flags])  # all there already
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    message = refused(capsys, STUDY["main"], *words, "--runs", "default", *flags, "--learning_rate", "1e-3")
+    assert "default-0.json was made with other settings" in message
+
+    STUDY["main"](["--table", str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| target", "| default", "| paper", "| guess_uniform", "| mine"]
+    assert "<br>" in lines[4] and "<br>" not in lines[3]
+
+
+def test_an_unknown_run(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown run 'papers'; choose from default, paper" in refused(capsys, STUDY["main"], *words, "--runs", "papers")
+
+
+def test_quarters_are_those_of_the_response() -> None:
+    counts = STUDY["quarters"]([1, 1, 2, 4])
+    assert [counts[f"tokens_{n}"] for n in (1, 2, 3, 4)] == [2, 2, 4, 0]
+    assert [counts[f"forwards_{n}"] for n in (1, 2, 3, 4)] == [2, 1, 1, 0]
+
+
+def test_the_difference_is_taken_prompt_by_prompt() -> None:
+    base = [{"tokens": 10.0 * n, "forwards": 10.0 * n} for n in (1, 2, 3, 4)]
+    runs = [{"tokens": 15.0 * n, "forwards": 10.0 * n} for n in (1, 2, 3, 4)]
+    value, (low, high) = STUDY["difference"]([runs, runs], [base, base], "TPF")
+    assert value == low == high == 0.5

@@ -1,0 +1,24 @@
+"""Options of the objective that are refused."""
+
+import pytest
+
+from cllm.errors import UsageError
+from cllm.training.arguments import CllmTrainingArguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "kl"}, "divergence must be one of forward_kl, reverse_kl, js, hard, got 'kl'"),
+        ({"state_choice": "last"}, "state_choice must be one of uniform, noise, got 'last'"),
+        ({"balance": "norm"}, "balance must be one of fixed, gradient, got 'norm'"),
+        ({"on_policy": -1}, "on_policy must be >= 0, got -1"),
+        ({"on_policy": 1, "consistency": "local"}, "on_policy .* needs consistency global, got local"),
+        ({"label_smoothing_factor": 0.1}, "ar_loss must be fixed_point or labels, got target"),
+        ({"label_smoothing_factor": 1.0, "ar_loss": "labels"}, "at least 0 and below 1, got 1.0"),
+    ],
+    ids=str,
+)
+def test_refused(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        CllmTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
