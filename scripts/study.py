@@ -17,8 +17,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("a study needs --model, --trajectories, --task and --output")
     runs = dict(_named(text) for text in args.runs)
     study = Study(args)
-    study.once(TARGET, {}, lambda: {"prompts": study.measure(study.target, study.settings.get("guess", DEFAULT_GUESS))})
+    study.once(TARGET, {}, study.measure_target)
     for seed in args.seeds:
         for name, own_flags in runs.items():
             every = [*flags, *own_flags.split(), "--seed", str(seed)]
-            study.once(f"{name}-{seed}", {"flags": every}, lambda n=name, f=every: study.run(n, f))
+            study.once(f"{name}-{seed}", {"flags": every}, partial(study.run, name, seed, every))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -151,7 +152,7 @@ class Study:
         examples = load_examples(self.task, args.filename, "test", args.prompts)
         self.asked = [Asked(e, template.encode(e.messages, self.tokenizer)) for e in islice(examples, args.prompts)]
 
-    def once(self, name: str, settings: dict[str, Any], make: Any) -> None:
+    def once(self, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
         """Write NAME.json with the figures, unless it is there. Raises UsageError if that one was made in another way."""
         settings = settings | {key: getattr(self.args, key) for key in ("task", "length")}
         settings |= {key: Path(getattr(self.args, key) or "").name for key in ("model", "trajectories", "filename")}
@@ -167,11 +168,13 @@ class Study:
         write_json(path, content | result | {"environment": environment(self.target.device)})
         print(f"{name}: " + ", ".join(f"{title} {of['value']:.3f}" for title, of in figures.items() if of), flush=True)
 
-    def run(self, name: str, flags: list[str]) -> dict[str, Any]:
+    def measure_target(self) -> dict[str, Any]:
+        return {"prompts": self.measure(self.target, self.settings.get("guess", DEFAULT_GUESS))}
+
+    def run(self, name: str, seed: int, flags: list[str]) -> dict[str, Any]:
         """Train one CLLM and measure it; its weights are gone afterwards unless they are to be kept."""
         collected = f"{self.args.trajectories}_{name.removeprefix(GUESS)}" if name.startswith(GUESS) else self.args.trajectories
         with tempfile.TemporaryDirectory() as scratch:
-            seed = flags[-1]
             folder = self.folder / f"{name}-{seed}" if self.args.keep_weights else Path(scratch)
             words = ["--model", self.args.model, "--trajectories", collected, "--output_dir", str(folder)]
             words += ["--save_strategy", "no", "--report_to", "none", *flags]

@@ -21,7 +21,7 @@ def test_the_same_functions_on_a_cpu(tiny_model_dir: Path, tmp_path: Path) -> No
     content = json.loads((tmp_path / "r.json").read_text())
     result = content["result"]
     assert content["environment"]["device"] == "cpu"
-    assert set(result["texts equal"].values()) == {"12 of 12"} and len(result["texts equal"]) == 5
+    assert set(result["texts equal"].values()) == {"12 of 12"} and len(result["texts equal"]) == 6
     assert result["waits of the host in 32 steps"] == {"off": {}}
     assert all(row["tokens/s, AR without prefill"] > 0 for row in result["speed"]["off"].values())
 

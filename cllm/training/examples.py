@@ -106,7 +106,8 @@ def _draw_states(
     """Of every block: its start, and for each state drawn the state, what it should lead to, and the fixed point.
 
     With ``random_block_size`` the blocks are cut to one width for all of them. Since no token looks ahead, what is left is a
-    trajectory of the narrower block (a test says so), which may reach its fixed point sooner.
+    trajectory of the narrower block (a test says so), which may reach its fixed point sooner. The noise ratios that rise
+    over a window of blocks are those of Hu et al. 2025, "Jacobi Forcing" (arXiv 2512.14681).
     """
     width = rng.randint(1, max(end - start for start, end in row.spans())) if sampling.random_block_size else None
     phase = rng.random() if sampling.choice == "noise" else 0.0

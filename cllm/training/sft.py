@@ -100,7 +100,8 @@ class AnswerTrainer(TokenMeanTrainer):
         hidden_BTH = self.last_hidden(model, head, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         goals = batch["labels"][:, 1:]
         learned = goals != IGNORED
-        return cross_entropy_sum(hidden_BTH[:, :-1][learned], head, goals[learned])[None]
+        smoothing = self.args.label_smoothing_factor
+        return cross_entropy_sum(hidden_BTH[:, :-1][learned], head, goals[learned], smoothing)[None]
 
 
 def _stack(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:

@@ -60,7 +60,12 @@ def test_the_loss_is_that_of_the_models_own_forward(tmp_path: Path) -> None:
     batch = collator([Answered([1, 2], [3, 4, 5]), Answered([5], [6]), Answered([8, 9, 10, 11], [12])])
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     trainer = AnswerTrainer(model=model, args=args, data_collator=collator)
-    torch.testing.assert_close(trainer.compute_loss(model, batch), model(**batch).loss)
+    own = model(**batch)
+    torch.testing.assert_close(trainer.compute_loss(model, batch), own.loss)
+    args.label_smoothing_factor = 0.1
+    goals = batch["labels"][:, 1:].flatten()
+    smoothed = torch.nn.functional.cross_entropy(own.logits[:, :-1].flatten(0, 1), goals, label_smoothing=0.1)
+    torch.testing.assert_close(trainer.compute_loss(model, batch), smoothed)
 
 
 def test_examples_that_cannot_be_learned_are_counted() -> None:
