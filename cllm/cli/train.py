@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cllm.cli.command import command
+from cllm.cli.probe import ProbeArguments, watch
 from cllm.cli.training import checkpoint, make_trainer, parse, train
 from cllm.errors import UsageError
 
@@ -34,15 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cllm.training.arguments import CllmTrainingArguments
 
     words = sys.argv[1:] if argv is None else argv
-    run, args = parse(words, "cllm train", __doc__, RunArguments, CllmTrainingArguments)
+    run, probe, args = parse(words, "cllm train", __doc__, RunArguments, ProbeArguments, CllmTrainingArguments)
+    probe.check()
     resume_from = checkpoint(args)
-    trainer = build_trainer(run, args)
+    trainer = build_trainer(run, probe, args)
     train(trainer, resume_from, "CLLM")
     if trainer.is_world_process_zero():
         equip(args.output_dir)
 
 
-def build_trainer(run: RunArguments, args):
+def build_trainer(run: RunArguments, probe: ProbeArguments, args):
     """Load everything, check that it fits together, and give the trainer. Raises UsageError where it does not."""
     from cllm.attention import check_model
     from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, load_model, load_tokenizer, stop_token_ids, write_record
@@ -59,7 +61,7 @@ def build_trainer(run: RunArguments, args):
     block_size = _block_size(run, settings, rows)
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size)
     target = None
-    if args.needs_target:
+    if args.needs_target or probe.probe_prompts:
         target = load_model(run.model, dtype=run.dtype, device="cpu", attn_implementation=run.attn_implementation)
     dataset = ExampleDataset(rows, args.sampling, seed=args.seed if args.data_seed is None else args.data_seed)
     write_record(
@@ -74,15 +76,18 @@ def build_trainer(run: RunArguments, args):
         }
         | {name: getattr(args, name) for name in OBJECTIVE},
     )
-    return make_trainer(
+    trainer = make_trainer(
         CllmTrainer,
         args,
         model=model,
         train_dataset=dataset,
         data_collator=Collator(tokenizer.pad_token_id, args.distance_decay),
         processing_class=tokenizer,
-        target_model=target,
+        target_model=target if args.needs_target else None,
     )
+    if probe.probe_prompts:
+        watch(trainer, probe, target)
+    return trainer
 
 
 def _block_size(run: RunArguments, settings: dict, rows) -> int:

@@ -6,11 +6,12 @@ Shapes: N tokens of a response, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,24 +98,55 @@ def score_replies(
 @torch.inference_mode()
 def response_nll(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> float:
     """Negative log-likelihood in nats of a response (summed over its tokens) under a model, given the prompt."""
+    chunks = _response_logits(model, prompt, response)
+    return float(sum(cross_entropy(logits, ids, reduction="sum").double() for logits, ids in chunks))
+
+
+@torch.inference_mode()
+def response_entropy(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> float:
+    """Entropy in nats of a model's next-token distribution, summed over the tokens of a response to the prompt."""
+    chunks = _response_logits(model, prompt, response)
+    return float(sum(Categorical(logits=logits, validate_args=False).entropy().sum().double() for logits, _ in chunks))
+
+
+def _response_logits(
+    model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Float32 logits [CHUNK, V] that predict the tokens of a response, with these [CHUNK], a few at a time."""
     if not response:
-        return 0.0
+        return
     text = torch.tensor([[*prompt, *response]], device=model.device)
     N = len(response)
     keep = {"logits_to_keep": N + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     logits_NV = model(text, use_cache=False, **keep).logits[0, -N - 1 : -1]
-    chunks = zip(logits_NV.split(CHUNK), text[0, -N:].split(CHUNK), strict=True)
-    return float(sum(cross_entropy(logits.float(), ids, reduction="sum").double() for logits, ids in chunks))
+    for logits, ids in zip(logits_NV.split(CHUNK), text[0, -N:].split(CHUNK), strict=True):
+        yield logits.float(), ids
 
 
 def response_nlls(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 ) -> list[float]:
     """:func:`response_nll` of every response, one at a time: no padding, the same figures whatever the batch."""
+    return _of_each(response_nll, model, prompts, responses)
+
+
+def response_entropies(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> list[float]:
+    """:func:`response_entropy` of every response, one at a time."""
+    return _of_each(response_entropy, model, prompts, responses)
+
+
+def _of_each(
+    figure: Callable[[PreTrainedModel, Sequence[int], Sequence[int]], float],
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+) -> list[float]:
     was_training = model.training
     model.eval()
     try:
-        return [response_nll(model, p, r) for p, r in zip(prompts, responses, strict=True)]
+        return [figure(model, p, r) for p, r in zip(prompts, responses, strict=True)]
     finally:
         model.train(was_training)
 

@@ -168,3 +168,50 @@ def test_the_launcher(model_dir: Path, collected: Path, tmp_path: Path) -> None:
     assert "CLLM saved in" in done.stdout and (tmp_path / "out" / "model.safetensors").is_file()
     short = subprocess.run(["bash", str(LAUNCHER), *words[:2]], capture_output=True, text=True, env=environment)
     assert short.returncode == 2 and short.stderr.startswith("usage: bash train_cllm.sh MODEL TRAJECTORIES")
+
+
+PROBE = {"probe_prompts": 3, "probe_length": 8, "probe_every": 1, "max_steps": 3}
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "held_out.jsonl", question_rows(12)[8:])
+
+
+def test_checks_during_training(run, held_out: Path, tmp_path: Path) -> None:
+    out = run(**PROBE, probe_file=held_out, learning_rate=1e-4)
+    state = json.loads((out / "trainer_state.json").read_text())
+    target, *checks = [entry for entry in state["log_history"] if any(name.startswith("probe") for name in entry)]
+    assert [entry["step"] for entry in checks] == [1, 2, 3]
+    names = {"tpf", "nll", "repetition", "entropy", "accuracy"}
+    assert {f"probe_target_{name}" for name in names} < target.keys()
+    assert {f"probe_{name}" for name in names} < checks[0].keys()
+    best = state["best_global_step"]
+    assert same(weights(out), weights(out / f"best-{best}"))
+    assert not same(weights(out), weights(run(output_dir=tmp_path / "plain", learning_rate=1e-4, max_steps=3))) or best == 3
+
+
+def test_a_rate_far_too_high_stops_the_training(run, held_out: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(**PROBE, probe_file=held_out, learning_rate=1.0, on_collapse="stop")
+    message = capsys.readouterr().err
+    assert "training collapsed by step" in message and "nothing saved" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"on_collapse": "explode"}, "on_collapse must be one of warn, stop, got 'explode'"),
+        ({"probe_prompts": -1}, "probe_prompts must be >= 0, got -1"),
+        ({"probe_every": 0}, "probe_every must be a number above 0, got 0"),
+        ({"probe_prompts": 0, "on_collapse": "stop"}, "nothing is checked during training without --probe_prompts"),
+        ({"probe_length": 250}, "none of the 3 prompts of the probe leaves room for --probe_length 250"),
+        ({"probe_file": "none.jsonl"}, "cannot read none.jsonl"),
+        ({"probe_task": "gsm"}, "unknown task 'gsm'"),
+    ],
+)
+def test_checks_that_cannot_be(run, held_out: Path, change: dict[str, object], message: str, capsys, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run(**PROBE | {"probe_file": held_out} | change)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -1,0 +1,92 @@
+"""Checks during ``cllm train``: the options, and what is made of them."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass, field
+from typing import Any
+
+from cllm.cli.command import parser
+from cllm.errors import UsageError
+from cllm.tasks.base import Task
+
+ON_COLLAPSE = ("warn", "stop")
+
+
+@dataclass
+class ProbeArguments:
+    """Checks of the model in training, on held-out prompts."""
+
+    probe_prompts: int = field(
+        default=0,
+        metadata={"help": "measure speed and quality on so many held-out prompts now and then, and keep the best model; 0: never"},
+    )
+    probe_file: str | None = field(
+        default=None, metadata={"help": "where they are, plain or .gz; default: the test rows of the task's hub dataset"}
+    )
+    probe_task: str | None = field(default=None, metadata={"help": "whose prompts; default: the task of the trajectories"})
+    probe_length: int = field(default=64, metadata={"help": "new tokens per response at most"})
+    probe_every: float = field(
+        default=0.1, metadata={"help": "steps between two checks, below 1 as a share of all; the first ones come earlier"}
+    )
+    on_collapse: str = field(
+        default="warn",
+        metadata={"help": "warn; or stop, when speed or text shows collapse at two checks in a row, or extremely at one"},
+    )
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be."""
+        if self.on_collapse not in ON_COLLAPSE:
+            raise UsageError(f"on_collapse must be one of {', '.join(ON_COLLAPSE)}, got {self.on_collapse!r}")
+        for name, least in {"probe_prompts": 0, "probe_length": 1}.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if not 0 < self.probe_every < math.inf:
+            raise UsageError(f"probe_every must be a number above 0, got {self.probe_every}")
+        if not self.probe_prompts and (self.probe_file or self.on_collapse == "stop"):
+            raise UsageError("nothing is checked during training without --probe_prompts, the number of prompts to take")
+
+
+def watch(trainer: Any, probe: ProbeArguments, target: Any) -> None:
+    """Let a trainer check its model, whose record says how it is trained, as ``probe`` says. ``target``: before training.
+
+    Raises UsageError where there is no task, no prompt that fits, or a file that cannot be read.
+    """
+    from cllm.evaluation.probe import Probe
+    from cllm.evaluation.prompt import encode
+    from cllm.models import context_length, default_guess, read_record, stop_token_ids
+    from cllm.prompts import choose_template
+    from cllm.tasks import get_task
+    from cllm.tasks.source import load_examples
+    from cllm.training.watch import Watch
+
+    record = read_record(trainer.model.config)
+    name = probe.probe_task or record.get("task")
+    if name is None:
+        raise UsageError("the trajectories do not say their task; pass --probe_task")
+    task, tokenizer = _scoring(get_task(name), probe.probe_file), trainer.processing_class
+    template = choose_template(None, task.plain_template, tokenizer, record)
+    examples = list(load_examples(task, probe.probe_file, "test", probe.probe_prompts))
+    context = context_length(target.config)
+    prompts, too_long = encode(examples, template, tokenizer, context and context - probe.probe_length)
+    if not prompts:
+        raise UsageError(f"none of the {len(too_long)} prompts of the probe leaves room for --probe_length {probe.probe_length}")
+    measure = Probe(
+        task,
+        prompts,
+        tokenizer,
+        target,
+        record["block_size"],
+        default_guess(record),
+        probe.probe_length,
+        stop_token_ids(target, tokenizer, template),
+    )
+    trainer.add_callback(Watch(trainer, measure, target, probe.probe_every, stop=probe.on_collapse == "stop"))
+
+
+def _scoring(task: Task, filename: str | None) -> Task:
+    """The task as ``cllm speedup`` takes it, its own options at their defaults."""
+    options = parser("", "cllm train")
+    task.add_options(options, "speedup")
+    return task.configure(options.parse_args([], Namespace(filename=filename)))

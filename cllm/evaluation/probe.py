@@ -1,0 +1,54 @@
+"""A quick look at a model in training: its speed and the quality of its text, on a few held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cllm.decoding import JacobiDecoder
+from cllm.evaluation.prompt import Prompt
+from cllm.evaluation.quality import quality, response_entropies, response_nlls, score_replies
+from cllm.tasks.base import Task
+from cllm.training.figures import Figures
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Greedy Jacobi responses of up to ``length`` tokens to all ``prompts`` in one batch, and what they are worth.
+
+    ``target``: the model before training, whose likelihoods judge the text; it is moved to where the measured model is.
+    """
+
+    task: Task
+    prompts: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase
+    target: PreTrainedModel
+    block_size: int
+    guess: str
+    length: int
+    stop_ids: Sequence[int]
+
+    def __call__(self, model: PreTrainedModel) -> Figures:
+        decoder = JacobiDecoder(
+            model, self.block_size, eos_token_ids=self.stop_ids, guess=self.guess, compile="off"
+        )  # nothing is captured: the weights go on changing
+        prompts = [prompt.ids for prompt in self.prompts]
+        results = decoder.generate(prompts, max_new_tokens=self.length)
+        responses = [result.token_ids for result in results]
+        text = quality(
+            responses,
+            eos_ids=self.stop_ids,
+            scores=score_replies(self.task, [prompt.example for prompt in self.prompts], responses, self.tokenizer),
+            nlls=response_nlls(self.target.to(model.device), prompts, responses),
+        )
+        tokens = max(sum(map(len, responses)), 1)
+        return Figures(
+            prompts=len(prompts),
+            tpf=tokens / sum(result.forwards for result in results),
+            nll=text.nll_per_token or 0.0,
+            repetition=text.repetition,
+            entropy=sum(response_entropies(model, prompts, responses)) / tokens,
+            accuracy=text.score,
+        )

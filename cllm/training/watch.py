@@ -1,0 +1,190 @@
+"""Checks during training: warn of collapse, or stop there, and keep the best model.
+
+The best is the one of highest TPF among the checks whose text is good (:func:`cllm.training.figures.good`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from cllm.errors import UsageError
+from cllm.files import write_json
+from cllm.training.figures import EXTREME, Figures, good, signs
+
+EARLY = (0.1, 0.2, 0.4, 0.8)  # of the way to the first regular check: a rate that is too high shows there
+FIGURES = "probe.json"  # beside the weights of the best model
+SIGNS = "probe_signs_of_collapse"  # how many, in the log
+
+logger = logging.getLogger(__name__)
+Measure = Callable[[PreTrainedModel], Figures]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The best model so far: the weights after ``step`` in the folder ``best-STEP``."""
+
+    step: int
+    figures: Figures
+
+
+class Watch(TrainerCallback):
+    """Measures the model in training, logs the figures as ``probe_...``, and keeps the best weights in ``best-STEP``.
+
+    ``every``: a check each so many steps, below 1 as a share of the planned ones; the first ones come earlier (EARLY), the
+    last at the end. Collapse is one extreme sign, or any at two checks in a row. It is logged as a warning; with ``stop``
+    training ends. Training itself is not disturbed: the weights are those of a run without checks, bit for bit.
+
+    At the end the trainer's model has the best weights; without a good check it stays as it is, with a warning. A resumed
+    run goes on with the best that lies in the folder. One process measures, the others wait.
+
+    Raises UsageError where no process holds the whole weights, and, at the end, where training collapsed before any good
+    check: then there is nothing worth saving.
+    """
+
+    def __init__(self, trainer: Trainer, measure: Measure, target: PreTrainedModel, every: float, stop: bool) -> None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise UsageError("checks during training need whole weights; leave out --probe_prompts under FSDP and DeepSpeed")
+        self.trainer, self.measure, self.target_model, self.every, self.stop = trainer, measure, target, every, stop
+        self.folder = Path(trainer.args.output_dir)
+        self.best: Kept | None = None
+        self.weak = self.collapsed = False  # were there signs at the last check; was it collapse
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps = due(state.max_steps, self.every)
+        self.target, self.best = self._shared(lambda: (self._figures(self.target_model), self._found(state.global_step)))
+        earlier = [entry[SIGNS] for entry in state.log_history if SIGNS in entry]
+        self.weak = bool(earlier and earlier[-1])
+        if state.global_step == 0:
+            self._log(_numbers(self.target, "probe_target_"), control)
+
+    def on_step_end(self, args, state, control, *, model, **kwargs):
+        if state.global_step not in self.steps:
+            return
+        figures = self._shared(lambda: self._figures(model))
+        found = signs(figures, self.target)
+        self.collapsed = max(found.values(), default=0) >= EXTREME or (bool(found) and self.weak)
+        self.weak = bool(found)
+        self._log({**_numbers(figures, "probe_"), SIGNS: len(found)}, control)
+        if good(figures, self.target) and (self.best is None or figures.tpf > self.best.figures.tpf):
+            self._keep(Kept(state.global_step, figures))
+        if found:
+            logger.warning("step %d: %s: %s", state.global_step, self._verdict(), "; ".join(found))
+        if self.collapsed and self.stop:
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.best is not None:
+            self._load(state)
+            logger.info("the model is that of step %d, the best of the good checks", self.best.step)
+        elif self.collapsed and self.stop:
+            raise UsageError(
+                f"training collapsed by step {state.global_step}, and no check before was good: nothing saved. "
+                "Lower --learning_rate, or let it start with --warmup_steps"
+            )
+        else:
+            logger.warning("no check was within the margin of the target's quality: the model is that of the last step")
+
+    # ------------------------------------------------------------- internals
+
+    def _verdict(self) -> str:
+        if not self.collapsed:
+            return "signs of collapse"
+        return "collapse, training stops" if self.stop else "collapse"
+
+    def _shared(self, make: Callable[[], Any]) -> Any:
+        """What the first process makes, in all of them."""
+        made = [make() if self.trainer.is_world_process_zero() else None]
+        return broadcast_object_list(made)[0]
+
+    def _figures(self, model: PreTrainedModel) -> Figures:
+        with undisturbed(model):
+            return self.measure(model)
+
+    def _log(self, figures: dict[str, float], control) -> None:
+        wanted = control.should_log  # logging answers this wish, which may be for the loss of this very step
+        self.trainer.log(figures)
+        control.should_log = wanted
+
+    def _found(self, step: int) -> Kept | None:
+        """What an earlier part of this run kept; a run from the start removes what lies there."""
+        for part in self.folder.glob(".best-*"):
+            shutil.rmtree(part)
+        kept = None
+        for folder in sorted(self.folder.glob("best-[0-9]*"), key=_step):
+            if step == 0:
+                shutil.rmtree(folder)
+            else:
+                kept = Kept(_step(folder), Figures(**json.loads((folder / FIGURES).read_text(encoding="utf-8"))))
+        return kept
+
+    def _keep(self, best: Kept) -> None:
+        """Save the weights; at every moment one whole ``best-STEP`` is there."""
+        whole = self.folder / f"best-{best.step}"
+        part = self.folder / f".{whole.name}"
+        self.trainer.save_model(str(part), _internal_call=True)
+        if self.trainer.is_world_process_zero():
+            write_json(part / FIGURES, asdict(best.figures))
+            shutil.rmtree(whole, ignore_errors=True)  # of a later part of an interrupted run
+            part.rename(whole)
+            for folder in self.folder.glob("best-[0-9]*"):
+                if folder != whole:
+                    shutil.rmtree(folder)
+        self.trainer.accelerator.wait_for_everyone()
+        self.best = best
+
+    def _load(self, state) -> None:
+        """Give the trainer's model the best weights, by the parent's own way, and note them in its state."""
+        before = state.best_model_checkpoint
+        state.best_global_step, state.best_metric = self.best.step, self.best.figures.tpf
+        state.best_model_checkpoint = str(self.folder / f"best-{self.best.step}")
+        self.trainer._load_best_model()
+        state.best_model_checkpoint = before
+
+
+def due(planned: int, every: float) -> set[int]:
+    """The steps that are checked."""
+    interval = every * planned if every < 1 else every
+    places = [*EARLY, *range(1, int(planned / interval) + 1)]
+    steps = [math.ceil(place * interval - 1e-6) for place in places]  # 5 * 5.6 is a little more than 28 here
+    return {step for step in [*steps, planned] if step <= planned}
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the mode of every module and all random generators are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(list(devices)), torch.no_grad():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for module, training in modes:
+                module.training = training
+
+
+def _numbers(figures: Figures, prefix: str) -> dict[str, float]:
+    """What goes into the log."""
+    values = asdict(figures)
+    del values["prompts"]
+    return {prefix + name: value for name, value in values.items() if value is not None}
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])

@@ -1,0 +1,53 @@
+"""The quick look at a model in training, against the slow ways to get the same figures."""
+
+import torch
+from commands import question_rows
+from tiny import EOS_ID, tiny_model, tiny_tokenizer
+
+from cllm.evaluation.probe import Probe
+from cllm.evaluation.prompt import encode
+from cllm.evaluation.quality import response_nlls
+from cllm.prompts import PromptTemplate
+from cllm.tasks import get_task
+from cllm.trajectory.hygiene import repetition
+
+LENGTH = 12
+
+
+def make_probe(target) -> Probe:
+    task, tokenizer = get_task("gsm8k"), tiny_tokenizer()
+    examples = task.read(enumerate(question_rows(4), 1), "test")
+    prompts, _ = encode(examples, PromptTemplate("{question}"), tokenizer, None)  # type: ignore[arg-type]
+    return Probe(task, prompts, tokenizer, target, 4, "context", LENGTH, [EOS_ID])
+
+
+def plain_texts(model, probe: Probe) -> list[list[int]]:
+    return [
+        model.generate(torch.tensor([p.ids]), max_new_tokens=LENGTH, do_sample=False)[0, len(p.ids) :].tolist()
+        for p in probe.prompts
+    ]
+
+
+def test_its_figures() -> None:
+    target, model = tiny_model(seed=1), tiny_model(seed=2)
+    probe = make_probe(target)
+    figures, texts = probe(model), plain_texts(model, probe)
+    tokens = sum(map(len, texts))
+    assert figures.prompts == 4 and figures.accuracy == 0.0
+    assert 1 <= figures.tpf <= 4
+    assert figures.nll == sum(response_nlls(target, [p.ids for p in probe.prompts], texts)) / tokens
+    assert figures.repetition == sum(repetition(text) * len(text) for text in texts) / tokens
+    torch.testing.assert_close(figures.entropy, sum(entropy(model, p.ids, t) for p, t in zip(probe.prompts, texts)) / tokens)
+    assert probe(model) == figures
+
+
+@torch.no_grad()
+def entropy(model, prompt: list[int], response: list[int]) -> float:
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return float(-(logits.softmax(-1) * logits.log_softmax(-1)).sum())
+
+
+def test_a_model_without_numbers_gives_figures_without() -> None:
+    model = tiny_model(seed=2)
+    model.get_input_embeddings().weight.data[:] = float("nan")
+    assert not make_probe(tiny_model(seed=1))(model).finite

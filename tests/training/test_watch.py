@@ -1,0 +1,199 @@
+"""Checks during training: when, what they keep, where they stop, and that they disturb nothing."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from training.test_trainer import make_trainer
+from transformers import AutoModelForCausalLM
+
+from cllm.errors import UsageError
+from cllm.training.figures import Figures
+from cllm.training.watch import Watch, due, undisturbed
+
+TARGET = Figures(prompts=4, tpf=1.1, nll=0.4, repetition=0.2, entropy=0.6)
+BAD, BROKEN = {"nll": 1.2}, {"nll": 9.0}
+OPTIONS = {"max_steps": 5, "optim": "adamw_torch", "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+
+
+class Script:
+    """In the place of a measurement: the target's figures, then these changes of them, one at each check."""
+
+    def __init__(self, *changes: dict[str, float]) -> None:
+        self.changes = [{}, *changes]
+
+    def __call__(self, model: torch.nn.Module) -> Figures:
+        model.train()
+        torch.rand(3), random.random(), np.random.rand()
+        return replace(TARGET, **self.changes.pop(0))
+
+
+def watched(folder: Path, *changes: dict[str, float], stop: bool = False, **options):
+    """A trainer of five steps with a check at each of them."""
+    trainer = make_trainer(folder, **OPTIONS | options)
+    trainer.add_callback(Watch(trainer, Script(*changes), tiny_model(seed=9, vocab_size=97), every=1, stop=stop))
+    return trainer
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if "best" in path.name)
+
+
+@pytest.mark.parametrize(
+    ("planned", "every", "steps"),
+    [
+        (56, 0.1, [1, 2, 3, 5, 6, 12, 17, 23, 28, 34, 40, 45, 51, 56]),
+        (1000, 0.25, [25, 50, 100, 200, 250, 500, 750, 1000]),
+        (1000, 400, [40, 80, 160, 320, 400, 800, 1000]),
+        (2, 0.1, [1, 2]),
+        (3, 10, [1, 2, 3]),
+    ],
+)
+def test_when_checks_come(planned: int, every: float, steps: list[int]) -> None:
+    assert sorted(due(planned, every)) == steps
+
+
+def test_the_best_good_model_is_kept(tmp_path: Path) -> None:
+    """Step 4 is faster, but its text is not good; step 2 is the fastest of the rest."""
+    trainer = watched(tmp_path, {"tpf": 1.2}, {"tpf": 1.5}, {"tpf": 1.4}, {"tpf": 3.0, "nll": 0.8}, {"tpf": 1.3})
+    trainer.train()
+    assert logged(trainer, "probe_tpf") == [1.2, 1.5, 1.4, 3.0, 1.3] and logged(trainer, "probe_target_tpf") == [1.1]
+    assert trainer.state.best_global_step == 2 and kept(tmp_path) == ["best-2"]
+    assert json.loads((tmp_path / "best-2" / "probe.json").read_text())["tpf"] == 1.5
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "best-2")
+    assert torch.equal(weights(trainer.model), weights(best))
+
+
+def test_checks_do_not_disturb_the_training(tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path, **OPTIONS)
+    plain.train()
+    trainer = watched(tmp_path, *[{"repetition": 0.3}] * 5, logging_steps=2)  # never good: the last weights stay
+    trainer.train()
+    assert torch.equal(weights(plain.model), weights(trainer.model))
+    assert len(logged(trainer, "consistency_loss")) == 2  # the loss is logged at a step that is checked, too
+
+
+def test_undisturbed() -> None:
+    model = tiny_model()
+    model.train()
+    model.lm_head.eval()
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    with pytest.raises(ValueError), undisturbed(model):
+        model.eval()
+        torch.rand(5)
+        assert not torch.is_grad_enabled()
+        raise ValueError
+    assert torch.equal(torch.rand(2), expected) and torch.is_grad_enabled()
+    assert model.training and model.model.training and not model.lm_head.training
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ([{}, BROKEN], 2),
+        ([{}, {"tpf": float("nan")}], 2),
+        ([{}, BAD, BAD], 3),
+        ([{}, BAD, {}, BAD, {}], 5),
+    ],
+)
+def test_it_stops_at_collapse(tmp_path: Path, changes: list[dict[str, float]], steps: int, caplog) -> None:
+    trainer = watched(tmp_path, *changes, stop=True)
+    with caplog.at_level(logging.WARNING, "cllm"):
+        trainer.train()
+    assert trainer.state.global_step == steps and kept(tmp_path) == ["best-1"]
+    assert any("training stops" in message for message in caplog.messages) == (steps < 5)
+    assert torch.equal(weights(trainer.model), weights(AutoModelForCausalLM.from_pretrained(tmp_path / "best-1")))
+
+
+def test_collapse_before_anything_good(tmp_path: Path) -> None:
+    trainer = watched(tmp_path, BROKEN, stop=True)
+    with pytest.raises(UsageError, match="collapsed by step 1, and no check before was good"):
+        trainer.train()
+    assert kept(tmp_path) == []
+
+
+def test_it_only_warns(tmp_path: Path, caplog) -> None:
+    trainer = watched(tmp_path, BROKEN, BAD, {"nll": 0.7}, {}, {})
+    with caplog.at_level(logging.WARNING, "cllm"):
+        trainer.train()
+    assert [message.split(":")[1] for message in caplog.messages] == [" collapse"] * 2
+    assert trainer.state.global_step == 5 and trainer.state.best_global_step == 4
+
+
+def test_without_a_good_check_the_last_model_stays(tmp_path: Path, caplog) -> None:
+    trainer = watched(tmp_path, *[{"nll": 0.7}] * 5)
+    with caplog.at_level(logging.WARNING, "cllm"):
+        trainer.train()
+    assert caplog.messages == ["no check was within the margin of the target's quality: the model is that of the last step"]
+    assert trainer.state.best_global_step is None and kept(tmp_path) == []
+
+
+def test_resuming_goes_on_with_the_best_so_far(tmp_path: Path) -> None:
+    """The run was killed behind step 4, while it saved something better; it goes on from step 2 or 3."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    checks = [{"tpf": 1.2}, {"tpf": 1.9}, BAD, {"tpf": 1.4}, {"tpf": 1.5}]
+    watched(tmp_path, *checks, **saving).train()
+    (tmp_path / ".best-4").mkdir()
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    for step, then in ((2, checks[2:]), (3, checks[3:])):
+        resumed = watched(tmp_path, *then, **saving)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.state.best_global_step == 2 and kept(tmp_path) == ["best-2"]
+        assert torch.equal(weights(resumed.model), weights(AutoModelForCausalLM.from_pretrained(tmp_path / "best-2")))
+    second = watched(tmp_path, BAD, {}, stop=True, **saving)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert second.state.global_step == 4  # the second bad check in a row
+    assert logged(second, "probe_target_tpf") == [1.1]
+
+
+def test_a_new_run_forgets_the_best_of_an_old_one(tmp_path: Path) -> None:
+    watched(tmp_path, *[{"tpf": 9.0}] * 5).train()
+    trainer = watched(tmp_path, *[{"tpf": 1.3}] * 5)
+    trainer.train()
+    assert trainer.state.best_metric == 1.3 and kept(tmp_path) == ["best-1"]
+
+
+def test_sharded_weights_are_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(UsageError, match="leave out --probe_prompts under FSDP and DeepSpeed"):
+        Watch(trainer, Script(), trainer.model, every=1, stop=False)
+
+
+@pytest.mark.slow
+def test_several_processes_share_what_the_first_one_measures(tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    subprocess.run([*command, __file__, str(tmp_path)], check=True, env=environment, timeout=300)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second) and kept(tmp_path) == ["best-1"]
+    assert torch.equal(first, weights(AutoModelForCausalLM.from_pretrained(tmp_path / "best-1")))
+
+
+if __name__ == "__main__":  # one of two processes of the test above; only the first one has figures
+    rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+    trainer = watched(folder, *([{"tpf": 1.5}, BROKEN] if rank == 0 else []), stop=True, per_device_train_batch_size=1)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    torch.save(weights(trainer.model), folder / f"{rank}.pt")
