@@ -97,3 +97,19 @@ def test_soak(tiny_model_dir, tmp_path):
     subprocess.run([*command, "--seconds", "5", "--clients", "24"], check=True, timeout=200, cwd=tmp_path)
     result = json.loads(output.read_text())["result"]
     assert result["answers"] and result["hung up"]
+
+
+@pytest.mark.slow
+def test_collapse(tiny_model_dir, problems, tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(problems.read_text())
+    words = ["collect", "--task", "arithmetic", "--model", tiny_model_dir, "--filename", problems, "--max_new_seq_len", "12"]
+    words += ["--max_new_tokens", "4", "--output", tmp_path / "trajectories", "--device", "cpu"]
+    subprocess.run([sys.executable, "-m", "cllm", *map(str, words)], check=True, timeout=200)
+    (tmp_path / "target").symlink_to(tiny_model_dir)
+    words = ["--data", tmp_path, "--prompts", "2", "--length", "8", "--output", tmp_path / "result.json"]
+    command = [sys.executable, FOLDER / "collapse.py", *words, "--learning_rate", "1e-6"]
+    subprocess.run(list(map(str, command)), check=True, timeout=200)
+    result = json.loads((tmp_path / "result.json").read_text())["result"]
+    assert result["stopped at step"] == result["planned steps"] and result["step of the last good model"]
+    assert str(tmp_path) not in (tmp_path / "result.json").read_text()

@@ -71,7 +71,7 @@ def watch(trainer: Any, probe: ProbeArguments, target: Any) -> None:
     context = context_length(target.config)
     prompts, too_long = encode(examples, template, tokenizer, context and context - probe.probe_length)
     if not prompts:
-        raise UsageError(f"none of the {len(too_long)} prompts of the probe leaves room for --probe_length {probe.probe_length}")
+        raise UsageError(f"none of the {len(too_long)} prompts leaves room for --probe_length {probe.probe_length}")
     measure = Probe(
         task,
         prompts,

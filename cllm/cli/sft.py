@@ -20,6 +20,9 @@ class RunArguments:
     model: str = field(metadata={"help": "the general model: checkpoint folder or hub name"})
     task: str = field(metadata={"help": "whose answers to learn; `cllm tasks` lists them"})
     filename: str | None = field(default=None, metadata={"help": "local data, plain or .gz; default: the hub dataset"})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "held-out rows: their loss is logged after every epoch, or as --eval_strategy says"}
+    )
     data_size: int | None = field(default=None, metadata={"help": "use only the first so many examples"})
     prompt_template: str | None = field(
         default=None,
@@ -32,7 +35,7 @@ class RunArguments:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    from transformers import TrainingArguments
+    from transformers import IntervalStrategy, TrainingArguments
 
     from cllm.models import context_length, load_model, load_tokenizer, read_record, write_record
     from cllm.prompts import choose_template
@@ -49,10 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(run.model)
     model = load_model(run.model, dtype=run.dtype, device="cpu")
     template = choose_template(run.prompt_template, task.plain_template, tokenizer, read_record(model.config))
-    rows = AnswerDataset(examples, template, tokenizer, context_length(model.config))
+    context = context_length(model.config)
+    rows = AnswerDataset(examples, template, tokenizer, context)
     for reason, count in rows.left_out.items():
         logger.warning("%d examples left out: %s", count, reason)
     write_record(model.config, {"prompt_template": template.text, "task": task.name, "base_model": run.model})
     collator = AnswerCollator(tokenizer.pad_token_id)
     parts = {"model": model, "train_dataset": rows, "data_collator": collator, "processing_class": tokenizer}
+    if run.eval_file is not None:
+        parts["eval_dataset"] = AnswerDataset(load_examples(task, run.eval_file, "test"), template, tokenizer, context)
+        if args.eval_strategy == "no":
+            args.eval_strategy = IntervalStrategy.EPOCH
     train(make_trainer(AnswerTrainer, args, **parts), resume_from, "target model")

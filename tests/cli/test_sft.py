@@ -37,6 +37,13 @@ def test_it_learns_and_is_a_plain_checkpoint(words: list[str], tmp_path: Path) -
     assert record["prompt_template"] == "chat" and "block_size" not in record
 
 
+def test_the_loss_on_held_out_rows(words: list[str], tmp_path: Path) -> None:
+    held_out = write_rows(tmp_path / "h.jsonl", question_rows(9)[4:])
+    sft.main([*words, f"--eval_file={held_out}"])
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in history if "eval_loss" in entry]) == 8  # epochs of one step
+
+
 def test_resumed_equals_uninterrupted(words: list[str], tmp_path: Path) -> None:
     def weights() -> dict[str, torch.Tensor]:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()

@@ -205,7 +205,7 @@ def test_a_rate_far_too_high_stops_the_training(run, held_out: Path, capsys) -> 
         ({"probe_prompts": -1}, "probe_prompts must be >= 0, got -1"),
         ({"probe_every": 0}, "probe_every must be a number above 0, got 0"),
         ({"probe_prompts": 0, "on_collapse": "stop"}, "nothing is checked during training without --probe_prompts"),
-        ({"probe_length": 250}, "none of the 3 prompts of the probe leaves room for --probe_length 250"),
+        ({"probe_length": 250}, "none of the 3 prompts leaves room for --probe_length 250"),
         ({"probe_file": "none.jsonl"}, "cannot read none.jsonl"),
         ({"probe_task": "gsm"}, "unknown task 'gsm'"),
     ],

@@ -184,7 +184,7 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
 def test_several_processes_share_what_the_first_one_measures(tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     subprocess.run([*command, __file__, str(tmp_path)], check=True, env=environment, timeout=300)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second) and kept(tmp_path) == ["best-1"]

@@ -1,0 +1,97 @@
+# Sourced by the recipes: the whole chain from a general model to a report on its CLLM.
+#
+#   recipe NAME TASK MODEL TARGET BLOCK LENGTH [TRAIN TEST]   what is made, where (in recipes/NAME), and from which data
+#   chain                                                     run it, as the arrays sft, collect, train, speedup and acc say
+#
+# TARGET: a target model that is there already; "" makes one of MODEL, by fine-tuning on the task's answers.
+# TRAIN and TEST: files or folders as `cllm collect --filename` and `cllm acc --filename` take them; "" for the task's hub
+# dataset. A finished stage is skipped when a recipe is run again, an interrupted one goes on where it stopped; to start anew,
+# remove the folder. The environment may set MODEL, TARGET, BLOCK, LENGTH and OUT (the folder), NUM_PROCESSES (GPUs) and
+# ACCELERATE_ARGS; REDUCED=1 asks for the reduced form on a CPU where the recipe has one.
+# shellcheck disable=SC2034
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+export TOKENIZERS_PARALLELISM=false
+
+recipe() {
+  local name=$1
+  task=$2 model=$(place "${MODEL:-$3}") target=$(place "${TARGET-$4}") block=${BLOCK:-$5} length=${LENGTH:-$6}
+  train_data=() test_data=() probe_data=()
+  if [ -n "${7:-}" ]; then train_data=(--filename "$(place "$7")"); fi
+  if [ -n "${8:-}" ]; then
+    test_data=(--filename "$(place "$8")")
+    probe_data=(--probe_file "${test_data[1]}")
+  fi
+  out=$(realpath -m "${OUT:-$(dirname "${BASH_SOURCE[0]}")/../../recipes/$name${REDUCED:+_reduced}}")
+  sft=() collect=() train=() speedup=() acc=()
+  common=(--lr_scheduler_type cosine --warmup_steps 0.05 --adam_beta2 0.95 --train_sampling_strategy group_by_length
+    --save_strategy epoch --save_total_limit 1 --resume_from_checkpoint True --report_to none)
+  if [ -n "${REDUCED:-}" ]; then
+    common+=(--use_cpu --logging_steps 4)
+    # Large tensors come and go in every step; without these, glibc hands their memory back to the system each time.
+    export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
+  else
+    common+=(--bf16 --logging_steps 20)
+  fi
+  use_environment requirements.txt
+  mkdir -p "$out"
+  touch "$out/seconds.txt"
+}
+
+place() { # a path that is there as one that holds everywhere, anything else (a hub name) as it is
+  if [ -e "$1" ]; then realpath "$1"; else echo "$1"; fi
+}
+
+shards() { # GPUS: train in shards on so many, unless the environment says how; sets what a 7B model is trained with
+  export NUM_PROCESSES=${NUM_PROCESSES-$1} ACCELERATE_ARGS=${ACCELERATE_ARGS---config_file cllm/configs/fsdp2.yaml}
+  local steps=$((NUM_PROCESSES < 8 ? 8 / NUM_PROCESSES : 1)) # 32 responses each
+  seven_billion=(--per_device_train_batch_size 4 --gradient_accumulation_steps $steps --learning_rate 2e-5
+    --gradient_checkpointing)
+}
+
+chain() {
+  if [ -z "$target" ]; then
+    target=$out/target
+    stage target "fine-tuning $model on the answers: the target model" on_all_gpus sft --model "$model" --task "$task" \
+      "${train_data[@]}" --output_dir "$target" "${common[@]}" "${sft[@]}"
+  fi
+  stage trajectories "collecting the target model's trajectories" on_all_gpus collect --task "$task" --model "$target" \
+    "${train_data[@]}" --output "$out/trajectories" --max_new_tokens "$block" --max_new_seq_len "$length" "${collect[@]}"
+  stage cllm "training the CLLM" bash cllm/train_cllm.sh "$target" "$out/trajectories" "$out/cllm" "$block" \
+    "${common[@]}" "${train[@]}"
+  measure target "$target"
+  measure cllm "$out/cllm" --target_model "$target"
+  stage report "writing $out/report.html" python -m cllm report "$out" --output "$out/report.html"
+}
+
+measure() { # NAME MODEL FLAGS...: its speed and accuracy
+  local name=$1 measured=$2
+  shift 2
+  stage "speedup of $name" "measuring the speed of $name" python -m cllm speedup --task "$task" --test_model "$measured" \
+    "${test_data[@]}" --max_new_tokens "$block" --max_new_seq_len "$length" --output "$out/$name.speedup.json" \
+    "${speedup[@]}" "$@"
+  stage "accuracy of $name" "measuring the accuracy of $name" python -m cllm acc --task "$task" --model_dir "$measured" \
+    "${test_data[@]}" --use_consistency_decoding --max_new_tokens_for_consistency "$block" --max_tokens "$length" \
+    --output_file_name "$out/$name.answers.jsonl" "${acc[@]}"
+}
+
+stage() { # NAME TEXT COMMAND...: run it unless it has finished before, and note how long it took
+  local name=$1 text=$2 start
+  shift 2
+  if grep -q "^$name: " "$out/seconds.txt"; then
+    echo "==> $name: done before"
+    return
+  fi
+  start=$(date +%s)
+  echo "==> $text"
+  "$@"
+  echo "$name: $(($(date +%s) - start))" >> "$out/seconds.txt"
+}
+
+on_all_gpus() { # COMMAND FLAGS...: `cllm COMMAND`, in NUM_PROCESSES processes
+  if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
+    # shellcheck disable=SC2086
+    accelerate launch --num_processes "$NUM_PROCESSES" ${ACCELERATE_ARGS:-} -m cllm "$@"
+  else
+    python -m cllm "$@"
+  fi
+}
