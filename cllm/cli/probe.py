@@ -16,11 +16,11 @@ ON_COLLAPSE = ("warn", "stop")
 
 @dataclass
 class ProbeArguments:
-    """Checks of the model in training, on held-out prompts."""
+    """Checks of the model in training, on held-out prompts. Raises UsageError for what cannot be."""
 
     probe_prompts: int = field(
         default=0,
-        metadata={"help": "measure speed and quality on so many held-out prompts now and then, and keep the best model; 0: never"},
+        metadata={"help": "measure speed and quality on so many held-out prompts now and then, keep the best model; 0: never"},
     )
     probe_file: str | None = field(
         default=None, metadata={"help": "where they are, plain or .gz; default: the test rows of the task's hub dataset"}
@@ -32,11 +32,10 @@ class ProbeArguments:
     )
     on_collapse: str = field(
         default="warn",
-        metadata={"help": "warn; or stop, when speed or text shows collapse at two checks in a row, or extremely at one"},
+        metadata={"help": "warn; or stop, when the text shows signs of collapse at two checks in a row, or an extreme one"},
     )
 
-    def check(self) -> None:
-        """Raise UsageError for what cannot be."""
+    def __post_init__(self) -> None:
         if self.on_collapse not in ON_COLLAPSE:
             raise UsageError(f"on_collapse must be one of {', '.join(ON_COLLAPSE)}, got {self.on_collapse!r}")
         for name, least in {"probe_prompts": 0, "probe_length": 1}.items():

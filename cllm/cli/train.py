@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     words = sys.argv[1:] if argv is None else argv
     run, probe, args = parse(words, "cllm train", __doc__, RunArguments, ProbeArguments, CllmTrainingArguments)
-    probe.check()
     resume_from = checkpoint(args)
     trainer = build_trainer(run, probe, args)
     train(trainer, resume_from, "CLLM")

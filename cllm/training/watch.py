@@ -82,23 +82,26 @@ class Watch(TrainerCallback):
         if good(figures, self.target) and (self.best is None or figures.tpf > self.best.figures.tpf):
             self._keep(Kept(state.global_step, figures))
         if found:
-            logger.warning("step %d: %s: %s", state.global_step, self._verdict(), "; ".join(found))
+            self._warn(f"step {state.global_step}: {self._verdict()}: {'; '.join(found)}")
         if self.collapsed and self.stop:
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.best is not None:
-            self._load(state)
-            logger.info("the model is that of step %d, the best of the good checks", self.best.step)
+            self._load(self.best, state)
         elif self.collapsed and self.stop:
             raise UsageError(
                 f"training collapsed by step {state.global_step}, and no check before was good: nothing saved. "
                 "Lower --learning_rate, or let it start with --warmup_steps"
             )
         else:
-            logger.warning("no check was within the margin of the target's quality: the model is that of the last step")
+            self._warn("no check was within the margin of the target's quality: the model is that of the last step")
 
     # ------------------------------------------------------------- internals
+
+    def _warn(self, text: str) -> None:
+        if self.trainer.is_world_process_zero():
+            logger.warning(text)
 
     def _verdict(self) -> str:
         if not self.collapsed:
@@ -146,11 +149,11 @@ class Watch(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         self.best = best
 
-    def _load(self, state) -> None:
+    def _load(self, best: Kept, state) -> None:
         """Give the trainer's model the best weights, by the parent's own way, and note them in its state."""
         before = state.best_model_checkpoint
-        state.best_global_step, state.best_metric = self.best.step, self.best.figures.tpf
-        state.best_model_checkpoint = str(self.folder / f"best-{self.best.step}")
+        state.best_global_step, state.best_metric = best.step, best.figures.tpf
+        state.best_model_checkpoint = str(self.folder / f"best-{best.step}")
         self.trainer._load_best_model()
         state.best_model_checkpoint = before
 
