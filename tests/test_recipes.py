@@ -42,6 +42,7 @@ def test_there_are_the_five() -> None:
 
 @pytest.mark.slow
 def test_gsm8k_from_the_general_model_to_the_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     rows = question_rows(12)
     data, test = write_rows(tmp_path / "train.jsonl", rows[:8]), write_rows(tmp_path / "test.jsonl", rows[8:])
     where = {"OUT": tmp_path / "out", "MODEL": save_tiny_checkpoint(tmp_path / "m", seed=3), "REDUCED": 1}

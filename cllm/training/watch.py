@@ -113,9 +113,9 @@ class Watch(TrainerCallback):
         made = [make() if self.trainer.is_world_process_zero() else None]
         return broadcast_object_list(made)[0]
 
-    def _figures(self, model: PreTrainedModel) -> Figures:
+    def _figures(self, model: Any) -> Figures:
         with undisturbed(model):
-            return self.measure(model)
+            return self.measure(model.get_base_model() if hasattr(model, "get_base_model") else model)  # with its adapters
 
     def _log(self, figures: dict[str, float], control) -> None:
         wanted = control.should_log  # logging answers this wish, which may be for the loss of this very step

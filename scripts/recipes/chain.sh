@@ -53,11 +53,13 @@ chain() {
     target=$out/target
     stage target "fine-tuning $model on the answers: the target model" on_all_gpus sft --model "$model" --task "$task" \
       "${train_data[@]}" --output_dir "$target" "${common[@]}" "${sft[@]}"
+    rm -rf "$target"/checkpoint-*
   fi
   stage trajectories "collecting the target model's trajectories" on_all_gpus collect --task "$task" --model "$target" \
     "${train_data[@]}" --output "$out/trajectories" --max_new_tokens "$block" --max_new_seq_len "$length" "${collect[@]}"
   stage cllm "training the CLLM" bash cllm/train_cllm.sh "$target" "$out/trajectories" "$out/cllm" "$block" \
     "${common[@]}" "${train[@]}"
+  rm -rf "$out"/cllm/checkpoint-*
   measure target "$target"
   measure cllm "$out/cllm" --target_model "$target"
   stage report "writing $out/report.html" python -m cllm report "$out" --output "$out/report.html"
