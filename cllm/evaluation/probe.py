@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cllm.attention import MASKABLE
 from cllm.decoding import JacobiDecoder
 from cllm.evaluation.prompt import Prompt
 from cllm.evaluation.quality import quality, response_entropies, response_nlls, score_replies
@@ -31,6 +33,10 @@ class Probe:
     stop_ids: Sequence[int]
 
     def __call__(self, model: PreTrainedModel) -> Figures:
+        with maskable(model), maskable(self.target):
+            return self._figures(model)
+
+    def _figures(self, model: PreTrainedModel) -> Figures:
         decoder = JacobiDecoder(
             model, self.block_size, eos_token_ids=self.stop_ids, guess=self.guess, compile="off"
         )  # nothing is captured: the weights go on changing
@@ -52,3 +58,16 @@ class Probe:
             entropy=sum(response_entropies(model, prompts, responses)) / tokens,
             accuracy=text.score,
         )
+
+
+@contextmanager
+def maskable(model: PreTrainedModel) -> Iterator[None]:
+    """Meanwhile a model that trains with another attention uses one that decoding can give a mask to."""
+    own = model.config._attn_implementation
+    if own not in MASKABLE:
+        model.set_attn_implementation(MASKABLE[0])
+    try:
+        yield
+    finally:
+        if own not in MASKABLE:
+            model.set_attn_implementation(own)

@@ -51,3 +51,11 @@ def test_a_model_without_numbers_gives_figures_without() -> None:
     model = tiny_model(seed=2)
     model.get_input_embeddings().weight.data[:] = float("nan")
     assert not make_probe(tiny_model(seed=1))(model).finite
+
+
+def test_a_model_that_trains_with_another_attention() -> None:
+    target, model = tiny_model(seed=1), tiny_model(seed=2)
+    expected = make_probe(target)(model)
+    model.set_attn_implementation("flex_attention")
+    assert make_probe(target)(model) == expected
+    assert model.config._attn_implementation == "flex_attention"
