@@ -59,7 +59,7 @@ class Watch(TrainerCallback):
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UsageError("checks during training need whole weights; leave out --probe_prompts under FSDP and DeepSpeed")
         self.trainer, self.measure, self.target_model, self.every, self.stop = trainer, measure, target, every, stop
-        self.folder = Path(trainer.args.output_dir)
+        self.folder = Path(str(trainer.args.output_dir))
         self.best: Kept | None = None
         self.weak = self.collapsed = False  # were there signs at the last check; was it collapse
 
