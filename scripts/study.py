@@ -28,6 +28,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.cli.command import command
+from cllm.cli.probe import ProbeArguments
 from cllm.cli.train import RunArguments, build_trainer
 from cllm.cli.training import parse
 from cllm.decoding import JacobiDecoder
@@ -178,7 +179,7 @@ class Study:
             folder = self.folder / f"{name}-{seed}" if self.args.keep_weights else Path(scratch)
             words = ["--model", self.args.model, "--trajectories", collected, "--output_dir", str(folder)]
             words += ["--save_strategy", "no", "--report_to", "none", *flags]
-            trainer = build_trainer(*parse(words, "study.py", None, RunArguments, CllmTrainingArguments))
+            trainer = build_trainer(*parse(words, "study.py", None, RunArguments, ProbeArguments, CllmTrainingArguments))
             start = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - start
