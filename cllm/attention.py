@@ -5,14 +5,23 @@ Shapes: B rows, T query tokens, L key slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from cllm.errors import UnsupportedModelError
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-MASKABLE = ("sdpa", "eager")  # take a 4-D mask; flash attention takes none, FlexAttention another form
+FLEX = "flex_attention"
+MASKABLE = ("sdpa", "eager")  # take a 4-D mask; flash attention takes none
+TRAINABLE = (*MASKABLE, FLEX)  # FlexAttention's own form of mask serves packed training, not decoding
+
+ModelMask = torch.Tensor | BlockMask | dict[str, torch.Tensor] | dict[str, BlockMask]
+Sees = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # row, query, key -> boolean
 
 
 def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
@@ -32,8 +41,11 @@ def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
     return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError where a cache cannot be rolled back or explicit masks and positions cannot be given."""
+def check_model(model: PreTrainedModel, attention: Sequence[str] = MASKABLE) -> None:
+    """Raise UnsupportedModelError where a cache cannot be rolled back or explicit masks and positions cannot be given.
+
+    ``attention``: the implementations of it that will do.
+    """
     config = model.config
     name = getattr(config, "model_type", type(model).__name__)
     if getattr(config, "is_encoder_decoder", False):
@@ -43,9 +55,9 @@ def check_model(model: PreTrainedModel) -> None:
     if getattr(model, "_is_stateful", False) or not croppable:
         raise UnsupportedModelError(f"the cache of {name} cannot be rolled back (recurrent state), which Jacobi decoding needs")
     attention_windows(config)
-    if config._attn_implementation not in MASKABLE:
+    if config._attn_implementation not in attention:
         raise UnsupportedModelError(
-            f"attn_implementation is {config._attn_implementation!r}; explicit masks need one of {', '.join(MASKABLE)}"
+            f"attn_implementation is {config._attn_implementation!r}; explicit masks need one of {', '.join(attention)}"
         )
 
 
@@ -63,14 +75,34 @@ def model_mask(
     model that mixes layer types gets a dict by type.
     """
 
-    def finish(mask_BTL: torch.Tensor) -> torch.Tensor:
-        hidden = ~mask_BTL[:, None]
+    def mask(window: int | None) -> torch.Tensor:
+        visible = visible_BTL
+        if window is not None:
+            visible = visible & (query_positions_BT[:, :, None] - key_positions_BL[:, None, :] < window)
+        hidden = ~visible[:, None]
         return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
 
-    masks = {}
-    for kind, window in attention_windows(config).items():
-        mask = visible_BTL
-        if window is not None:
-            mask = mask & (query_positions_BT[:, :, None] - key_positions_BL[:, None, :] < window)
-        masks[kind] = finish(mask)
+    return _by_kind(config, mask)
+
+
+def flex_mask(
+    config: PretrainedConfig, sees: Sees, query_positions_BT: torch.Tensor, key_positions_BL: torch.Tensor
+) -> BlockMask | dict[str, BlockMask]:
+    """The same for FlexAttention, from a function of row, query and key; nothing of size [T, L] is made on a GPU."""
+    (B, T), L, device = query_positions_BT.shape, key_positions_BL.shape[1], query_positions_BT.device
+
+    def mask(window: int | None) -> BlockMask:
+        def visible(row, head, query, key):
+            if window is None:
+                return sees(row, query, key)
+            return sees(row, query, key) & (query_positions_BT[row, query] - key_positions_BL[row, key] < window)
+
+        return create_block_mask(visible, B, None, T, L, device=device, _compile=device.type == "cuda")
+
+    return _by_kind(config, mask)
+
+
+def _by_kind(config: PretrainedConfig, mask: Callable[[int | None], Any]) -> Any:
+    """The mask for a window, or a dict of them by layer type where a model mixes types."""
+    masks = {kind: mask(window) for kind, window in attention_windows(config).items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))

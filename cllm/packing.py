@@ -6,6 +6,8 @@ A clean token sees the clean tokens up to itself. A block token sees the clean t
 block up to itself, never another block. So one forward gives the AR logits of the clean text and, for every block, what one
 Jacobi iteration conditioned on the true prefix gives (paper, section 3.2: the conditioning of equations 2 and 3).
 
+Several texts may share a row, all clean text first, then the blocks of all. None sees anything of another.
+
 Shapes: B rows, T tokens of a packed row, L key tokens.
 """
 
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
-from cllm.attention import model_mask
+from cllm.attention import FLEX, ModelMask, flex_mask, model_mask
 
 PADDING, CLEAN = -1, 0  # block numbers; blocks count from 1
 
@@ -55,41 +59,99 @@ class Layout:
 
     position_BT: torch.Tensor  # in the text that the token belongs to
     horizon_BT: torch.Tensor  # clean tokens at positions below this are seen
-    block_BT: torch.Tensor  # PADDING, CLEAN or the block's number
+    block_BT: torch.Tensor  # PADDING, CLEAN or the block's number in its text
+    document_BT: torch.Tensor  # the text, as the column in which it begins
 
     def to(self, device: torch.device | str) -> Layout:
-        return Layout(self.position_BT.to(device), self.horizon_BT.to(device), self.block_BT.to(device))
+        return Layout(*(tensor.to(device) for tensor in self._tensors))
+
+    def followed_by(self, other: Layout) -> Layout:
+        """The columns of this one, then those of ``other``."""
+        return Layout(*(torch.cat(pair, dim=1) for pair in zip(self._tensors, other._tensors, strict=True)))
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.position_BT, self.horizon_BT, self.block_BT, self.document_BT
+
+
+def sees(queries: Layout, keys: Layout, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """May token ``query`` of ``row`` look at its token ``key``? Three indices of one shape, or that broadcast to one.
+
+    Padding looks at the row's first clean token, so no query is left without a key.
+    """
+    block, key_block, key_position = queries.block_BT[row, query], keys.block_BT[row, key], keys.position_BT[row, key]
+    clean = (key_block == CLEAN) & (key_position < queries.horizon_BT[row, query])
+    own = (block > CLEAN) & (block == key_block) & (key_position <= queries.position_BT[row, query])
+    return (clean | own) & (queries.document_BT[row, query] == keys.document_BT[row, key])
 
 
 def visibility(queries: Layout, keys: Layout) -> torch.Tensor:
-    """Boolean [B, T, L]: may query t look at key l? Padding looks at the first clean token, so no row is empty."""
-    block_BT1, block_B1L = queries.block_BT[:, :, None], keys.block_BT[:, None, :]
-    position_B1L = keys.position_BT[:, None, :]
-    sees_clean = (block_B1L == CLEAN) & (position_B1L < queries.horizon_BT[:, :, None])
-    sees_own = (block_BT1 > CLEAN) & (block_BT1 == block_B1L) & (position_B1L <= queries.position_BT[:, :, None])
-    return sees_clean | sees_own
+    """:func:`sees` for all pairs: boolean [B, T, L]."""
+    (B, T), L = queries.block_BT.shape, keys.block_BT.shape[1]
+    row, query, key = (torch.arange(size, device=queries.block_BT.device) for size in (B, T, L))
+    return sees(queries, keys, row[:, None, None], query[:, None], key)
 
 
-def packed_mask(
-    config: PretrainedConfig, queries: Layout, keys: Layout, dtype: torch.dtype
-) -> torch.Tensor | dict[str, torch.Tensor]:
+def packed_mask(config: PretrainedConfig, queries: Layout, keys: Layout, dtype: torch.dtype) -> ModelMask:
     """The ``attention_mask`` argument for a packed forward of a model with this configuration."""
+    if config._attn_implementation == FLEX:
+        return flex_mask(config, partial(sees, queries, keys), queries.position_BT, keys.position_BT)
     return model_mask(config, visibility(queries, keys), queries.position_BT, keys.position_BT, dtype)
 
 
-def pack(rows: Sequence[PackedRow], pad_token_id: int) -> tuple[torch.Tensor, Layout]:
-    """Token ids [B, T], padded on the right, and their layout."""
-    B, T = len(rows), max(map(len, rows))
-    ids = torch.full((B, T), pad_token_id, dtype=torch.long)
-    position, horizon = torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.long)
-    number = torch.full((B, T), PADDING, dtype=torch.long)
-    for b, row in enumerate(rows):
-        clean = torch.arange(len(row.clean))
-        ids[b, : len(clean)] = torch.as_tensor(row.clean, dtype=torch.long)
-        position[b, : len(clean)], horizon[b, : len(clean)], number[b, : len(clean)] = clean, clean + 1, CLEAN
-        for index, (block, at) in enumerate(zip(row.blocks, row.offsets()), start=1):
-            place = slice(at, at + len(block.tokens))
-            ids[b, place] = torch.as_tensor(block.tokens, dtype=torch.long)
-            position[b, place] = block.start + torch.arange(len(block.tokens))
-            horizon[b, place], number[b, place] = block.start, index
-    return ids, Layout(position, horizon, number)
+class Place(NamedTuple):
+    """Where a text lies in a batch."""
+
+    row: int
+    columns: Sequence[int]  # of the clean text's tokens, then of its blocks'
+
+
+def arrange(texts: Sequence[PackedRow], budget: int = 0) -> list[Place]:
+    """A place for every text: several to a row of at most ``budget`` tokens, the longest first, each in the first row that it
+    fits; one that is longer than the budget has a row of its own, and so has every text without a budget (0).
+    """
+    places = {}
+    for row, members in enumerate(sorted(_first_fit([len(text) for text in texts], budget))):
+        clean, block = 0, sum(len(texts[index].clean) for index in members)
+        for index in members:
+            clean_end, block_end = clean + len(texts[index].clean), block + len(texts[index]) - len(texts[index].clean)
+            places[index] = Place(row, [*range(clean, clean_end), *range(block, block_end)])
+            clean, block = clean_end, block_end
+    return [places[index] for index in range(len(texts))]
+
+
+def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Which lengths share a row."""
+    rows: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = (row for row in rows if sum(lengths[i] for i in row) + lengths[index] <= budget)
+        row = next(fitting, None)
+        if row is None:
+            rows.append(row := [])
+        row.append(index)
+    return rows
+
+
+def pack(
+    texts: Sequence[PackedRow], pad_token_id: int, places: Sequence[Place] | None = None
+) -> tuple[torch.Tensor, Layout]:
+    """Token ids [B, T], padded on the right, and their layout. Without ``places`` every text has a row of its own."""
+    places = arrange(texts) if places is None else places
+    B, T = 1 + max(place.row for place in places), 1 + max(max(place.columns) for place in places)
+    ids = torch.full((B, T), pad_token_id)
+    position, horizon, document = torch.zeros(B, T).long(), torch.ones(B, T).long(), torch.zeros(B, T).long()
+    number = torch.full((B, T), PADDING)
+    for text, (row, columns) in zip(texts, places, strict=True):
+        at = torch.tensor(columns)
+        for tensor, values in zip((ids, position, horizon, number), _tokens(text).T, strict=True):
+            tensor[row, at] = values
+        document[row, at] = columns[0]
+    return ids, Layout(position, horizon, number, document)
+
+
+def _tokens(text: PackedRow) -> torch.Tensor:
+    """Id, position, horizon and block number of each token, in the order of :class:`PackedRow`."""
+    tokens = [(token, at, at + 1, CLEAN) for at, token in enumerate(text.clean)]
+    for number, block in enumerate(text.blocks, start=1):
+        tokens += [(token, at, block.start, number) for at, token in enumerate(block.tokens, block.start)]
+    return torch.tensor(tokens)

@@ -26,7 +26,9 @@ class RunArguments:
     dtype: str = field(
         default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"}
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa or eager; default: the model's own"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager or flex_attention (on a GPU); default: the model's own"}
+    )
 
 
 @command
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_trainer(run: RunArguments, probe: ProbeArguments, args):
     """Load everything, check that it fits together, and give the trainer. Raises UsageError where it does not."""
-    from cllm.attention import check_model
+    from cllm.attention import TRAINABLE, check_model
     from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, load_model, load_tokenizer, stop_token_ids, write_record
     from cllm.training.arguments import OBJECTIVE
     from cllm.training.examples import Collator, ExampleDataset
@@ -54,7 +56,7 @@ def build_trainer(run: RunArguments, probe: ProbeArguments, args):
 
     tokenizer = load_tokenizer(run.model)
     model = load_model(run.model, dtype=run.dtype, device="cpu", attn_implementation=run.attn_implementation)
-    check_model(model)
+    check_model(model, TRAINABLE)
     rows = TrajectoryDataset(run.trajectories, eos_ids=stop_token_ids(model, tokenizer))
     settings = rows.settings or {}
     block_size = _block_size(run, settings, rows)
@@ -80,7 +82,7 @@ def build_trainer(run: RunArguments, probe: ProbeArguments, args):
         args,
         model=model,
         train_dataset=dataset,
-        data_collator=Collator(tokenizer.pad_token_id, args.distance_decay),
+        data_collator=Collator(tokenizer.pad_token_id, args.distance_decay, args.max_row_tokens),
         processing_class=tokenizer,
         target_model=target if args.needs_target else None,
     )

@@ -91,6 +91,10 @@ class CllmTrainingArguments(TrainingArguments):
             f"{BALANCE_LIMIT:g} at most, up or down)"
         },
     )
+    max_row_tokens: int = field(
+        default=0,
+        metadata={"help": "lay the examples of a batch into rows of at most so many tokens; 0: each into a row of its own"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +107,8 @@ class CllmTrainingArguments(TrainingArguments):
             raise UsageError(f"distance_decay must be above 0 and at most 1, got {self.distance_decay}")
         if self.states_per_block < 1:
             raise UsageError(f"states_per_block must be >= 1, got {self.states_per_block}")
+        if self.max_row_tokens < 0:
+            raise UsageError(f"max_row_tokens must be >= 0, got {self.max_row_tokens}")
         if self.ar_weight < 0:
             raise UsageError(f"ar_weight must be >= 0, got {self.ar_weight}")
         if self.on_policy < 0:

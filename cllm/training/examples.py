@@ -1,6 +1,6 @@
 """From stored trajectories to packed training examples: which state of each block, and what is learned where.
 
-Shapes: N response tokens. Indices are columns of the packed row.
+Shapes: N response tokens. Indices count the tokens of one example: its clean text, then its blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cllm.errors import UsageError
-from cllm.packing import Block, Layout, PackedRow, pack
+from cllm.packing import Block, Layout, PackedRow, Place, arrange, pack
 from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryDataset
 
@@ -33,7 +33,7 @@ class Example:
     student: list[int]  # where the model looks at a state ...
     teacher: list[int]  # ... and where it looks at what that state should have led to
     distance: list[int]  # how far behind the first wrong guess
-    ar_index: list[int]  # columns whose prediction the AR loss is taken of
+    ar_index: list[int]  # tokens whose prediction the AR loss is taken of
     ar_target: list[int]
 
 
@@ -169,33 +169,38 @@ class ExampleDataset(Dataset):
 
 @dataclass(frozen=True)
 class Collator:
-    """Stacks examples into the tensors that :class:`cllm.training.trainer.CllmTrainer` takes."""
+    """Lays examples into the tensors that :class:`cllm.training.trainer.CllmTrainer` takes."""
 
     pad_token_id: int
     distance_decay: float = 1.0  # a token's weight is this to the power of its distance
+    max_row_tokens: int = 0  # examples share rows of at most so many tokens; 0: one row each
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """input_ids and layout [B, T]; index pairs (row, column) [M, 2] with weights [M]; AR pairs [A, 2], targets [A]."""
-        input_ids, layout = pack([e.row for e in examples], self.pad_token_id)
+        rows = [e.row for e in examples]
+        places = arrange(rows, self.max_row_tokens)
+        input_ids, layout = pack(rows, self.pad_token_id, places)
         distance = torch.tensor([d for e in examples for d in e.distance], dtype=torch.float32)
         return {
             "input_ids": input_ids,
             "position": layout.position_BT,
             "horizon": layout.horizon_BT,
             "block": layout.block_BT,
-            "student": _pairs([e.student for e in examples]),
-            "teacher": _pairs([e.teacher for e in examples]),
+            "document": layout.document_BT,
+            "student": _pairs(places, [e.student for e in examples]),
+            "teacher": _pairs(places, [e.teacher for e in examples]),
             "weight": self.distance_decay**distance,
-            "ar_index": _pairs([e.ar_index for e in examples]),
+            "ar_index": _pairs(places, [e.ar_index for e in examples]),
             "ar_target": torch.tensor([t for e in examples for t in e.ar_target], dtype=torch.long),
         }
 
 
-def _pairs(columns: Sequence[Sequence[int]]) -> torch.Tensor:
-    pairs = [(row, column) for row, indices in enumerate(columns) for column in indices]
+def _pairs(places: Sequence[Place], indices: Sequence[Sequence[int]]) -> torch.Tensor:
+    """(row, column) [M, 2] of tokens that are given by their index in each text."""
+    pairs = [(place.row, place.columns[i]) for place, tokens in zip(places, indices, strict=True) for i in tokens]
     return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
 
 
 def batch_layout(batch: dict[str, torch.Tensor]) -> Layout:
     """The layout of a collated batch."""
-    return Layout(batch["position"], batch["horizon"], batch["block"])
+    return Layout(batch["position"], batch["horizon"], batch["block"], batch["document"])

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cllm.attention import check_model
-from cllm.packing import packed_mask
+from cllm.attention import TRAINABLE, check_model
+from cllm.packing import CLEAN, packed_mask
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer
 from cllm.training.examples import batch_layout
@@ -31,7 +31,7 @@ class CllmTrainer(TokenMeanTrainer):
     def __init__(self, *args: Any, target_model: PreTrainedModel | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.args: CllmTrainingArguments
-        check_model(self.model)
+        check_model(self.model, TRAINABLE)
         if self.args.needs_target and target_model is None:
             raise ValueError("teacher='target' and ar_loss='target' need target_model")
         self.target_model = target_model
@@ -101,7 +101,7 @@ class CllmTrainer(TokenMeanTrainer):
             model,
             head,
             input_ids=batch["input_ids"],
-            attention_mask=packed_mask(self.model.config, layout, layout, head.layer.weight.dtype),
+            attention_mask=packed_mask(head.config, layout, layout, head.layer.weight.dtype),
             position_ids=layout.position_BT,
         )
 
@@ -109,8 +109,8 @@ class CllmTrainer(TokenMeanTrainer):
         """What the frozen target has to look at: the clean text, and the blocks only where they teach (local consistency)."""
         if self.args.consistency == "local":
             return batch
-        columns = int(((batch["block"] == 0).sum(dim=1)).max())
-        return {name: batch[name][:, :columns] for name in ("input_ids", "position", "horizon", "block")}
+        columns = int((batch["block"] == CLEAN).sum(dim=1).max())  # clean text comes first
+        return {name: batch[name][:, :columns] for name in ("input_ids", "position", "horizon", "block", "document")}
 
 
 def _at(hidden_BTH: torch.Tensor, pairs_M2: torch.Tensor) -> torch.Tensor:

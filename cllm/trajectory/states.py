@@ -154,12 +154,9 @@ def _choices(
         position_BT=packed(blocks.start_K[block] + offset, 0),
         horizon_BT=packed(blocks.start_K[block] + first_K[block], 1),
         block_BT=packed(block + 1, PADDING),
+        document_BT=packed(torch.zeros_like(block), 0),
     )
-    keys = Layout(
-        torch.cat([clean.position_BT, queries.position_BT], dim=1),
-        torch.cat([clean.horizon_BT, queries.horizon_BT], dim=1),
-        torch.cat([clean.block_BT, queries.block_BT], dim=1),
-    )
+    keys = clean.followed_by(queries)
     cache.place(packed(C + column, -1), keys.position_BT.shape[1])
     logits_BTV = model(
         input_ids=packed(state_KN[block, offset], 0),

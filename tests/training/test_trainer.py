@@ -60,7 +60,7 @@ def make_trainer(folder, model=None, rows: int = ROWS, **options) -> CllmTrainer
         model=model,
         args=args,
         train_dataset=ExampleDataset(Rows(map(random_row, range(rows))), args.sampling),
-        data_collator=Collator(0, args.distance_decay),
+        data_collator=Collator(0, args.distance_decay, args.max_row_tokens),
         target_model=tiny_model(seed=9, vocab_size=97) if args.needs_target else None,
     )
 
@@ -99,9 +99,21 @@ def test_states_are_refreshed_in_training(tmp_path):
     assert not torch.allclose(step(tmp_path, on_policy=1), step(tmp_path))
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_examples_that_share_rows_have_the_same_gradient(tmp_path, objective):
+    whole = step(tmp_path, per_device_train_batch_size=8, **objective)
+    shared = step(tmp_path, per_device_train_batch_size=8, max_row_tokens=150, **objective)
+    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_is_near_float32(tmp_path):
+    exact, rounded = (step(tmp_path, per_device_train_batch_size=8, max_row_tokens=150, bf16=bf16) for bf16 in (False, True))
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+
+
 def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
     torch.testing.assert_close(
-        step(tmp_path, gradient_checkpointing=True), step(tmp_path), atol=1e-5, rtol=1e-4
+        step(tmp_path, gradient_checkpointing=True, max_row_tokens=150), step(tmp_path), atol=1e-5, rtol=1e-4
     )
 
 
