@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.utils import is_liger_kernel_available
 
+from cllm.errors import UsageError
 from cllm.training.head import LanguageHead
+from cllm.training.meter import Meter
 from cllm.training.order import LengthGroupedOrder
 
 Batch = dict[str, torch.Tensor]
@@ -34,7 +37,10 @@ class TokenMeanTrainer(Trainer):
         self.model: PreTrainedModel
         self.model_accepts_loss_kwargs = True  # the loss is divided by the global batch's token counts here
         self.order: LengthGroupedOrder | None = None
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(_ProgressCallback(self))
+        self.meter = Meter()
+        if self.args.use_liger_kernel and (self.args.device.type == "cpu" or not is_liger_kernel_available()):
+            raise UsageError("use_liger_kernel needs a GPU and the package liger-kernel; leave it out")
         self._verified = False
         self._parts: list[torch.Tensor] = []
 
@@ -53,6 +59,10 @@ class TokenMeanTrainer(Trainer):
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The terms of a batch as weighted sums over its tokens: [L]."""
 
+    @abstractmethod
+    def useful_tokens(self, batch: Batch) -> torch.Tensor:
+        """How many tokens of a batch are not padding: []."""
+
     def last_hidden(self, model: torch.nn.Module, head: LanguageHead, **inputs: Any) -> torch.Tensor:
         """Last hidden states [B, T, H], through the model's public forward."""
         output = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
@@ -66,6 +76,7 @@ class TokenMeanTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step and the token counts [L] of the global batch."""
+        self.meter.start()
         batches = []
         for _ in range(num_batches):
             try:
@@ -89,6 +100,7 @@ class TokenMeanTrainer(Trainer):
         parts = sums * processes / counts.to(sums.device).clamp(min=1e-9)
         if model.training:
             self._parts.append(parts.detach())
+            self.meter.count(inputs["input_ids"].numel(), self.useful_tokens(inputs))
         loss = sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
         return (loss, None) if return_outputs else loss
 
@@ -98,12 +110,13 @@ class TokenMeanTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms to the parent's log, where there are several, as means over the steps since the last one."""
+        """Adds to the parent's log, of the steps since the last one: throughput, and the means of the terms if several."""
         if self._parts and "loss" in logs:
             steps = len(self._parts) / self.args.gradient_accumulation_steps
             mean = self.accelerator.reduce(torch.stack(self._parts).sum(dim=0) / steps, reduction="mean")
             if len(self.terms) > 1:
                 logs |= dict(zip(self.terms, mean.tolist()))
+            logs |= self.meter.read(self.accelerator.num_processes)
             self._parts.clear()
         super().log(logs, start_time)
 
@@ -116,8 +129,9 @@ class TokenMeanTrainer(Trainer):
         return self.order
 
 
-class _EpochCallback(TrainerCallback):
-    """Tells dataset and order which epoch it is; data loaders of several processes, or of a resumed run, do not."""
+class _ProgressCallback(TrainerCallback):
+    """Tells dataset and order which epoch it is (data loaders of several processes, or of a resumed run, do not), and the
+    meter when a step ends."""
 
     def __init__(self, trainer: TokenMeanTrainer) -> None:
         self.trainer = trainer
@@ -127,3 +141,8 @@ class _EpochCallback(TrainerCallback):
         for part in (self.trainer.train_dataset, self.trainer.order):
             if hasattr(part, "epoch"):
                 part.epoch = epoch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log and torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # as the log is about to do
+        self.trainer.meter.stop()

@@ -18,6 +18,7 @@ class LanguageHead:
     def __init__(self, model: PreTrainedModel) -> None:
         self.layer = model.get_output_embeddings()
         self.config = model.config
+        self.name = model.config.model_type
         self.cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
 
     @property
@@ -37,6 +38,5 @@ class LanguageHead:
         own = self(hidden)
         if not torch.allclose(own, logits.float(), rtol=tolerance, atol=tolerance * float(own.abs().max())):
             raise UnsupportedModelError(
-                f"the logits of {self.config.model_type} are not its output layer applied to its last hidden states, "
-                "which training needs"
+                f"the logits of {self.name} are not its output layer applied to its last hidden states, which training needs"
             )

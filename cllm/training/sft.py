@@ -95,6 +95,9 @@ class AnswerTrainer(TokenMeanTrainer):
     def counts(self, batch: Batch) -> torch.Tensor:
         return (batch["labels"] != IGNORED).sum(dtype=torch.float32)[None]
 
+    def useful_tokens(self, batch: Batch) -> torch.Tensor:
+        return batch["attention_mask"].sum()
+
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         head = LanguageHead(self.accelerator.unwrap_model(model))
         hidden_BTH = self.last_hidden(model, head, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cllm.attention import TRAINABLE, check_model
-from cllm.packing import CLEAN, packed_mask
+from cllm.attention import FLEX, TRAINABLE, check_model
+from cllm.errors import UsageError
+from cllm.packing import CLEAN, PADDING, packed_mask
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer
 from cllm.training.examples import batch_layout
@@ -32,6 +33,8 @@ class CllmTrainer(TokenMeanTrainer):
         super().__init__(*args, **kwargs)
         self.args: CllmTrainingArguments
         check_model(self.model, TRAINABLE)
+        if self.model.config._attn_implementation == FLEX and self.args.device.type == "cpu":
+            raise UsageError(f"attn_implementation {FLEX} has no backward pass on a CPU; use sdpa there")
         if self.args.needs_target and target_model is None:
             raise ValueError("teacher='target' and ar_loss='target' need target_model")
         self.target_model = target_model
@@ -62,6 +65,9 @@ class CllmTrainer(TokenMeanTrainer):
                 hidden = self._hidden(model, batch, head)
                 batch = advance(batch, likeliest(_at(hidden, batch["student"]), head))
         return learn_where_wrong(batch, self.args.distance_decay)
+
+    def useful_tokens(self, batch: Batch) -> torch.Tensor:
+        return (batch["block"] != PADDING).sum()
 
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Consistency and AR loss of a batch as weighted sums over its tokens: [2]."""

@@ -5,12 +5,15 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_model
+from transformers import TrainerCallback
 
 from cllm import reference
+from cllm.errors import UsageError
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.examples import Collator, ExampleDataset, Sampling, build_example
 from cllm.training.objective import DIVERGENCES
@@ -240,6 +243,43 @@ def test_training_lowers_the_loss_and_logs_its_terms(tmp_path):
     assert logs[-1]["loss"] < 0.8 * logs[0]["loss"]
     for entry in logs:
         assert entry["loss"] == pytest.approx(entry["consistency_loss"] + 2.0 * entry["ar_loss"], rel=1e-3)
+
+
+def test_the_log_tells_throughput_of_the_steps_alone(tmp_path, monkeypatch):
+    """Two seconds a step; what else is done between steps, evaluation and checks, does not count."""
+    now = [0.0]
+    monkeypatch.setattr("cllm.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Check(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            now[0] += 100
+
+    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=2)
+    trainer.add_callback(Check())
+    forwarded, loss_sums = [], trainer.loss_sums
+
+    def step(model, batch):
+        now[0] += 2
+        forwarded.append(batch)
+        return loss_sums(model, batch)
+
+    trainer.loss_sums = step
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry, batches in zip(logs, [forwarded[:2], forwarded[2:]], strict=True):
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        useful = sum(int((batch["block"] >= 0).sum()) for batch in batches)
+        assert entry["useful_tokens"] == pytest.approx(useful / tokens, abs=1e-4) and useful < tokens
+        assert entry["tokens_per_second"] == pytest.approx(tokens / 4, abs=0.1)
+
+
+def test_what_cannot_work_is_refused_before_training(tmp_path):
+    with pytest.raises(UsageError, match="no backward pass on a CPU"):
+        make_trainer(tmp_path, tiny_model(vocab_size=97, attn_implementation="flex_attention"))
+    with pytest.raises(UsageError, match="liger-kernel"):
+        make_trainer(tmp_path, use_liger_kernel=True)
+    with pytest.raises(UsageError, match="max_row_tokens must be >= 0, got -1"):
+        make_trainer(tmp_path, max_row_tokens=-1)
 
 
 NEW = {"state_choice": "noise", "random_block_size": True, "on_policy": 1, "divergence": "js", "balance": "gradient"}
