@@ -42,6 +42,13 @@ def test_training(tiny_model_dir, problems, tmp_path):
 
 
 @pytest.mark.slow
+def test_throughput(tiny_model_dir, problems, tmp_path):
+    result = run("throughput", tiny_model_dir, problems, tmp_path / "result.json", "--rounds", "2")
+    assert result["blocks"] == 3 and result["times faster, ours, the paper's objective"] > 0
+    assert result["memory over fine-tuning, fine-tuning"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["gsm8k", "copying"])
 def test_decode(tiny_model_dir, problems, tmp_path, task):
     pytest.importorskip("matplotlib")

@@ -22,6 +22,9 @@ from cllm.prompts import choose_template
 from cllm.tasks import get_task
 from cllm.tasks.arithmetic import generate
 from cllm.tasks.source import load_examples
+from cllm.training.arguments import CllmTrainingArguments
+from cllm.training.examples import Collator, ExampleDataset
+from cllm.training.trainer import CllmTrainer
 from cllm.trajectory.collect import Collector, Prompt
 from cllm.trajectory.record import Dropped, TrajectoryRow
 
@@ -120,6 +123,25 @@ def collect(collector: Collector, prompts: list[list[int]]) -> tuple[list[Trajec
     asked = [Prompt(str(number), ids, None) for number, ids in enumerate(prompts)]
     (responses,) = collector.respond(asked, len(asked))
     return collector.rows(responses)
+
+
+class Rows(list):
+    """Trajectories at hand, in the place of stored ones."""
+
+    settings = None
+
+
+def cllm_trainer(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer, rows: list[TrajectoryRow], folder: str, **options: Any
+) -> CllmTrainer:
+    """A trainer of ``model`` over some rows, with the frozen target where the options need one."""
+    training = CllmTrainingArguments(
+        output_dir=folder, use_cpu=model.device.type == "cpu", report_to="none", **options
+    )
+    target = load_model(args.model, dtype=args.dtype, device=args.device) if training.needs_target else None
+    collator = Collator(tokenizer.pad_token_id, training.distance_decay, training.max_row_tokens)
+    dataset = ExampleDataset(Rows(rows), training.sampling)
+    return CllmTrainer(model=model, args=training, train_dataset=dataset, data_collator=collator, target_model=target)
 
 
 class Forwarded:

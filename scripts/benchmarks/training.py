@@ -12,18 +12,10 @@ import argparse
 import tempfile
 import time
 
-from common import Forwarded, add_options, collect, load, publish
+from common import Forwarded, add_options, cllm_trainer, collect, load, publish
 
 from cllm import reference
-from cllm.models import load_model
-from cllm.training.arguments import CllmTrainingArguments
-from cllm.training.examples import Collator, ExampleDataset
-from cllm.training.trainer import CllmTrainer
 from cllm.trajectory.collect import CollectionSettings, Collector
-
-
-class Rows(list):
-    settings = None
 
 
 def main() -> None:
@@ -56,14 +48,8 @@ def main() -> None:
 def ours(args, model, tokenizer, rows, objective) -> tuple[float, int]:
     """Seconds and forwarded tokens of one batch of all rows, after one to warm up."""
     with tempfile.TemporaryDirectory() as folder:
-        training = CllmTrainingArguments(output_dir=folder, use_cpu=model.device.type == "cpu", report_to="none", **objective)
-        target = load_model(args.model, dtype="float32") if training.needs_target else None
-        dataset = ExampleDataset(Rows(rows), training.sampling)
-        collator = Collator(tokenizer.pad_token_id, training.distance_decay)
-        trainer = CllmTrainer(
-            model=model, args=training, train_dataset=dataset, data_collator=collator, target_model=target
-        )
-        batch = trainer._prepare_inputs(collator([dataset[i] for i in range(len(rows))]))
+        trainer = cllm_trainer(args, model, tokenizer, rows, folder, **objective)
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))]))
         model.train()
         trainer.compute_loss(model, batch).backward()
         model.zero_grad()
