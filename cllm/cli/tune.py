@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = {
         "settings": vars(args),
         "environment": environment(of.model.device),
-        "choices": [_figures(m) for m in measured],
+        "choices": [asdict(m) for m in measured],
         "best": {size: {"width": m.width, "guess": m.guess} for size, m in best.items()},
     }
     write_json(args.output, report)
@@ -105,10 +105,6 @@ def _measure(args: argparse.Namespace, of: OpenModel, task: Any) -> list[Choice]
         seed=args.seed,
         progress=lambda items: tqdm(items, desc="tune", file=sys.stderr, disable=None),
     )
-
-
-def _figures(choice: Choice) -> dict[str, Any]:
-    return asdict(choice) | {"tokens_per_second": choice.tokens_per_second}
 
 
 def render(measured: Sequence[Choice], best: Mapping[int, Choice]) -> str:

@@ -1,4 +1,4 @@
-"""Ways to decode greedily that are measured against each other: our engine, and Hugging Face ``generate``."""
+"""Ways to decode that are measured against each other: our engine, and Hugging Face ``generate``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
-from cllm.decoding import Guess, JacobiDecoder, make_guess
+from cllm.decoding import GREEDY, Guess, JacobiDecoder, Sampling, make_guess
 from cllm.errors import UsageError
 from cllm.evaluation.method_name import AR, GENERATE, JACOBI, PROMPT_LOOKUP
 from cllm.trajectory.hygiene import cut_at_eos
@@ -39,15 +39,16 @@ class Method(Protocol):
 
 
 class Engine:
-    """Our engine, at any width."""
+    """Our engine, at any width; greedy unless ``sampling`` says otherwise."""
 
     one_by_one = False
 
-    def __init__(self, decoder: JacobiDecoder, name: str, label: str) -> None:
+    def __init__(self, decoder: JacobiDecoder, name: str, label: str, sampling: Sampling = GREEDY) -> None:
         self.decoder, self.name, self.label, self.model = decoder, name, label, decoder.model
+        self.sampling = sampling
 
     def decode(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Response]:
-        results = self.decoder.generate(prompts, max_new_tokens=max_new_tokens)
+        results = self.decoder.generate(prompts, max_new_tokens=max_new_tokens, sampling=self.sampling)
         return [Response(r.token_ids, r.forwards, r.fast_forwarded, r.stationary, r.accepted) for r in results]
 
 

@@ -41,18 +41,34 @@ def test_auto_measures_all_candidates(words: list[str], tmp_path: Path) -> None:
 
 
 def test_gain_and_cost_are_those_of_the_decoder() -> None:
-    model, prompts = tiny_model(), [[5, 6, 7], [8] * 9]
-    one, four, pool = measure_choices(model, prompts, [1, 4], ["context", "pool"], [2], max_new_tokens=12, rounds=1)
+    model, prompts = tiny_model(), [[5, 6, 7], [8] * 9, [4, 4]]
+    one, four, pool = measure_choices(model, prompts, [1, 4], ["context", "pool"], [2], max_new_tokens=12)
     assert (one.tokens_per_forward, one.guess) == (1.0, "context")
-    for choice in (four, pool):
-        results = JacobiDecoder(model, 4, guess=choice.guess).generate(prompts, max_new_tokens=12)
+    for choice in (four, pool):  # the second batch is filled up with the first prompt
+        results = JacobiDecoder(model, 4, guess=choice.guess).generate([*prompts, prompts[0]], max_new_tokens=12)
         assert choice.tokens_per_forward == sum(len(r.token_ids) for r in results) / sum(r.forwards for r in results)
-    assert one.seconds > 0 and one.tokens_per_second == 2 / one.seconds
+    assert 0 < one.seconds < 2 * 12 / one.tokens_per_second  # 12 forwards give 24 tokens; the prefill is no iteration
+
+
+def test_whole_texts_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterations that grow dearer towards the end count in full; the first ones alone would deceive."""
+    clock, engine = [0.0], JacobiDecoder.generate
+    spent = {1: 1.0, 4: 3.0}
+
+    def generate(self, prompts, **options):
+        results = engine(self, prompts, **options)
+        clock[0] += spent[self.block_size]
+        return results
+
+    monkeypatch.setattr(JacobiDecoder, "generate", generate)
+    monkeypatch.setattr("cllm.evaluation.speed.time.perf_counter", lambda: clock[0])
+    one, four = measure_choices(tiny_model(), [[5, 6, 7], [8] * 9], [1, 4], ["context"], [1], max_new_tokens=12)
+    assert (one.tokens_per_second, four.tokens_per_second) == (12.0, 4.0)
 
 
 def test_the_fastest_is_that_of_its_batch_size() -> None:
-    slow, quick = Choice(1, "context", 1, 0.1, 1.0), Choice(8, "pool", 1, 0.12, 2.0)
-    other = Choice(4, "context", 2, 0.01, 9.0)
+    slow, quick = Choice(1, "context", 1, 0.1, 1.0, 10.0), Choice(8, "pool", 1, 0.12, 2.0, 16.0)
+    other = Choice(4, "context", 2, 0.01, 9.0, 900.0)
     assert fastest([slow, quick, other], 1) is quick and fastest([slow, quick, other], 2) is other
 
 
