@@ -25,6 +25,8 @@ setup(
         "plot": ["matplotlib"],
         "flash-attn": ["flash-attn"],
         "deepspeed": ["deepspeed"],
+        "lora": ["peft>=0.18"],
+        "qlora": ["peft>=0.18", "bitsandbytes"],
         "fastchat": ["fschat"],
         "serve": ["fastapi", "uvicorn", "prometheus-client"],
         "spider": ["sqlglot"],

@@ -32,35 +32,36 @@ class RunArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     from cllm.serving.export import equip
     from cllm.training.arguments import CllmTrainingArguments
+    from cllm.training.lora import LoraArguments
 
     words = sys.argv[1:] if argv is None else argv
-    run, args = parse(words, "cllm train", __doc__, RunArguments, CllmTrainingArguments)
+    run, lora, args = parse(words, "cllm train", __doc__, RunArguments, LoraArguments, CllmTrainingArguments)
     resume_from = checkpoint(args)
-    trainer = build_trainer(run, args)
-    train(trainer, resume_from, "CLLM")
-    if trainer.is_world_process_zero():
+    trainer = build_trainer(run, lora, args)
+    train(trainer, resume_from, "CLLM", lora, run.dtype)
+    if trainer.is_world_process_zero() and not (lora.lora_r and not lora.merge_lora):
         equip(args.output_dir)
 
 
-def build_trainer(run: RunArguments, args):
+def build_trainer(run: RunArguments, lora, args):
     """Load everything, check that it fits together, and give the trainer. Raises UsageError where it does not."""
     from cllm.attention import check_model
     from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, load_model, load_tokenizer, stop_token_ids, write_record
     from cllm.training.arguments import OBJECTIVE
     from cllm.training.examples import Collator, ExampleDataset
+    from cllm.training.lora import adapt
     from cllm.training.trainer import CllmTrainer
     from cllm.trajectory.store import TrajectoryDataset
 
     tokenizer = load_tokenizer(run.model)
-    model = load_model(run.model, dtype=run.dtype, device="cpu", attn_implementation=run.attn_implementation)
+    how = {"dtype": run.dtype, "attn_implementation": run.attn_implementation, **lora.loading(str(args.device))}
+    model = load_model(run.model, **how)
     check_model(model)
     rows = TrajectoryDataset(run.trajectories, eos_ids=stop_token_ids(model, tokenizer))
     settings = rows.settings or {}
     block_size = _block_size(run, settings, rows)
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size)
-    target = None
-    if args.needs_target:
-        target = load_model(run.model, dtype=run.dtype, device="cpu", attn_implementation=run.attn_implementation)
+    target = load_model(run.model, **how) if args.needs_target and not lora.lora_r else None
     dataset = ExampleDataset(rows, args.sampling, seed=args.seed if args.data_seed is None else args.data_seed)
     write_record(
         model.config,
@@ -72,12 +73,13 @@ def build_trainer(run: RunArguments, args):
             "responses": len(rows),
             TRAINED_GUESS: settings.get("guess", DEFAULT_GUESS),
         }
-        | {name: getattr(args, name) for name in OBJECTIVE},
+        | {name: getattr(args, name) for name in OBJECTIVE}
+        | lora.record(),
     )
     return make_trainer(
         CllmTrainer,
         args,
-        model=model,
+        model=adapt(model, lora),
         train_dataset=dataset,
         data_collator=Collator(tokenizer.pad_token_id, args.distance_decay),
         processing_class=tokenizer,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import Parser
 from cllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from cllm.training.lora import LoraArguments
 
 AT_LEAST = {
     "learning_rate": 0,
@@ -20,28 +23,27 @@ AT_LEAST = {
 }  # what transformers itself refuses late and with a traceback, if at all
 
 
-def parse(words: Sequence[str], prog: str, description: str | None, run_type: Any, args_type: Any) -> tuple[Any, Any]:
-    """A command's own arguments and its training arguments. Raises UsageError for what they do not allow."""
+def parse(words: Sequence[str], prog: str, description: str | None, *types: Any) -> tuple[Any, ...]:
+    """One object per dataclass, the training arguments last. Raises UsageError for what they do not allow."""
     from transformers import HfArgumentParser
 
     class TrainParser(Parser, HfArgumentParser):
-        """All fields of the two dataclasses as options, errors in one line."""
+        """All fields of the dataclasses as options, errors in one line."""
 
-    types: Any = (run_type, args_type)
     parser = TrainParser(types, prog=prog, description=description)
     parser.set_defaults(disable_tqdm=False)
     try:
-        run, args, unknown = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+        *parsed, unknown = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error).strip()) from error
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    for name, value in vars(args).items():
+    for name, value in vars(parsed[-1]).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} must be a finite number, got {value}")
         if name in AT_LEAST and value < AT_LEAST[name]:
             raise UsageError(f"{name} must be >= {AT_LEAST[name]}, got {value}")
-    return run, args
+    return tuple(parsed)
 
 
 def make_trainer(kind: Any, args: Any, **parts: Any) -> Any:
@@ -70,13 +72,17 @@ def checkpoint(args: Any) -> str | None:
     return str(max(whole, key=lambda folder: int(folder.name.partition("-")[2]))) if whole else None
 
 
-def train(trainer: Any, resume_from: str | None, made: str) -> None:
+def train(trainer: Any, resume_from: str | None, made: str, lora: LoraArguments, dtype: str) -> None:
     """Train, save, and say what was ``made``. Raises UsageError for a full disk."""
     args = trainer.args
     try:
         trainer.train(resume_from_checkpoint=resume_from)
         trainer.save_model()
         trainer.save_state()
+        if lora.lora_r and trainer.is_world_process_zero():
+            from cllm.training.lora import finish
+
+            finish(trainer.model, args.output_dir, lora, dtype)
     except Exception as error:
         if _disk_full(error):
             raise UsageError(f"cannot write to {args.output_dir}: no space left on the disk") from error
