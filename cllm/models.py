@@ -116,6 +116,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def vocabulary_stamp(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers whose ids stand for the same tokens, whatever their merges, templates or files."""
+    pairs = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+
+
 def check_path(path: str) -> None:
     """Raise UsageError for what is neither a folder nor the form of a hub name."""
     if not path or not Path(path).is_dir() and (Path(path).exists() or not HUB_NAME.fullmatch(path)):

@@ -46,10 +46,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def build_trainer(run: RunArguments, lora, args):
     """Load everything, check that it fits together, and give the trainer. Raises UsageError where it does not."""
     from cllm.attention import check_model
-    from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, load_model, load_tokenizer, stop_token_ids, write_record
+    from cllm.models import (
+        DEFAULT_GUESS,
+        TRAINED_GUESS,
+        load_model,
+        load_tokenizer,
+        stop_token_ids,
+        vocabulary_stamp,
+        write_record,
+    )
     from cllm.training.arguments import OBJECTIVE
     from cllm.training.examples import Collator, ExampleDataset
     from cllm.training.lora import adapt
+    from cllm.training.sharding import unsharded
     from cllm.training.trainer import CllmTrainer
     from cllm.trajectory.store import TrajectoryDataset
 
@@ -60,8 +69,9 @@ def build_trainer(run: RunArguments, lora, args):
     rows = TrajectoryDataset(run.trajectories, eos_ids=stop_token_ids(model, tokenizer))
     settings = rows.settings or {}
     block_size = _block_size(run, settings, rows)
-    _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size)
-    target = load_model(run.model, **how) if args.needs_target and not lora.lora_r else None
+    _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size, vocabulary_stamp(tokenizer))
+    with unsharded(args):
+        target = load_model(run.model, **how) if args.needs_target and not lora.lora_r else None
     dataset = ExampleDataset(rows, args.sampling, seed=args.seed if args.data_seed is None else args.data_seed)
     write_record(
         model.config,
@@ -79,7 +89,7 @@ def build_trainer(run: RunArguments, lora, args):
     return make_trainer(
         CllmTrainer,
         args,
-        model=adapt(model, lora),
+        model=adapt(model, lora, args.seed),
         train_dataset=dataset,
         data_collator=Collator(tokenizer.pad_token_id, args.distance_decay),
         processing_class=tokenizer,
@@ -103,7 +113,12 @@ def _block_size(run: RunArguments, settings: dict, rows) -> int:
     return size
 
 
-def _check_vocabulary(rows, settings: dict, vocab_size: int) -> None:
+def _check_vocabulary(rows, settings: dict, vocab_size: int, vocabulary: str) -> None:
+    if settings.get("vocabulary") not in (None, vocabulary):
+        raise UsageError(
+            f"the trajectories were made with the tokenizer of {settings.get('model')}, whose token ids mean other texts than "
+            "those of the model that is trained; collect them with that model"
+        )
     stored = settings.get("vocab_size")
     if stored is not None and stored != vocab_size:
         raise UsageError(

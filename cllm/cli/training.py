@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,17 +60,25 @@ def make_trainer(kind: Any, args: Any, **parts: Any) -> Any:
 def checkpoint(args: Any) -> str | None:
     """``--resume_from_checkpoint``: a folder, or ``True`` for the last one in the output folder, if there is one.
 
-    ``trainer_state.json`` is written last; a checkpoint without it was torn by a kill or a full disk.
+    ``trainer_state.json`` is written last; a checkpoint without a whole one was torn by a kill or a full disk.
     """
     wanted = args.resume_from_checkpoint
     if wanted in (None, "False", "false"):
         return None
     if wanted not in ("True", "true"):
-        if not Path(wanted, "trainer_state.json").is_file():
+        if not _is_whole(Path(wanted)):
             raise UsageError(f"resume_from_checkpoint must be a whole checkpoint of a training run or True, got {wanted}")
         return wanted
-    whole = [state.parent for state in Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.partition("-")[2]))) if whole else None
+    whole = filter(_is_whole, Path(args.output_dir).glob("checkpoint-[0-9]*"))
+    newest = max(whole, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+    return str(newest) if newest else None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return "global_step" in json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def train(trainer: Any, resume_from: str | None, made: str, lora: LoraArguments, dtype: str) -> None:

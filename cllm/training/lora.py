@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from cllm.errors import UsageError
 from cllm.models import ADAPTER, load_model
@@ -68,8 +68,8 @@ class LoraArguments:
         return {"lora_r": self.lora_r, "qlora": self.qlora} if self.lora_r else {}
 
 
-def adapt(model: PreTrainedModel, lora: LoraArguments) -> Any:
-    """The model with adapters that alone are trained; the model itself where ``lora_r`` is 0.
+def adapt(model: PreTrainedModel, lora: LoraArguments, seed: int) -> Any:
+    """The model with adapters, started from ``seed``, that alone are trained; the model itself where ``lora_r`` is 0.
 
     Raises UsageError for target modules that it does not have.
     """
@@ -90,9 +90,10 @@ def adapt(model: PreTrainedModel, lora: LoraArguments) -> Any:
         target_modules=lora.lora_target_modules or allowed,
         task_type="CAUSAL_LM",
     )
+    set_seed(seed)
     with_adapters = get_peft_model(model, config)
-    base = Path(model.name_or_path)
-    config.base_model_name_or_path = str(base.resolve()) if base.is_dir() else model.name_or_path
+    name = str(model.name_or_path)
+    config.base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return with_adapters
 
 
