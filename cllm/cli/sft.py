@@ -55,5 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.warning("%d examples left out: %s", count, reason)
     write_record(model.config, {"prompt_template": template.text, "task": task.name, "base_model": run.model, **lora.record()})
     collator = AnswerCollator(tokenizer.pad_token_id)
-    parts = {"model": adapt(model, lora, args.seed), "train_dataset": rows, "data_collator": collator, "processing_class": tokenizer}
+    model = adapt(model, lora, args.seed)
+    parts = {"model": model, "train_dataset": rows, "data_collator": collator, "processing_class": tokenizer}
     train(make_trainer(AnswerTrainer, args, **parts), resume_from, "target model", lora, run.dtype)

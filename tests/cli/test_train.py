@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from commands import question_rows, refused, write_rows
 from tiny import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -263,6 +265,24 @@ def test_killed_and_resumed_equals_uninterrupted(run, model_dir: Path, collected
     assert torn.exists() and (torn / "trainer_state.json").exists() == (moment == "training_step")
     resumed = run(**steps, resume_from_checkpoint="True")
     assert equal(weights(resumed), weights(run(**steps, output_dir=tmp_path / "whole")))
+
+
+def test_logs_go_where_report_to_says_and_nowhere_else(run, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    logs = "tfevents"
+    assert not list(run().rglob(f"*{logs}*"))
+    assert list(run(report_to="tensorboard", logging_steps=1).rglob(f"*{logs}*"))
+
+
+@pytest.mark.parametrize("config", sorted((LAUNCHER.parent / "configs").iterdir()), ids=lambda path: path.stem)
+def test_the_ready_configurations_are_what_accelerate_reads(config: Path) -> None:
+    loaded = load_config_from_file(str(config))
+    assert loaded.num_processes == -1  # it refuses to start unless --num_processes is given, as the launcher does
+    kind = "FSDP" if config.stem.startswith("fsdp") else "DEEPSPEED"
+    assert loaded.distributed_type == kind
+    options = {action.dest for action in launch_command_parser()._actions}
+    given = loaded.fsdp_config or loaded.deepspeed_config
+    assert given and not set(given) - options
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
     )
 
 
-SHARDED = {"ddp": None, "fsdp2": "fsdp2.yaml", "zero2": "zero2.yaml", "zero3": "zero3_offload.yaml"}  # configurations in cllm/configs
+SHARDED = {"ddp": None, "fsdp2": "fsdp2.yaml", "zero2": "zero2.yaml", "zero3": "zero3_offload.yaml"}  # in cllm/configs
 
 
 @pytest.mark.slow
