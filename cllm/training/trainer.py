@@ -73,7 +73,7 @@ class CllmTrainer(TokenMeanTrainer):
         target_hidden, target_head = hidden.detach(), student_head
         if self.args.needs_target:
             with self._target(model) as target, torch.no_grad():
-                target_head = LanguageHead(self.accelerator.unwrap_model(target))
+                target_head = LanguageHead(target)
                 target_hidden = self._hidden(target, self._target_view(batch), target_head)
         by_target = self.args.teacher == "target"
         consistency = distillation_sum(
@@ -98,13 +98,14 @@ class CllmTrainer(TokenMeanTrainer):
         return torch.stack([consistency, ar])
 
     @contextmanager
-    def _target(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    def _target(self, model: torch.nn.Module) -> Iterator[PreTrainedModel]:
         """The frozen target, ready to be called."""
         if self.target_model is not None:
             yield self.target_model
         else:
-            with self.accelerator.unwrap_model(model).disable_adapter():
-                yield model
+            own = self.accelerator.unwrap_model(model)
+            with own.disable_adapter():
+                yield own
 
     def _hidden(self, model: torch.nn.Module, batch: Batch, head: LanguageHead) -> torch.Tensor:
         """Last hidden states [B, T, H] of a packed batch, through the model's public forward."""

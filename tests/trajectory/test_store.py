@@ -572,6 +572,13 @@ def check_after_full(folder: Path, stored: int) -> None:
     assert len(rows_of(folder)) == stored + 1
 
 
+def test_older_folders_go_on_without_the_vocabulary_and_get_it(tmp_path: Path) -> None:
+    TrajectoryWriter(tmp_path, SETTINGS, resume=False)
+    TrajectoryWriter(tmp_path, SETTINGS | {"vocabulary": "one"}, resume=True)
+    with pytest.raises(UsageError, match='vocabulary: "one" there, "two" now'):
+        TrajectoryWriter(tmp_path, SETTINGS | {"vocabulary": "two"}, resume=True)
+
+
 MEASURE = """
 import sys
 import datasets
