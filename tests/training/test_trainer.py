@@ -62,8 +62,8 @@ def make_trainer(folder, model=None, rows: int = ROWS, **options) -> CllmTrainer
         seed=3,
     )
     args = CllmTrainingArguments(output_dir=str(folder), **settings | options)
-    model = model or tiny_model(vocab_size=97)
     with unsharded(args):
+        model = model or tiny_model(vocab_size=97)
         target = tiny_model(seed=9, vocab_size=97) if args.needs_target else None
     return CllmTrainer(
         model=model,
