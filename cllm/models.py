@@ -29,6 +29,7 @@ WIDTH, GUESS = "decoding_width", "decoding_guess"  # keys of the record
 TRAINED_GUESS = "guess"  # the key of what stood in the place of unknown tokens in training
 ORIGINS = ("target_model", "base_model")  # keys that name the checkpoint a model was made of
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
+ADAPTER = "adapter_config.json"  # what makes a folder a LoRA adapter's
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -37,33 +38,62 @@ def default_device() -> str:
 
 
 def load_model(
-    path: str, *, dtype: str | None = None, device: str | None = None, attn_implementation: str | None = None
+    path: str,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    quantization: Any = None,
 ) -> PreTrainedModel:
-    """Load a causal language model for decoding or training.
+    """Load a causal language model for decoding or training; a folder with a LoRA adapter gives base and adapter merged.
 
     Defaults: CUDA where there is a GPU, bfloat16 on it and float32 elsewhere, the model's own choice of SDPA or eager
-    attention. Raises UsageError where nothing can be loaded from ``path``, or where weights are missing or of another shape
-    than config.json says.
+    attention. ``quantization``: a configuration of transformers. Raises UsageError where nothing can be loaded from
+    ``path``, or where weights are missing or of another shape than config.json says.
     """
     check_path(path)
+    if (Path(path) / ADAPTER).is_file():
+        return _load_adapted(path, dtype=dtype, device=device, attn_implementation=attn_implementation)
     device = device or default_device()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     kind = DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantization is not None:
+        extra |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
         with _without_loading_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **extra
             )
         model, info = loaded
-        model = model.to(device).eval()
+        model = (model if quantization is not None else model.to(device)).eval()
     except Exception as error:  # damaged files make the libraries raise nearly anything
         raise UsageError(f"cannot load a causal language model from {path!r}: {first_line(error)}") from error
     unfit = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if unfit:
         some = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
         raise UsageError(f"the weights in {path!r} do not fit its config.json, missing or of another shape: {some}")
+    return model
+
+
+def _load_adapted(path: str, **how: str | None) -> PreTrainedModel:
+    """The base model that an adapter's folder names, with the adapter merged into its weights, and with the folder's record."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise UsageError(f"{path!r} holds a LoRA adapter, which needs peft: pip install 'cllm[lora]'") from error
+    try:
+        base = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path, **how)
+        model: Any = PeftModel.from_pretrained(base, path)
+    except UsageError as error:
+        raise UsageError(f"the base model of the adapter in {path!r}: {error}") from error
+    except Exception as error:  # as in load_model
+        raise UsageError(f"cannot load the adapter in {path!r}: {first_line(error)}") from error
+    model = model.merge_and_unload()
+    config = Path(path) / "config.json"
+    if config.is_file():
+        write_record(model.config, json.loads(config.read_text(encoding="utf-8")).get(RECORD) or {})
     return model
 
 
@@ -84,6 +114,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def vocabulary_stamp(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers whose ids stand for the same tokens, whatever their merges, templates or files."""
+    pairs = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
 def check_path(path: str) -> None:

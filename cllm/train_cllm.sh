@@ -4,7 +4,9 @@
 #   bash train_cllm.sh MODEL TRAJECTORIES OUTPUT BLOCK_SIZE [more flags]
 #
 # More flags are those of `cllm train --help`: all of transformers.TrainingArguments and the objective's own.
-# NUM_PROCESSES=8 trains on eight GPUs of this machine through `accelerate launch`; ACCELERATE_ARGS is passed on to it.
+# NUM_PROCESSES=8 trains on eight GPUs through `accelerate launch`; ACCELERATE_ARGS is passed on to it: a configuration from
+# cllm/configs, and on several hosts, on each of them (NUM_PROCESSES counts the GPUs of all),
+#   ACCELERATE_ARGS="--num_machines 2 --machine_rank 0 --main_process_ip HOST --main_process_port 29500"
 set -euo pipefail
 
 if [ $# -lt 4 ]; then

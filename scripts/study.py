@@ -28,9 +28,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.cli.command import command
-from cllm.cli.probe import ProbeArguments
-from cllm.cli.train import RunArguments, build_trainer
-from cllm.cli.training import parse
+from cllm.cli.train import arguments, build_trainer
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
 from cllm.evaluation.environment import environment
@@ -42,7 +40,6 @@ from cllm.prompts import PromptTemplate
 from cllm.tasks import get_task
 from cllm.tasks.base import Example, Task
 from cllm.tasks.source import load_examples
-from cllm.training.arguments import CllmTrainingArguments
 from cllm.trajectory.hygiene import repetition
 from cllm.trajectory.store import TrajectoryDataset
 
@@ -179,7 +176,7 @@ class Study:
             folder = self.folder / f"{name}-{seed}" if self.args.keep_weights else Path(scratch)
             words = ["--model", self.args.model, "--trajectories", collected, "--output_dir", str(folder)]
             words += ["--save_strategy", "no", "--report_to", "none", *flags]
-            trainer = build_trainer(*parse(words, "study.py", None, RunArguments, ProbeArguments, CllmTrainingArguments))
+            trainer = build_trainer(*arguments(words, "study.py"))
             start = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - start

@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
 
 def _collector(args: argparse.Namespace, task):
     from cllm.cli.model import open_model
+    from cllm.models import vocabulary_stamp
     from cllm.trajectory.collect import CollectionSettings, Collector
 
     if args.device is None and "LOCAL_RANK" in os.environ:
@@ -111,6 +112,7 @@ def _collector(args: argparse.Namespace, task):
         seed=args.seed,
         dtype=of.dtype,
         vocab_size=of.model.config.get_text_config(decoder=True).vocab_size,
+        vocabulary=vocabulary_stamp(of.tokenizer),
         task_options=task.settings(),
         source=Path(args.filename).name if args.filename else "",
     )

@@ -41,26 +41,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cllm.prompts import choose_template
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
+    from cllm.training.lora import LoraArguments, adapt
     from cllm.training.sft import AnswerCollator, AnswerDataset, AnswerTrainer
 
     words = sys.argv[1:] if argv is None else argv
-    run, args = parse(words, "cllm sft", __doc__, RunArguments, TrainingArguments)
+    run, lora, args = parse(words, "cllm sft", __doc__, RunArguments, LoraArguments, TrainingArguments)
     args.remove_unused_columns = False
     resume_from = checkpoint(args)
     task = get_task(run.task)
     examples = load_examples(task, run.filename, "train", run.data_size)
     tokenizer = load_tokenizer(run.model)
-    model = load_model(run.model, dtype=run.dtype, device="cpu")
+    model = load_model(run.model, dtype=run.dtype, **lora.loading(str(args.device)))
     template = choose_template(run.prompt_template, task.plain_template, tokenizer, read_record(model.config))
     context = context_length(model.config)
     rows = AnswerDataset(examples, template, tokenizer, context)
     for reason, count in rows.left_out.items():
         logger.warning("%d examples left out: %s", count, reason)
-    write_record(model.config, {"prompt_template": template.text, "task": task.name, "base_model": run.model})
+    write_record(model.config, {"prompt_template": template.text, "task": task.name, "base_model": run.model, **lora.record()})
     collator = AnswerCollator(tokenizer.pad_token_id)
+    model = adapt(model, lora, args.seed)
     parts = {"model": model, "train_dataset": rows, "data_collator": collator, "processing_class": tokenizer}
     if run.eval_file is not None:
         parts["eval_dataset"] = AnswerDataset(load_examples(task, run.eval_file, "test"), template, tokenizer, context)
         if args.eval_strategy == "no":
             args.eval_strategy = IntervalStrategy.EPOCH
-    train(make_trainer(AnswerTrainer, args, **parts), resume_from, "target model")
+    train(make_trainer(AnswerTrainer, args, **parts), resume_from, "target model", lora, run.dtype)

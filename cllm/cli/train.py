@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import command
 from cllm.cli.probe import ProbeArguments, watch
 from cllm.cli.training import checkpoint, make_trainer, parse, train
 from cllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from cllm.training.lora import LoraArguments
 
 
 @dataclass
@@ -34,36 +38,53 @@ class RunArguments:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     from cllm.serving.export import equip
-    from cllm.training.arguments import CllmTrainingArguments
 
-    words = sys.argv[1:] if argv is None else argv
-    run, probe, args = parse(words, "cllm train", __doc__, RunArguments, ProbeArguments, CllmTrainingArguments)
+    run, lora, probe, args = arguments(sys.argv[1:] if argv is None else argv, "cllm train")
     resume_from = checkpoint(args)
-    trainer = build_trainer(run, probe, args)
-    train(trainer, resume_from, "CLLM")
-    if trainer.is_world_process_zero():
+    trainer = build_trainer(run, lora, probe, args)
+    train(trainer, resume_from, "CLLM", lora, run.dtype)
+    if trainer.is_world_process_zero() and not (lora.lora_r and not lora.merge_lora):
         equip(args.output_dir)
 
 
-def build_trainer(run: RunArguments, probe: ProbeArguments, args):
+def arguments(words: Sequence[str], prog: str) -> tuple[Any, ...]:
+    """All that :func:`build_trainer` takes."""
+    from cllm.training.arguments import CllmTrainingArguments
+    from cllm.training.lora import LoraArguments
+
+    return parse(words, prog, __doc__, RunArguments, LoraArguments, ProbeArguments, CllmTrainingArguments)
+
+
+def build_trainer(run: RunArguments, lora: LoraArguments, probe: ProbeArguments, args):
     """Load everything, check that it fits together, and give the trainer. Raises UsageError where it does not."""
     from cllm.attention import TRAINABLE, check_model
-    from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, load_model, load_tokenizer, stop_token_ids, write_record
+    from cllm.models import (
+        DEFAULT_GUESS,
+        TRAINED_GUESS,
+        load_model,
+        load_tokenizer,
+        stop_token_ids,
+        vocabulary_stamp,
+        write_record,
+    )
     from cllm.training.arguments import OBJECTIVE
     from cllm.training.examples import Collator, ExampleDataset
+    from cllm.training.lora import adapt
+    from cllm.training.sharding import unsharded
     from cllm.training.trainer import CllmTrainer
     from cllm.trajectory.store import TrajectoryDataset
 
     tokenizer = load_tokenizer(run.model)
-    model = load_model(run.model, dtype=run.dtype, device="cpu", attn_implementation=run.attn_implementation)
+    how = {"dtype": run.dtype, "attn_implementation": run.attn_implementation, **lora.loading(str(args.device))}
+    model = load_model(run.model, **how)
     check_model(model, TRAINABLE)
     rows = TrajectoryDataset(run.trajectories, eos_ids=stop_token_ids(model, tokenizer))
     settings = rows.settings or {}
     block_size = _block_size(run, settings, rows)
-    _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size)
-    target = None
-    if args.needs_target or probe.probe_prompts:
-        target = load_model(run.model, dtype=run.dtype, device="cpu", attn_implementation=run.attn_implementation)
+    _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size, vocabulary_stamp(tokenizer))
+    frozen = args.needs_target and not lora.lora_r  # adapters that are off give the target model again
+    with unsharded(args):
+        target = load_model(run.model, **how) if frozen or probe.probe_prompts else None
     dataset = ExampleDataset(rows, args.sampling, seed=args.seed if args.data_seed is None else args.data_seed)
     write_record(
         model.config,
@@ -75,16 +96,17 @@ def build_trainer(run: RunArguments, probe: ProbeArguments, args):
             "responses": len(rows),
             TRAINED_GUESS: settings.get("guess", DEFAULT_GUESS),
         }
-        | {name: getattr(args, name) for name in OBJECTIVE},
+        | {name: getattr(args, name) for name in OBJECTIVE}
+        | lora.record(),
     )
     trainer = make_trainer(
         CllmTrainer,
         args,
-        model=model,
+        model=adapt(model, lora, args.seed),
         train_dataset=dataset,
         data_collator=Collator(tokenizer.pad_token_id, args.distance_decay, args.max_row_tokens),
         processing_class=tokenizer,
-        target_model=target if args.needs_target else None,
+        target_model=target if frozen else None,
     )
     if probe.probe_prompts:
         watch(trainer, probe, target)
@@ -107,7 +129,12 @@ def _block_size(run: RunArguments, settings: dict, rows) -> int:
     return size
 
 
-def _check_vocabulary(rows, settings: dict, vocab_size: int) -> None:
+def _check_vocabulary(rows, settings: dict, vocab_size: int, vocabulary: str) -> None:
+    if settings.get("vocabulary") not in (None, vocabulary):
+        raise UsageError(
+            f"the trajectories were made with the tokenizer of {settings.get('model')}, whose token ids mean other texts than "
+            "those of the model that is trained; collect them with that model"
+        )
     stored = settings.get("vocab_size")
     if stored is not None and stored != vocab_size:
         raise UsageError(

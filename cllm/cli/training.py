@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import Parser
 from cllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from cllm.training.lora import LoraArguments
 
 AT_LEAST = {
     "learning_rate": 0,
@@ -56,26 +60,38 @@ def make_trainer(kind: Any, args: Any, **parts: Any) -> Any:
 def checkpoint(args: Any) -> str | None:
     """``--resume_from_checkpoint``: a folder, or ``True`` for the last one in the output folder, if there is one.
 
-    ``trainer_state.json`` is written last; a checkpoint without it was torn by a kill or a full disk.
+    ``trainer_state.json`` is written last; a checkpoint without a whole one was torn by a kill or a full disk.
     """
     wanted = args.resume_from_checkpoint
     if wanted in (None, "False", "false"):
         return None
     if wanted not in ("True", "true"):
-        if not Path(wanted, "trainer_state.json").is_file():
+        if not _is_whole(Path(wanted)):
             raise UsageError(f"resume_from_checkpoint must be a whole checkpoint of a training run or True, got {wanted}")
         return wanted
-    whole = [state.parent for state in Path(args.output_dir).glob("checkpoint-[0-9]*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.partition("-")[2]))) if whole else None
+    whole = filter(_is_whole, Path(args.output_dir).glob("checkpoint-[0-9]*"))
+    newest = max(whole, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
+    return str(newest) if newest else None
 
 
-def train(trainer: Any, resume_from: str | None, made: str) -> None:
+def _is_whole(folder: Path) -> bool:
+    try:
+        return "global_step" in json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def train(trainer: Any, resume_from: str | None, made: str, lora: LoraArguments, dtype: str) -> None:
     """Train, save, and say what was ``made``. Raises UsageError for a full disk."""
     args = trainer.args
     try:
         trainer.train(resume_from_checkpoint=resume_from)
         trainer.save_model()
         trainer.save_state()
+        if lora.lora_r and trainer.is_world_process_zero():
+            from cllm.training.lora import finish
+
+            finish(trainer.model, args.output_dir, lora, dtype)
     except Exception as error:
         if _disk_full(error):
             raise UsageError(f"cannot write to {args.output_dir}: no space left on the disk") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,11 +44,13 @@ class Probe:
         prompts = [prompt.ids for prompt in self.prompts]
         results = decoder.generate(prompts, max_new_tokens=self.length)
         responses = [result.token_ids for result in results]
+        target: Any = self.target
+        target.to(model.device)
         text = quality(
             responses,
             eos_ids=self.stop_ids,
             scores=score_replies(self.task, [prompt.example for prompt in self.prompts], responses, self.tokenizer),
-            nlls=response_nlls(self.target.to(model.device), prompts, responses),
+            nlls=response_nlls(target, prompts, responses),
         )
         tokens = max(sum(map(len, responses)), 1)
         return Figures(

@@ -112,13 +112,39 @@ class TokenMeanTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to the parent's log, of the steps since the last one: throughput, and the means of the terms if several."""
         if self._parts and "loss" in logs:
-            steps = len(self._parts) / self.args.gradient_accumulation_steps
-            mean = self.accelerator.reduce(torch.stack(self._parts).sum(dim=0) / steps, reduction="mean")
+            mean = self._mean_parts()
             if len(self.terms) > 1:
-                logs |= dict(zip(self.terms, mean.tolist()))
+                logs |= dict(zip(self.terms, mean))
             logs |= self.meter.read(self.accelerator.num_processes)
             self._parts.clear()
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's, but nothing is saved of a run that has diverged, and the result of FSDP is whole, not in shards."""
+        self._mean_parts()
+        unfit = [name for name, weight in self.model.named_parameters() if not _finite(weight)]
+        if unfit:
+            raise self._diverged(f"the weights in {unfit[0]} are")
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+
+    def _mean_parts(self) -> list[float]:
+        """The terms as means over the steps since the last log, alike on all processes. Raises UsageError where not finite."""
+        if not self._parts:
+            return []
+        steps = len(self._parts) / self.args.gradient_accumulation_steps
+        mean = self.accelerator.reduce(torch.stack(self._parts).sum(dim=0) / steps, reduction="mean")
+        if not mean.isfinite().all():
+            raise self._diverged("the loss is")
+        return mean.tolist()
+
+    def _diverged(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what} not a finite number any more at step {self.state.global_step}, and training has stopped; checkpoints "
+            f"saved before in {self.args.output_dir} are kept. Lower --learning_rate ({self.args.learning_rate:g}) or "
+            f"--max_grad_norm ({self.args.max_grad_norm:g}), or raise --warmup_steps"
+        )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -127,6 +153,12 @@ class TokenMeanTrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         self.order = LengthGroupedOrder(dataset, self.args.train_batch_size * self.accelerator.num_processes, seed)
         return self.order
+
+
+def _finite(weight: torch.Tensor) -> bool:
+    """Whether all of a weight, or of this process's shard of it, is finite."""
+    own = weight.to_local() if hasattr(weight, "to_local") else weight
+    return bool(own.detach().isfinite().all())
 
 
 class _ProgressCallback(TrainerCallback):

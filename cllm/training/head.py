@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -26,16 +28,29 @@ class LanguageHead:
         return list(self.layer.parameters())
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.layer(hidden)
+        logits = type(self.layer).forward(self.layer, hidden)  # past the hooks of sharded training; see `around`
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits.float()
+
+    def around(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """``work(hidden)`` where the layer's weights are whole, and gradients of them go where they belong.
+
+        FSDP2 leaves them whole behind the model's forward; DeepSpeed ZeRO-3 gathers them around calls of the layer only.
+        """
+        if not any(hasattr(weight, "ds_id") for weight in self.parameters):
+            return work(hidden)
+        self.layer.forward = work
+        try:
+            return self.layer(hidden)
+        finally:
+            del self.layer.forward
 
     @torch.no_grad()
     def verify(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """Raise UnsupportedModelError unless ``hidden`` gives the ``logits`` that the model's own forward gave."""
         tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
-        own = self(hidden)
+        own = self.around(self, hidden)
         if not torch.allclose(own, logits.float(), rtol=tolerance, atol=tolerance * float(own.abs().max())):
             raise UnsupportedModelError(
                 f"the logits of {self.name} are not its output layer applied to its last hidden states, which training needs"

@@ -13,6 +13,8 @@ class Meter:
     A step lasts from the wait for its data to the end of the optimizer's; evaluation, checks and checkpoints are no part.
     """
 
+    _useful: torch.Tensor
+
     def __init__(self) -> None:
         self._clear()
 
@@ -40,4 +42,5 @@ class Meter:
         return result
 
     def _clear(self) -> None:
-        self._seconds, self._tokens, self._useful = 0.0, 0, torch.zeros((), dtype=torch.long)
+        self._seconds, self._tokens = 0.0, 0
+        self._useful = torch.zeros((), dtype=torch.long)

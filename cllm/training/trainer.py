@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer
 from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
+from cllm.training.lora import adapted
 from cllm.training.objective import DIVERGENCES, balanced, cross_entropy_sum, distillation_sum, likeliest
 from cllm.training.policy import advance, learn_where_wrong
 
@@ -24,7 +26,8 @@ class CllmTrainer(TokenMeanTrainer):
 
     One packed forward and one backward per step at any batch size.
 
-    ``target_model``: the frozen target, needed where ``args.teacher`` or ``args.ar_loss`` is ``target``.
+    ``target_model``: the frozen target, needed where ``args.teacher`` or ``args.ar_loss`` is ``target``; a model with LoRA
+    adapters is its own target with the adapters off.
     """
 
     terms = ("consistency_loss", "ar_loss")
@@ -35,7 +38,7 @@ class CllmTrainer(TokenMeanTrainer):
         check_model(self.model, TRAINABLE)
         if self.model.config._attn_implementation == FLEX and self.args.device.type == "cpu":
             raise UsageError(f"attn_implementation {FLEX} has no backward pass on a CPU; use sdpa there")
-        if self.args.needs_target and target_model is None:
+        if self.args.needs_target and target_model is None and not adapted(self.model):
             raise ValueError("teacher='target' and ar_loss='target' need target_model")
         self.target_model = target_model
         if target_model is not None:
@@ -74,10 +77,10 @@ class CllmTrainer(TokenMeanTrainer):
         student_head = LanguageHead(self.accelerator.unwrap_model(model))
         hidden = self._hidden(model, batch, student_head)
         target_hidden, target_head = hidden.detach(), student_head
-        if self.target_model is not None:
-            target_head = LanguageHead(self.target_model)
-            with torch.no_grad():
-                target_hidden = self._hidden(self.target_model, self._target_view(batch), target_head)
+        if self.args.needs_target:
+            with self._target(model) as target, torch.no_grad():
+                target_head = LanguageHead(target)
+                target_hidden = self._hidden(target, self._target_view(batch), target_head)
         by_target = self.args.teacher == "target"
         consistency = distillation_sum(
             _at(hidden, batch["student"]),
@@ -99,6 +102,16 @@ class CllmTrainer(TokenMeanTrainer):
             per_token = (1 / self.counts(batch).clamp(min=1e-9)).unbind()
             ar = balanced(consistency * per_token[0], ar * per_token[1], hidden) / per_token[1]
         return torch.stack([consistency, ar])
+
+    @contextmanager
+    def _target(self, model: torch.nn.Module) -> Iterator[PreTrainedModel]:
+        """The frozen target, ready to be called."""
+        if self.target_model is not None:
+            yield self.target_model
+        else:
+            own = self.accelerator.unwrap_model(model)
+            with own.disable_adapter():
+                yield own
 
     def _hidden(self, model: torch.nn.Module, batch: Batch, head: LanguageHead) -> torch.Tensor:
         """Last hidden states [B, T, H] of a packed batch, through the model's public forward."""

@@ -44,6 +44,7 @@ class CollectionSettings:
     seed: int = 0
     dtype: str = "float32"
     vocab_size: int = 0
+    vocabulary: str = ""  # cllm.models.vocabulary_stamp of the tokenizer
     source: str = ""  # name of the data's file or folder, since row ids are of one file only; "" for the hub dataset
     task_options: Mapping[str, Any] = field(default_factory=dict)  # what Task.settings says of the task's own options
 

@@ -48,6 +48,7 @@ SCHEMA = pa.schema(
     ]
 )
 SETTINGS = "settings.json"
+ADDED = {"vocabulary"}  # settings that older folders do not have, and may go without
 BATCH_ROWS = 16  # rows held as Python lists while a shard is read
 
 
@@ -234,7 +235,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     differences = [
         f"{name}: {_show(stored, name)} there, {_show(settings, name)} now"
-        for name in sorted(stored.keys() | settings.keys())
+        for name in sorted((stored.keys() | settings.keys()) - (ADDED - stored.keys()))
         if _show(stored, name) != _show(settings, name)
     ]
     if differences:

@@ -55,6 +55,16 @@ def test_resumed_equals_uninterrupted(words: list[str], tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_adapters_are_merged_into_a_plain_checkpoint(words: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    sft.main([*words, "--max_steps=2", "--lora_r=2"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file() and read_record(model.config)["lora_r"] == 2
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before.state_dict()[name])}
+    assert changed and all("_proj" in name for name in changed)
+
+
 def test_the_loss_is_on_the_answer_only() -> None:
     batch = AnswerCollator(7)([Answered([1, 2], [3, 4]), Answered([5], [6])])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 7]]

@@ -1,6 +1,7 @@
 """The train command on trajectories of a tiny model, in either form."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from commands import question_rows, refused, write_rows
 from tiny import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cllm.cli import collect, train
-from cllm.models import default_guess, read_record
+from cllm.models import default_guess, load_model, read_record, vocabulary_stamp
+from cllm.trajectory.record import Dropped
+from cllm.trajectory.store import TrajectoryWriter
 
 LAUNCHER = Path(__file__).parents[2] / "cllm" / "train_cllm.sh"
 
@@ -60,6 +65,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_result_is_a_plain_checkpoint(run, model_dir: Path, capsys) -> None:
@@ -117,6 +126,7 @@ def test_resuming_from_a_checkpoint(run, tmp_path: Path) -> None:
     torn = tmp_path / "parts" / "checkpoint-7"  # a kill while it was written
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
+    (torn / "trainer_state.json").write_text('{"global_step": ')
     parts = run(**steps, output_dir=tmp_path / "parts", resume_from_checkpoint="True")
     assert json.loads((parts / "trainer_state.json").read_text())["global_step"] == 3
     assert same(weights(whole), weights(parts))
@@ -156,6 +166,123 @@ def test_ids_beyond_the_vocabulary(collected: Path, tmp_path: Path, capsys) -> N
     words = ["--model", model, "--trajectories", tmp_path / "other.json", "--output_dir", tmp_path / "out"]
     message = refused(capsys, train.main, *words, "--block_size", 4, "--use_cpu")
     assert "token id 200, but the model's vocabulary has 120 tokens" in message
+
+
+def test_lora_gives_a_plain_checkpoint_and_resumes(run, model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    options = {"lora_r": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    out = run(**options)
+    record = read_record(AutoModelForCausalLM.from_pretrained(out).config)
+    assert (record["lora_r"], record["block_size"]) == (2, 4) and not (out / "adapter_config.json").exists()
+    assert (out / "custom_generate" / "generate.py").is_file() and not same(weights(out), weights(model_dir))
+    resumed = run(**options, output_dir=tmp_path / "resumed", resume_from_checkpoint=out / "checkpoint-1")
+    assert equal(weights(out), weights(resumed))
+    adapter = run(**options, output_dir=tmp_path / "adapter", merge_lora="false", gradient_checkpointing="true")
+    assert (adapter / "adapter_config.json").is_file() and not (adapter / "model.safetensors").exists()
+    assert same(load_model(str(adapter)).state_dict(), weights(out))
+
+
+def test_lora_modules_that_do_not_exist(model_dir: Path, collected: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("peft")
+    words = ["--model", model_dir, "--trajectories", collected / "t", "--output_dir", tmp_path / "out", "--use_cpu"]
+    message = refused(capsys, train.main, *words, "--lora_r", 2, "--lora_target_modules", "attn")
+    assert "has no attn; choose from down_proj, gate_proj" in message
+
+
+def test_trajectories_of_another_tokenizer(model_dir: Path, collected: Path, tmp_path: Path, capsys) -> None:
+    """Same number of tokens, other meanings. A folder that does not say is taken as it is."""
+    folder = shutil.copytree(collected / "t", tmp_path / "t")
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["vocabulary"] == vocabulary_stamp(AutoTokenizer.from_pretrained(model_dir))
+    (folder / "settings.json").write_text(json.dumps(settings | {"vocabulary": "0123", "model": "other"}))
+    words = ["--model", model_dir, "--trajectories", folder, "--output_dir", tmp_path / "out", "--use_cpu"]
+    message = refused(capsys, train.main, *words)
+    assert "made with the tokenizer of other" in message and not (tmp_path / "out").exists()
+    del settings["vocabulary"]
+    (folder / "settings.json").write_text(json.dumps(settings))
+    train.main([*map(str, words), "--max_steps=1", "--save_strategy=no", "--report_to=none"])
+
+
+def test_a_block_size_other_than_the_stored_one(model_dir: Path, collected: Path, tmp_path: Path, capsys) -> None:
+    words = ["--model", model_dir, "--trajectories", collected / "t", "--output_dir", tmp_path / "out", "--use_cpu"]
+    message = refused(capsys, train.main, *words, "--block_size", 5)
+    assert "block_size is 5, but" in message and "was collected with 4" in message
+
+
+def test_nothing_left_to_train_on(model_dir: Path, tmp_path: Path, capsys) -> None:
+    writer = TrajectoryWriter(tmp_path / "t", {"block_size": 4}, resume=False)
+    writer.write([], [Dropped("a", "repetition"), Dropped("b", "empty response")])
+    words = ["--model", model_dir, "--trajectories", tmp_path / "t", "--output_dir", tmp_path / "out", "--use_cpu"]
+    assert "no rows to train on; all 2 were dropped" in refused(capsys, train.main, *words)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_loss_that_is_no_number_stops_the_run(run, tmp_path: Path, capsys, logging_steps: int) -> None:
+    """At the first log or checkpoint behind it; what was saved before is kept."""
+    with pytest.raises(SystemExit) as stopped:
+        run(learning_rate=1e30, max_steps=5, save_strategy="steps", save_steps=1, logging_steps=logging_steps)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "not a finite number" in error and "Lower --learning_rate (1e+30)" in error
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def kill_at(model_dir: Path, collected: Path, out: Path, moment: str, **options: object) -> None:
+    """Run the command in a process of its own, which gets SIGKILL at a moment in step 2: in training or in saving."""
+    words = [f"--model={model_dir}", f"--trajectories={collected / 't'}", f"--output_dir={out}"]
+    words += [f"--{name}={value}" for name, value in options.items()]
+    done = subprocess.run([sys.executable, "-c", KILLED, moment, *words], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from transformers import Trainer
+from cllm.cli import train
+
+def killing(kind, name):
+    do = getattr(kind, name)
+    def act(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do(self, *args, **kwargs)
+    setattr(kind, name, act)
+
+killing(Trainer, sys.argv[1])
+train.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["training_step", "_save_rng_state"])
+def test_killed_and_resumed_equals_uninterrupted(run, model_dir: Path, collected: Path, tmp_path: Path, moment: str) -> None:
+    """Bit for bit, data order included: from the last whole checkpoint, in the middle of the second epoch."""
+    steps = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5, "per_device_train_batch_size": 3}
+    steps |= {"learning_rate": 1e-3, "use_cpu": "true", "report_to": "none", "train_sampling_strategy": "group_by_length"}
+    kill_at(model_dir, collected, tmp_path / "out", moment, **steps)
+    torn = tmp_path / "out" / "checkpoint-2"
+    assert torn.exists() and (torn / "trainer_state.json").exists() == (moment == "training_step")
+    resumed = run(**steps, resume_from_checkpoint="True")
+    assert equal(weights(resumed), weights(run(**steps, output_dir=tmp_path / "whole")))
+
+
+def test_logs_go_where_report_to_says_and_nowhere_else(run, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    logs = "tfevents"
+    assert not list(run().rglob(f"*{logs}*"))
+    assert list(run(report_to="tensorboard", logging_steps=1).rglob(f"*{logs}*"))
+
+
+@pytest.mark.parametrize("config", sorted((LAUNCHER.parent / "configs").iterdir()), ids=lambda path: path.stem)
+def test_the_ready_configurations_are_what_accelerate_reads(config: Path) -> None:
+    loaded = load_config_from_file(str(config))
+    assert loaded.num_processes == -1  # it refuses to start unless --num_processes is given, as the launcher does
+    kind = "FSDP" if config.stem.startswith("fsdp") else "DEEPSPEED"
+    assert loaded.distributed_type == kind
+    options = {action.dest for action in launch_command_parser()._actions}
+    given = loaded.fsdp_config or loaded.deepspeed_config
+    assert given and not set(given) - options
 
 
 @pytest.mark.slow

@@ -4,23 +4,29 @@ import os
 import random
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
 from tiny import tiny_model
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from cllm import reference
 from cllm.errors import UsageError
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.examples import Collator, ExampleDataset, Sampling, build_example
+from cllm.training.lora import LoraArguments, adapt
 from cllm.training.objective import DIVERGENCES
+from cllm.training.sharding import unsharded
 from cllm.training.trainer import CllmTrainer
 from cllm.trajectory.record import TrajectoryRow
 
 ROWS = 8
+TESTS = Path(__file__).parents[1]
+CONFIGS = TESTS.parent / "cllm" / "configs"
 
 
 def random_row(index: int) -> TrajectoryRow:
@@ -58,13 +64,15 @@ def make_trainer(folder, model=None, rows: int = ROWS, **options) -> CllmTrainer
         seed=3,
     )
     args = CllmTrainingArguments(output_dir=str(folder), **settings | options)
-    model = model or tiny_model(vocab_size=97)
+    with unsharded(args):
+        model = model or tiny_model(vocab_size=97)
+        target = tiny_model(seed=9, vocab_size=97) if args.needs_target else None
     return CllmTrainer(
         model=model,
         args=args,
         train_dataset=ExampleDataset(Rows(map(random_row, range(rows))), args.sampling),
         data_collator=Collator(0, args.distance_decay, args.max_row_tokens),
-        target_model=tiny_model(seed=9, vocab_size=97) if args.needs_target else None,
+        target_model=target,
     )
 
 
@@ -120,14 +128,25 @@ def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
     )
 
 
+SHARDED = {"ddp": None, "fsdp2": "fsdp2.yaml", "zero2": "zero2.yaml", "zero3": "zero3_offload.yaml"}  # in cllm/configs
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    whole = step(tmp_path, per_device_train_batch_size=8)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"]
-    subprocess.run([*command, __file__, str(tmp_path)], check=True, env=environment, timeout=300)
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("kind", SHARDED)
+def test_two_processes_give_the_gradient_of_one(tmp_path, kind):
+    """The accumulated, packed step; and what they save is one plain checkpoint, however the weights were sharded."""
+    if kind.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    model = tiny_model(vocab_size=97)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    make_trainer(tmp_path, model, per_device_train_batch_size=8).train()
+    config = ["--config_file", str(CONFIGS / SHARDED[kind])] if SHARDED[kind] else ["--multi_gpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes=2", "--main_process_port=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    subprocess.run([*command, __file__, str(tmp_path)], check=True, env=environment, timeout=500)
+    together = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(together[name] - before[name], weight - before[name], atol=1e-5, rtol=1e-4)
 
 
 def loss_sums(trainer: CllmTrainer, examples) -> list[float]:
@@ -228,6 +247,26 @@ def test_nothing_flows_through_the_detached_target(tmp_path):
     assert touched
 
 
+def test_with_adapters_off_a_model_is_its_own_target(tmp_path):
+    """The losses are those of the merged model beside a second copy of the base."""
+    pytest.importorskip("peft")
+    adapted = adapt(tiny_model(vocab_size=97), LoraArguments(lora_r=4), seed=0)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.2)
+    alone = make_trainer(tmp_path, adapted)
+    alone.target_model = None
+    examples = [alone.train_dataset[i] for i in range(ROWS)]
+    sums = loss_sums(alone, examples)
+    beside = make_trainer(tmp_path, deepcopy(adapted).merge_and_unload())
+    beside.target_model = tiny_model(vocab_size=97)
+    assert sums == pytest.approx(loss_sums(beside, examples), rel=1e-4)
+    before = {name: weight.clone() for name, weight in adapted.named_parameters()}
+    alone.train()
+    changed = {name for name, weight in adapted.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
 def test_target_model_does_not_change(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=3)
     before = [p.clone() for p in trainer.target_model.parameters()]
@@ -299,5 +338,16 @@ def test_resumed_training_equals_uninterrupted(tmp_path, strategy, objective):
             assert torch.equal(a, b)
 
 
+def shard_without_gpu(trainer: CllmTrainer) -> None:
+    """Let accelerate shard by FSDP2 on CPUs, which torch can do: it looks for FSDP on kinds of GPU only."""
+    PartialState().distributed_type = DistributedType.MULTI_GPU
+    Trainer.create_accelerator_and_postprocess(trainer)
+
+
 if __name__ == "__main__":  # one of two processes of test_two_processes_give_the_gradient_of_one
-    torch.save(step(sys.argv[1], per_device_train_batch_size=4), Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        CllmTrainer.create_accelerator_and_postprocess = shard_without_gpu
+    together = make_trainer(sys.argv[1], per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    together.train()
+    assert together.args.world_size == 2
+    together.save_model()

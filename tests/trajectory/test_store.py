@@ -570,3 +570,51 @@ def check_after_full(folder: Path, stored: int) -> None:
     assert len(writer.done_ids) == stored
     writer.write([make_row(stored)])
     assert len(rows_of(folder)) == stored + 1
+
+
+def test_older_folders_go_on_without_the_vocabulary_and_get_it(tmp_path: Path) -> None:
+    TrajectoryWriter(tmp_path, SETTINGS, resume=False)
+    TrajectoryWriter(tmp_path, SETTINGS | {"vocabulary": "one"}, resume=True)
+    with pytest.raises(UsageError, match='vocabulary: "one" there, "two" now'):
+        TrajectoryWriter(tmp_path, SETTINGS | {"vocabulary": "two"}, resume=True)
+
+
+MEASURE = """
+import sys
+import datasets
+from cllm.training.examples import ExampleDataset, Sampling
+from cllm.training.order import LengthGroupedOrder
+from cllm.trajectory.store import TrajectoryDataset
+
+def own_memory():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+before = own_memory()
+examples = ExampleDataset(TrajectoryDataset(sys.argv[1], cache_dir=sys.argv[2]), Sampling())
+most = 0
+for index in LengthGroupedOrder(examples, 4, seed=0):
+    examples[index]
+    most = max(most, own_memory() - before)
+print(most, examples.rows._rows.data.nbytes)
+"""
+
+
+@pytest.mark.slow
+def test_training_reads_a_store_without_holding_it_in_memory(tmp_path: Path) -> None:
+    """Every example of an epoch, in the order by length: the process's own memory grows by a part of the store's size."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the system does not say how much memory is a process's own")
+    ids = list(range(256))
+    blocks = [[ids[at : at + 16]] * 17 for at in range(0, 256, 16)]
+    rows = [TrajectoryRow(f"r{place}", ids[:8], ids, ids[::16], blocks, [], None) for place in range(100)]
+    writer = TrajectoryWriter(tmp_path / "t", {}, resume=False)
+    writer.write(rows)
+    (shard,) = (tmp_path / "t").glob("part-*")
+    table = pq.read_table(shard)
+    for copy in range(40):
+        names = pa.array([f"{copy}-{place}" for place in range(100)])
+        pq.write_table(table.set_column(0, "row_id", names), shard.with_name(f"part-{copy}.parquet"))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "t"), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    most, size = map(int, done.stdout.split())
+    assert size > 64 << 20 and most < size / 3, (most, size)

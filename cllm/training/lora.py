@@ -1,0 +1,127 @@
+"""Low-rank adapters through peft: LoRA (arXiv 2106.09685), and QLoRA over weights in 4 bits (arXiv 2305.14314).
+
+The model with its adapter off *is* the frozen target, so no second copy of the weights is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from cllm.errors import UsageError
+from cllm.models import ADAPTER, load_model
+
+WRITTEN_BY_PEFT = (ADAPTER, "adapter_model.safetensors", "README.md")
+
+
+@dataclass
+class LoraArguments:
+    """Training of adapters in the place of all weights. Raises UsageError for what cannot work here."""
+
+    lora_r: int = field(default=0, metadata={"help": "rank of LoRA adapters (extra: lora); 0 trains all weights"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters; default: twice the rank"})
+    lora_target_modules: list[str] = field(
+        default_factory=list, metadata={"help": "names of the linear layers to adapt; default: all but the output layer"}
+    )
+    qlora: bool = field(
+        default=False, metadata={"help": "keep the frozen weights in 4 bits; needs --lora_r and a GPU (extra: qlora)"}
+    )
+    merge_lora: bool = field(
+        default=True, metadata={"help": "merge the adapter into a plain checkpoint at the end; otherwise it is kept alone"}
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("lora_r", 0), ("lora_alpha", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be >= {least}, got {value}")
+        if not self.lora_r and (self.qlora or self.lora_alpha is not None or self.lora_target_modules):
+            raise UsageError("qlora, lora_alpha and lora_target_modules need lora_r >= 1, the rank of the adapters")
+        if self.lora_r:
+            _require("peft", "lora_r", "lora")
+        if self.qlora:
+            _require("bitsandbytes", "qlora", "qlora")
+            if not torch.cuda.is_available():
+                raise UsageError("qlora needs a CUDA GPU, and there is none here; --lora_r without --qlora works on a CPU")
+
+    def loading(self, device: str) -> dict[str, Any]:
+        """What :func:`cllm.models.load_model` needs to know."""
+        if not self.qlora:
+            return {"device": "cpu"}  # the trainer moves it
+        from transformers import BitsAndBytesConfig
+
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        return {"device": device, "quantization": four_bits}
+
+    def record(self) -> dict[str, Any]:
+        """For the record of what is trained."""
+        return {"lora_r": self.lora_r, "qlora": self.qlora} if self.lora_r else {}
+
+
+def adapt(model: PreTrainedModel, lora: LoraArguments, seed: int) -> Any:
+    """The model with adapters, started from ``seed``, that alone are trained; the model itself where ``lora_r`` is 0.
+
+    Raises UsageError for target modules that it does not have.
+    """
+    if not lora.lora_r:
+        return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    allowed = _linear_names(model)
+    unknown = sorted(set(lora.lora_target_modules) - set(allowed))
+    if unknown:
+        got = ", ".join(unknown)
+        raise UsageError(f"lora_target_modules: {model.name_or_path} has no {got}; choose from {', '.join(allowed)}")
+    if lora.qlora:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha or 2 * lora.lora_r,
+        target_modules=lora.lora_target_modules or allowed,
+        task_type="CAUSAL_LM",
+    )
+    set_seed(seed)
+    with_adapters = get_peft_model(model, config)
+    name = str(model.name_or_path)
+    config.base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return with_adapters
+
+
+def adapted(model: torch.nn.Module) -> bool:
+    """Whether a model has adapters."""
+    return hasattr(model, "disable_adapter")
+
+
+def finish(model: Any, folder: str, lora: LoraArguments, dtype: str) -> None:
+    """Make of the adapter that was saved in ``folder`` a plain checkpoint with weights of ``dtype``.
+
+    Without ``merge_lora`` it only gets the model's record, which :func:`cllm.models.load_model` finds there.
+    """
+    model.config.save_pretrained(folder)
+    if not lora.merge_lora:
+        return
+    load_model(folder, dtype=dtype, device="cpu").save_pretrained(folder)
+    for name in WRITTEN_BY_PEFT:
+        Path(folder, name).unlink(missing_ok=True)
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Last parts of the names of all linear layers but the output layer, which the frozen target shares."""
+    head = model.get_output_embeddings()
+    layers = model.named_modules()
+    return sorted({name.split(".")[-1] for name, layer in layers if isinstance(layer, torch.nn.Linear) and layer is not head})
+
+
+def _require(package: str, option: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise UsageError(f"{option} needs {package}: pip install 'cllm[{extra}]'")

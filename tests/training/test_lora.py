@@ -1,0 +1,71 @@
+"""Adapters: which weights they are, what is refused, and what comes out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny_checkpoint, tiny_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from cllm.errors import UsageError
+from cllm.models import load_model, read_record, write_record
+from cllm.training.lora import LoraArguments, adapt, finish
+
+pytest.importorskip("peft")
+IDS = torch.arange(3, 20)[None]
+
+
+def test_only_adapters_are_trained_and_the_output_layer_has_none() -> None:
+    model = adapt(tiny_model(), LoraArguments(lora_r=2), seed=0)
+    learned = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert len(learned) == 3 * 7 * 2 and all("lora_" in name and "lm_head" not in name for name in learned)
+    one = adapt(tiny_model(), LoraArguments(lora_r=2, lora_target_modules=["q_proj"]), seed=0)
+    assert sum(weight.requires_grad for weight in one.parameters()) == 3 * 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_or_not_the_folder_loads_as_the_adapted_model(tmp_path: Path, tied: bool) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base", tie_word_embeddings=tied)
+    model = adapt(load_model(str(base)), LoraArguments(lora_r=2), seed=0)
+    write_record(model.config, {"block_size": 4})
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1)
+    expected, plain = model(IDS).logits, load_model(str(base))(IDS).logits
+    assert (expected - plain).abs().max() > 0.1
+    for merge in (False, True):
+        folder = tmp_path / f"merged-{merge}"
+        model.save_pretrained(folder)
+        finish(model, str(folder), LoraArguments(lora_r=2, merge_lora=merge), "float32")
+        loaded = load_model(str(folder))
+        torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+        assert read_record(loaded.config)["block_size"] == 4
+    assert type(AutoModelForCausalLM.from_pretrained(folder)) is LlamaForCausalLM
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors"}
+    assert not [path.name for path in folder.iterdir() if "adapter" in path.name]
+
+
+def test_modules_that_do_not_exist_are_refused_with_those_that_do() -> None:
+    with pytest.raises(UsageError, match="has no attn, lm_head; choose from down_proj, gate_proj, k_proj, o_proj"):
+        adapt(tiny_model(), LoraArguments(lora_r=2, lora_target_modules=["attn", "q_proj", "lm_head"]), seed=0)
+
+
+def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, message in [
+        ({"lora_r": -1}, "lora_r must be >= 0, got -1"),
+        ({"lora_r": 2, "lora_alpha": 0}, "lora_alpha must be >= 1, got 0"),
+        ({"qlora": True}, "need lora_r >= 1"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            LoraArguments(**options)
+    here = {"peft"}
+    monkeypatch.setattr("cllm.training.lora.find_spec", lambda name: name in here or None)
+    with pytest.raises(UsageError, match=r"qlora needs bitsandbytes: pip install 'cllm\[qlora\]'"):
+        LoraArguments(lora_r=2, qlora=True)
+    here |= {"bitsandbytes"}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="qlora needs a CUDA GPU"):
+        LoraArguments(lora_r=2, qlora=True)
+    here.clear()
+    with pytest.raises(UsageError, match=r"lora_r needs peft: pip install 'cllm\[lora\]'"):
+        LoraArguments(lora_r=2)
