@@ -29,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], main: Callable[..., None], *word
         main([str(word) for word in words])
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if not line.startswith(("WARNING", "INFO"))]
-    errors = [line for line in lines if "examples/s]" not in line]  # the bar of `datasets`, which a command of its own hides
+    errors = [line for line in lines if line and "examples/s]" not in line]  # a bar of `datasets`, hidden in a real process
     assert exit_.value.code == 2, captured.err
     assert len(errors) == 1 and errors[0].startswith("error: "), captured.err
     return errors[0].removeprefix("error: ")

@@ -109,6 +109,10 @@ class TokenMeanTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """Around all of the loss: what runs outside of the prepared model's forward (output layer, target) is autocast, too."""
+        return self.accelerator.autocast()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to the parent's log, of the steps since the last one: throughput, and the means of the terms if several."""
         if self._parts and "loss" in logs:

@@ -119,7 +119,7 @@ def test_examples_that_share_rows_have_the_same_gradient(tmp_path, objective):
 
 def test_bfloat16_is_near_float32(tmp_path):
     exact, rounded = (step(tmp_path, per_device_train_batch_size=8, max_row_tokens=150, bf16=bf16) for bf16 in (False, True))
-    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
 
 
 def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
