@@ -70,7 +70,6 @@ def build_trainer(run: RunArguments, lora: LoraArguments, probe: ProbeArguments,
     from cllm.training.arguments import OBJECTIVE
     from cllm.training.examples import Collator, ExampleDataset
     from cllm.training.lora import adapt
-    from cllm.training.sharding import unsharded
     from cllm.training.trainer import CllmTrainer
     from cllm.trajectory.store import TrajectoryDataset
 
@@ -83,8 +82,7 @@ def build_trainer(run: RunArguments, lora: LoraArguments, probe: ProbeArguments,
     block_size = _block_size(run, settings, rows)
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size, vocabulary_stamp(tokenizer))
     frozen = args.needs_target and not lora.lora_r  # adapters that are off give the target model again
-    with unsharded(args):
-        target = load_model(run.model, **how) if frozen or probe.probe_prompts else None
+    target = load_model(run.model, **how) if frozen or probe.probe_prompts else None
     dataset = ExampleDataset(rows, args.sampling, seed=args.seed if args.data_seed is None else args.data_seed)
     write_record(
         model.config,

@@ -41,6 +41,9 @@ class TokenMeanTrainer(Trainer):
         self.meter = Meter()
         if self.args.use_liger_kernel and (self.args.device.type == "cpu" or not is_liger_kernel_available()):
             raise UsageError("use_liger_kernel needs a GPU and the package liger-kernel; leave it out")
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            raise UsageError("DeepSpeed ZeRO-3 shards the output layer, whose gradient would be wrong; use ZeRO-2 or FSDP2")
         self._verified = False
         self._parts: list[torch.Tensor] = []
 

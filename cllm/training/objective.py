@@ -31,10 +31,6 @@ class Head(Protocol):
 
     def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor: ...
 
-    def around(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, /) -> torch.Tensor:
-        """``work(hidden)`` where the parameters can be used."""
-        ...
-
 
 def kl_divergence(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) of two sets of logits, per token [M]. Nothing flows back into the teacher."""
@@ -101,11 +97,7 @@ def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tenso
 @torch.no_grad()
 def likeliest(hidden_MH: torch.Tensor, head: Head) -> torch.Tensor:
     """The token that follows each hidden state in greedy decoding: ids [M], in chunks like :func:`distillation_sum`."""
-
-    def chosen(hidden_MH: torch.Tensor) -> torch.Tensor:
-        return torch.cat([head(hidden).argmax(dim=-1) for hidden in hidden_MH.split(CHUNK)])
-
-    return head.around(chosen, hidden_MH)
+    return torch.cat([head(hidden).argmax(dim=-1) for hidden in hidden_MH.split(CHUNK)])
 
 
 def balanced(first: torch.Tensor, second: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -122,12 +114,8 @@ def balanced(first: torch.Tensor, second: torch.Tensor, hidden: torch.Tensor) ->
 
 def _in_chunks(part: Callable[..., torch.Tensor], head: Head, hidden_MH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """Sum of ``part`` over chunks of tokens, 0 for no token; the hidden states go through ``head``."""
-
-    def chunked(hidden_MH: torch.Tensor) -> torch.Tensor:
-        learned = [parameter for parameter in head.parameters if parameter.requires_grad]
-        return _ChunkedSum.apply(part, learned, others, hidden_MH, *learned)
-
-    return head.around(chunked, hidden_MH)
+    learned = [parameter for parameter in head.parameters if parameter.requires_grad]
+    return _ChunkedSum.apply(part, learned, others, hidden_MH, *learned)
 
 
 class _ChunkedSum(torch.autograd.Function):

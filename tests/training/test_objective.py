@@ -27,9 +27,6 @@ class Linear:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ self.weight
 
-    def around(self, work, hidden: torch.Tensor) -> torch.Tensor:
-        return work(hidden)
-
 
 def test_kl_is_zero_for_equal_logits_and_positive_otherwise():
     logits = torch.randn(5, 11)

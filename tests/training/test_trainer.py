@@ -20,7 +20,6 @@ from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.examples import Collator, ExampleDataset, Sampling, build_example
 from cllm.training.lora import LoraArguments, adapt
 from cllm.training.objective import DIVERGENCES
-from cllm.training.sharding import unsharded
 from cllm.training.trainer import CllmTrainer
 from cllm.trajectory.record import TrajectoryRow
 
@@ -64,15 +63,12 @@ def make_trainer(folder, model=None, rows: int = ROWS, **options) -> CllmTrainer
         seed=3,
     )
     args = CllmTrainingArguments(output_dir=str(folder), **settings | options)
-    with unsharded(args):
-        model = model or tiny_model(vocab_size=97)
-        target = tiny_model(seed=9, vocab_size=97) if args.needs_target else None
     return CllmTrainer(
-        model=model,
+        model=model or tiny_model(vocab_size=97),
         args=args,
         train_dataset=ExampleDataset(Rows(map(random_row, range(rows))), args.sampling),
         data_collator=Collator(0, args.distance_decay, args.max_row_tokens),
-        target_model=target,
+        target_model=tiny_model(seed=9, vocab_size=97) if args.needs_target else None,
     )
 
 
@@ -128,14 +124,14 @@ def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
     )
 
 
-SHARDED = {"ddp": None, "fsdp2": "fsdp2.yaml", "zero2": "zero2.yaml", "zero3": "zero3_offload.yaml"}  # in cllm/configs
+SHARDED = {"ddp": None, "fsdp2": "fsdp2.yaml", "zero2": "zero2.yaml"}  # in cllm/configs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARDED)
 def test_two_processes_give_the_gradient_of_one(tmp_path, kind):
     """The accumulated, packed step; and what they save is one plain checkpoint, however the weights were sharded."""
-    if kind.startswith("zero"):
+    if kind == "zero2":
         pytest.importorskip("deepspeed")
     model = tiny_model(vocab_size=97)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
