@@ -31,7 +31,6 @@ from cllm.decoding.engine import JacobiDecoder, Streamer, unpad
 from cllm.decoding.result import Iteration
 from cllm.decoding.sampling import ProcessedSampling, Sampling
 from cllm.errors import UsageError
-from cllm.models import default_guess, default_width, read_record
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 NO_OUTPUT = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -117,12 +116,11 @@ def jacobi(
     mask_BP = torch.ones_like(input_ids).bool() if mask_BP is None else mask_BP.bool()
     _refuse_other_tasks(generation_config, model_kwargs, mask_BP)
     prompts = unpad(input_ids, mask_BP)
-    record = read_record(model.config)
     decoder = JacobiDecoder(
         model,
-        default_width(record) if block_size is None else block_size,
+        block_size,
         eos_token_ids=[int(i) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id],
-        guess=default_guess(record) if guess is None else guess,
+        guess=guess,
     )
     most = generation_config.max_length - input_ids.shape[1]
     room = [min(most, (decoder.context or most + len(prompt)) - len(prompt)) for prompt in prompts]

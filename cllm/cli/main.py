@@ -11,7 +11,7 @@ COMMANDS = {
     "collect": "store the Jacobi trajectories of a target model",
     "train": "fine-tune the target model into a CLLM",
     "speedup": "measure tokens per forward and tokens per second against AR decoding",
-    "tune": "find the window width that is fastest on this device",
+    "tune": "find the window width and the fresh guesses that are fastest on this device",
     "acc": "measure accuracy on a task",
     "generate": "answer a file of prompts",
     "chat": "talk to a model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from cllm.errors import UsageError
 
 if TYPE_CHECKING:
     from cllm.training.lora import LoraArguments
+
+logger = logging.getLogger(__name__)
 
 AT_LEAST = {
     "learning_rate": 0,
@@ -48,7 +51,10 @@ def parse(words: Sequence[str], prog: str, description: str | None, *types: Any)
 
 
 def make_trainer(kind: Any, args: Any, **parts: Any) -> Any:
-    """A trainer; what its options do not allow is a UsageError."""
+    """A trainer; what its options do not allow is a UsageError. One process trains on one GPU, whatever else is there."""
+    if args.n_gpu > 1:
+        logger.warning("training on one of %d GPUs; NUM_PROCESSES and train_cllm.sh use more", args.n_gpu)
+        args._n_gpu = 1  # else the parent would take torch's DataParallel, with all losses on the first
     try:
         return kind(args=args, **parts)
     except (ValueError, ImportError) as error:  # options that do not go together

@@ -23,7 +23,7 @@ from cllm.decoding.runner import Mode, make_runner
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
 from cllm.decoding.step import Step, round_up
 from cllm.errors import UsageError
-from cllm.models import context_length, embedding_device
+from cllm.models import context_length, default_guess, default_width, embedding_device, read_record
 
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
@@ -59,6 +59,7 @@ class JacobiDecoder:
     iterated until nothing changes, then the next n follow. ``block_size=1`` with a sliding window is AR decoding.
     ``guess``: how new positions of the window are filled, see :func:`cllm.decoding.guess.make_guess`. Where every token of a
     forward costs time (CPU, not compiled), one covers only the part of the window that the guess holds to be worth it.
+    By default both are what ``cllm tune`` stored in the checkpoint, else what it was trained with, else 16 and ``context``.
     ``compile``: how iterations are run, see :func:`cllm.decoding.runner.make_runner`. Captured ones point at the model's
     weights where they are now, so use a new decoder for a model that was moved.
     ``prefill_chunk``: how many tokens of each prompt go through the model together, to bound the memory; the forwards of a
@@ -71,16 +72,18 @@ class JacobiDecoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        block_size: int = 16,
+        block_size: int | None = None,
         *,
         eos_token_ids: Sequence[int] = (),
         window: Window = "sliding",
-        guess: str | Guess | FreshGuess = "context",
+        guess: str | Guess | FreshGuess | None = None,
         seed: int = 0,
         compile: Mode = "auto",
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         check_model(model)
+        record = read_record(model.config)
+        block_size = default_width(record) if block_size is None else block_size
         self.context = context_length(model.config)
         if not 1 <= block_size <= (self.context or block_size):
             raise UsageError(f"block_size must be between 1 and the context length {self.context}, got {block_size}")
@@ -89,7 +92,7 @@ class JacobiDecoder:
         if prefill_chunk < 1:
             raise UsageError(f"prefill_chunk must be >= 1, got {prefill_chunk}")
         self.model, self.block_size, self.window, self.seed = model, block_size, window, seed
-        self.guess, self.prefill_chunk = make_guess(guess), prefill_chunk
+        self.guess, self.prefill_chunk = make_guess(default_guess(record) if guess is None else guess), prefill_chunk
         self.device = embedding_device(model)
         self.eos_ids = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=self.device)
         self.step = Step(

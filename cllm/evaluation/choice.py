@@ -22,6 +22,9 @@ from cllm.models import context_length
 CANDIDATES = ("context", "prompt_lookup", "pool", "prompt_lookup+pool", "prompt_lookup+pool+context")
 
 
+LEAST = 3  # batches that every choice decodes
+
+
 @dataclass(frozen=True)
 class Choice:
     """One width with one strategy for fresh guesses, at one batch size."""
@@ -49,13 +52,15 @@ def measure_choices(
 ) -> list[Choice]:
     """Every width with every guess at every batch size; at width 1 nothing is guessed, so the first stands for all.
 
-    Each decodes all prompts, which are taken again where a batch needs more. The choices take turns, batch by batch, so that
-    a machine that slows down slows all of them. Raises UsageError for a width that the model cannot take, an unknown guess,
-    and where there is nothing to measure.
+    Each decodes all prompts, which are taken again where a batch needs more, and in three batches at least. The choices take
+    turns, batch by batch, so that a machine that slows down slows all of them. Raises UsageError for a width that the model
+    cannot take, an unknown guess, and where there is nothing to measure.
     """
     if not prompts or not widths or not guesses or not batch_sizes:
         raise UsageError("measuring needs at least one prompt, one width, one guess and one batch size")
     context = context_length(model.config)
+    if max_new_tokens < 2:
+        raise UsageError(f"measuring needs at least two new tokens, got {max_new_tokens}")
     if budget(prompts, max_new_tokens, context) < 2:
         raise UsageError("the prompts leave no room in the model's context to measure in; take shorter ones")
     pairs = [(width, guess) for width in widths for guess in (guesses if width > 1 else guesses[:1])]
@@ -76,8 +81,9 @@ def fastest(measured: Sequence[Choice], batch_size: int) -> Choice:
 
 
 def _batches(prompts: Prompts, size: int) -> list[Prompts]:
-    """All prompts in batches that are full, the last of them with prompts that were there before."""
-    return [[prompts[(at + row) % len(prompts)] for row in range(size)] for at in range(0, len(prompts), size)]
+    """All prompts in LEAST batches or more, which are full; the last are with prompts that were there before."""
+    count = max(LEAST, -(-len(prompts) // size))
+    return [[prompts[(at * size + row) % len(prompts)] for row in range(size)] for at in range(count)]
 
 
 def _choice(width: int, guess: str, size: int, runs: Sequence[Run]) -> Choice:

@@ -59,7 +59,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Widths:
-    """A run of ``tune``: fresh guesses -> (width, tokens per forward), by width. The batch size changes neither."""
+    """A run of ``tune``: fresh guesses -> (width, tokens per forward), by width; of the last batch size."""
 
     name: str
     points: dict[str, list[tuple[int, float]]]

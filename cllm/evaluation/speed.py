@@ -26,7 +26,7 @@ class Run:
     """One method on one batch."""
 
     seconds: float
-    prefill_seconds: float  # of which up to the end of the first forward
+    prefill_seconds: float  # of which up to the end of the first forward; of a prompt in several chunks, of the first chunk
     responses: list[Response]
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from cllm.checkpoints import published_record
 from cllm.decoding import JacobiDecoder, Sampling
 from cllm.errors import UsageError
-from cllm.models import RECORD, context_length, default_guess, default_width, load_tokenizer, read_record, stop_token_ids
+from cllm.models import RECORD, context_length, load_tokenizer, read_record, stop_token_ids
 from cllm.prompts import CHAT, PromptTemplate, choose_template
 from cllm.serving.text import TextStream
 
@@ -169,8 +169,7 @@ def generate_stream(
     room = max(1, min(int(params.get("max_new_tokens", 256)), context_len - 2))
     ids = ids[-max(1, context_len - room - 1) :]
     eos = [*stop_token_ids(model, tokenizer), *(params.get("stop_token_ids") or [])]
-    record = read_record(model.config)
-    decoder = JacobiDecoder(model, default_width(record), eos_token_ids=eos, guess=default_guess(record))
+    decoder = JacobiDecoder(model, eos_token_ids=eos)
     stops = params.get("stop") or []
     stream = TextStream(tokenizer, [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop])
 

@@ -45,7 +45,8 @@ class TokenMeanTrainer(Trainer):
         if plugin is not None and plugin.zero_stage == 3:
             raise UsageError("DeepSpeed ZeRO-3 shards the output layer, whose gradient would be wrong; use ZeRO-2 or FSDP2")
         self._verified = False
-        self._parts: list[torch.Tensor] = []
+        self._parts: list[torch.Tensor] = []  # of every micro-batch since the last log
+        self._steps = 0  # since then
 
     # ------------------------------------------------------ for the subclass
 
@@ -80,6 +81,7 @@ class TokenMeanTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step and the token counts [L] of the global batch."""
         self.meter.start()
+        self._steps += 1
         batches = []
         for _ in range(num_batches):
             try:
@@ -123,7 +125,7 @@ class TokenMeanTrainer(Trainer):
             if len(self.terms) > 1:
                 logs |= dict(zip(self.terms, mean))
             logs |= self.meter.read(self.accelerator.num_processes)
-            self._parts.clear()
+            self.forget_parts()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -136,12 +138,16 @@ class TokenMeanTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
 
+    def forget_parts(self) -> None:
+        """Nothing of the steps up to here goes into the next log."""
+        self._parts.clear()
+        self._steps = 0
+
     def _mean_parts(self) -> list[float]:
         """The terms as means over the steps since the last log, alike on all processes. Raises UsageError where not finite."""
         if not self._parts:
             return []
-        steps = len(self._parts) / self.args.gradient_accumulation_steps
-        mean = self.accelerator.reduce(torch.stack(self._parts).sum(dim=0) / steps, reduction="mean")
+        mean = self.accelerator.reduce(torch.stack(self._parts).sum(dim=0) / max(self._steps, 1), reduction="mean")
         if not mean.isfinite().all():
             raise self._diverged("the loss is")
         return mean.tolist()

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from cllm.errors import UsageError
 from cllm.files import write_json
+from cllm.training.base import TokenMeanTrainer
 from cllm.training.figures import EXTREME, Figures, good, signs
 
 EARLY = (0.1, 0.2, 0.4, 0.8)  # of the way to the first regular check: a rate that is too high shows there
@@ -55,7 +56,7 @@ class Watch(TrainerCallback):
     check: then there is nothing worth saving.
     """
 
-    def __init__(self, trainer: Trainer, measure: Measure, target: PreTrainedModel, every: float, stop: bool) -> None:
+    def __init__(self, trainer: TokenMeanTrainer, measure: Measure, target: PreTrainedModel, every: float, stop: bool) -> None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UsageError("checks during training need whole weights; leave out --probe_prompts under FSDP and DeepSpeed")
         self.trainer, self.measure, self.target_model, self.every, self.stop = trainer, measure, target, every, stop
@@ -85,6 +86,11 @@ class Watch(TrainerCallback):
             self._warn(f"step {state.global_step}: {self._verdict()}: {'; '.join(found)}")
         if self.collapsed and self.stop:
             control.should_training_stop = True
+            control.should_save = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.collapsed and self.stop:
+            control.should_save = False  # a resumed run must not go on from here
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.best is not None:
@@ -114,7 +120,7 @@ class Watch(TrainerCallback):
         return broadcast_object_list(made)[0]
 
     def _figures(self, model: Any) -> Figures:
-        with undisturbed(model):
+        with undisturbed(model), self.trainer.accelerator.autocast():  # model and target alike
             return self.measure(model.get_base_model() if hasattr(model, "get_base_model") else model)  # with its adapters
 
     def _log(self, figures: dict[str, float], control) -> None:
@@ -141,11 +147,12 @@ class Watch(TrainerCallback):
         self.trainer.save_model(str(part), _internal_call=True)
         if self.trainer.is_world_process_zero():
             write_json(part / FIGURES, asdict(best.figures))
-            shutil.rmtree(whole, ignore_errors=True)  # of a later part of an interrupted run
+            if whole.exists():  # of a later part of an interrupted run
+                _remove(whole)
             part.rename(whole)
             for folder in self.folder.glob("best-[0-9]*"):
                 if folder != whole:
-                    shutil.rmtree(folder)
+                    _remove(folder)
         self.trainer.accelerator.wait_for_everyone()
         self.best = best
 
@@ -155,6 +162,7 @@ class Watch(TrainerCallback):
         state.best_global_step, state.best_metric = best.step, best.figures.tpf
         state.best_model_checkpoint = str(self.folder / f"best-{best.step}")
         self.trainer._load_best_model()
+        self.trainer.forget_parts()  # they are of other weights, and may be no numbers
         state.best_model_checkpoint = before
 
 
@@ -187,6 +195,13 @@ def _numbers(figures: Figures, prefix: str) -> dict[str, float]:
     values = asdict(figures)
     del values["prompts"]
     return {prefix + name: value for name, value in values.items() if value is not None}
+
+
+def _remove(folder: Path) -> None:
+    """Gone at once for whoever looks for ``best-STEP``, whatever a kill leaves of it (see :meth:`Watch._found`)."""
+    hidden = folder.with_name(f".{folder.name}-old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _step(folder: Path) -> int:

@@ -173,6 +173,7 @@ def publish(args: argparse.Namespace, model: PreTrainedModel, result: dict[str, 
         content = {
             "benchmark": Path(sys.argv[0]).stem,
             "settings": settings,
+            "model": {"name": Path(getattr(args, "model", None) or "").name, "parameters": model.num_parameters()},
             "result": result,
             "environment": environment(model.device),
         }

@@ -44,8 +44,8 @@ def test_gain_and_cost_are_those_of_the_decoder() -> None:
     model, prompts = tiny_model(), [[5, 6, 7], [8] * 9, [4, 4]]
     one, four, pool = measure_choices(model, prompts, [1, 4], ["context", "pool"], [2], max_new_tokens=12)
     assert (one.tokens_per_forward, one.guess) == (1.0, "context")
-    for choice in (four, pool):  # the second batch is filled up with the first prompt
-        results = JacobiDecoder(model, 4, guess=choice.guess).generate([*prompts, prompts[0]], max_new_tokens=12)
+    for choice in (four, pool):  # three batches of two: every prompt twice
+        results = JacobiDecoder(model, 4, guess=choice.guess).generate(prompts, max_new_tokens=12)
         assert choice.tokens_per_forward == sum(len(r.token_ids) for r in results) / sum(r.forwards for r in results)
     assert 0 < one.seconds < 2 * 12 / one.tokens_per_second  # 12 forwards give 24 tokens; the prefill is no iteration
 

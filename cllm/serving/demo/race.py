@@ -92,18 +92,22 @@ class Racer:
         return str(self.tokenizer.decode([token]))
 
 
+def token_by_token(decoder: JacobiDecoder) -> JacobiDecoder:
+    """What a decoder races against: the same model, one token a forward."""
+    return JacobiDecoder(decoder.model, 1, eos_token_ids=decoder.eos_ids.tolist())
+
+
 def race(
-    decoder: JacobiDecoder, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], max_new_tokens: int
+    ar: JacobiDecoder, jacobi: JacobiDecoder, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], max_new_tokens: int
 ) -> Iterator[Step]:
-    """Decode ``prompt`` twice, greedily: with ``decoder`` and token by token.
+    """Decode ``prompt`` twice, greedily.
 
     The next forward pass is always that of the method whose clock is behind, so both are seen at their own speed. Raises
     UsageError where the prompt cannot be decoded.
     """
-    token_by_token = JacobiDecoder(decoder.model, 1, eos_token_ids=decoder.eos_ids.tolist())
     racers = [
-        Racer("ar", token_by_token, tokenizer, prompt, max_new_tokens),
-        Racer("jacobi", decoder, tokenizer, prompt, max_new_tokens),
+        Racer("ar", ar, tokenizer, prompt, max_new_tokens),
+        Racer("jacobi", jacobi, tokenizer, prompt, max_new_tokens),
     ]
     while running := [racer for racer in racers if not racer.ended]:
         yield min(running, key=lambda racer: racer.seconds).step()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cllm import decoding
 from cllm.errors import UsageError
-from cllm.serving.demo.race import race
+from cllm.serving.demo.race import race, token_by_token
 from cllm.serving.server.app import ApiError, EventStream, read_body
 from cllm.serving.server.service import Service
 
@@ -34,6 +34,7 @@ class RaceRequest(BaseModel):
 
 def add_demo(app: FastAPI, service: Service, question: str, asks_key: bool = False) -> None:
     """Add the page at ``/``; ``question`` stands in it at first. ``asks_key``: it has a field for the server's API key."""
+    ar = token_by_token(service.queue.decoder)  # kept, like the other one: what either captured serves the next race
     page = files("cllm.serving.demo").joinpath("page.html").read_text(encoding="utf-8")
     settings = {"model": service.name, "question": question, "most": service.limits.new_tokens, "key": asks_key}
     page = page.replace("{{settings}}", json.dumps(settings).replace("<", "\\u003c"))
@@ -52,17 +53,17 @@ def add_demo(app: FastAPI, service: Service, question: str, asks_key: bool = Fal
                 raise UsageError(f"max_tokens must be at most {service.limits.new_tokens}, got {body.max_tokens}")
         except UsageError as problem:
             raise ApiError(400, str(problem)) from None
-        events = _events(service, prompt, body.max_tokens)
+        events = _events(service, ar, prompt, body.max_tokens)
         return EventStream(events, closing(events), asyncio.get_running_loop().time() + service.limits.seconds)
 
 
-def _events(service: Service, prompt: Sequence[int], max_tokens: int) -> Iterator[str]:
+def _events(service: Service, ar: decoding.JacobiDecoder, prompt: Sequence[int], max_tokens: int) -> Iterator[str]:
     """One server-sent event per forward pass; meanwhile the model is nobody else's."""
     if not service.worker.device.acquire(timeout=PATIENCE):
         yield 'data: {"error": "others are using the model; try again"}\n\n'
         return
     try:
-        for step in race(service.queue.decoder, service.tokenizer, prompt, max_tokens):
+        for step in race(ar, service.queue.decoder, service.tokenizer, prompt, max_tokens):
             yield f"data: {json.dumps(asdict(step))}\n\n"
     finally:
         service.worker.device.release()

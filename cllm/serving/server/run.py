@@ -15,17 +15,28 @@ from cllm.serving.server.worker import Worker
 
 CONNECTIONS = 1024  # at once; more get 503
 SLACK = 5  # seconds for connections to close, once their answers have ended
-READ_SECONDS = 20.0  # for a client to read something, once its connection is full
+HEAD_SECONDS = 20.0  # for the head of a client's first request to arrive
+READ_SECONDS = 20.0  # for a client to read what its full connection holds
 
 
 class Connection(H11Protocol):
-    """Cuts off a client that does not read; uvicorn would wait for it without end, also after the answer's time."""
+    """Cuts off a client that sends no request or does not read; uvicorn would wait for both without end."""
 
     _cut: asyncio.TimerHandle | None = None
 
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._cut_in(HEAD_SECONDS)
+
+    def handle_events(self) -> None:
+        waiting = self.cycle is None
+        super().handle_events()
+        if waiting and self.cycle is not None:
+            self._forget()
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._cut = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        self._cut_in(READ_SECONDS)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -34,6 +45,10 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._forget()
+
+    def _cut_in(self, seconds: float) -> None:
+        self._forget()
+        self._cut = self.loop.call_later(seconds, self.transport.abort)
 
     def _forget(self) -> None:
         if self._cut is not None:

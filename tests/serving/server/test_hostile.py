@@ -4,6 +4,7 @@ import json
 import socket
 import struct
 import time
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -186,6 +187,13 @@ def test_rows_of_clients_that_leave_are_free_again(server, stream: bool, way: st
     assert post(server, COMPLETE, complete()).status_code == 200
 
 
+def nobody_left(running) -> None:
+    until = time.monotonic() + 10
+    while running.server.server_state.connections:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_leaving_ends_the_row_early(start) -> None:
     with start(Limits(new_tokens=100_000), context=200_000) as running:
         with httpx.stream("POST", running.url + COMPLETE, json=LONG | {"max_tokens": 100_000, "stream": True}) as stream:
@@ -199,7 +207,7 @@ def test_leaving_ends_the_row_early(start) -> None:
 def test_a_client_that_does_not_read(start, monkeypatch: pytest.MonkeyPatch, caplog, patience: float) -> None:
     """Its row leaves when it is cut off, or else at the deadline; meanwhile the others get their answers."""
     monkeypatch.setattr(run, "READ_SECONDS", patience)
-    with start(Limits(new_tokens=100_000, seconds=3.0), context=200_000, send_buffer=4096) as running, socket.socket() as slow:
+    with start(Limits(new_tokens=100_000, seconds=6.0), context=200_000, send_buffer=4096) as running, socket.socket() as slow:
         expected = post(running, COMPLETE, complete()).json()["choices"]
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         slow.connect(("127.0.0.1", running.port))
@@ -208,13 +216,28 @@ def test_a_client_that_does_not_read(start, monkeypatch: pytest.MonkeyPatch, cap
             time.sleep(0.01)
         for _ in range(3):
             assert post(running, COMPLETE, complete()).json()["choices"] == expected
-        until_empty(running, 20)
+        until_empty(running, 40)
         assert running.metric("cllm_cancelled_total") == 1
-        if patience > 3:
+        if patience > 6:
             assert "a client did not read its answer in time" in caplog.text
             caplog.clear()  # uvicorn calls an answer that ends early an error
         else:
-            assert not running.server.server_state.connections
+            nobody_left(running)
+
+
+def test_a_client_that_never_asks(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "HEAD_SECONDS", 0.3)
+    with start(Limits()) as running:
+        for sent in (b"", b"POST /v1/comp"):
+            with socket.create_connection(("127.0.0.1", running.port), timeout=10) as silent:
+                silent.sendall(sent)
+                with suppress(ConnectionResetError):
+                    assert silent.recv(100) == b""
+        nobody_left(running)
+        with httpx.Client() as talking:  # a connection that has asked may rest, and ask again
+            for _ in range(2):
+                assert talking.get(running.url + "/health").status_code == 200
+                time.sleep(0.5)
 
 
 def test_too_many_wait(start) -> None:
