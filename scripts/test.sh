@@ -13,7 +13,7 @@ ruff check .
 mypy cllm
 echo "==> the small real model (once; kept in the user's cache)"
 CLLM_TEST_MODEL=$(python scripts/small_model.py)
+workers=$(nproc)  # each with one thread, a file of tests at a time; counted first, because nproc minds OMP_NUM_THREADS
 export CLLM_TEST_MODEL HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-workers=$(nproc)  # each with one thread, a file of tests at a time
 echo "==> tests"
 exec python -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile "$@"
