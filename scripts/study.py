@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,12 +32,13 @@ from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
 from cllm.evaluation.environment import environment
 from cllm.evaluation.interval import bootstrap, ratio_interval
-from cllm.evaluation.quality import response_nlls, score_replies
+from cllm.evaluation.prompt import encode
+from cllm.evaluation.quality import response_entropies, response_nlls, score_replies
 from cllm.files import write_json
 from cllm.models import DEFAULT_GUESS, default_guess, load_model, load_tokenizer, read_record, stop_token_ids
 from cllm.prompts import PromptTemplate
 from cllm.tasks import get_task
-from cllm.tasks.base import Example, Task
+from cllm.tasks.base import Task
 from cllm.tasks.source import load_examples
 from cllm.trajectory.hygiene import repetition
 from cllm.trajectory.store import TrajectoryDataset
@@ -126,14 +126,6 @@ def _named(text: str) -> tuple[str, str]:
     return name, flags if given else RUNS[name]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A held-out prompt."""
-
-    example: Example
-    ids: list[int]
-
-
 class Study:
     """What all runs share: target model, prompts, and the folder of results."""
 
@@ -148,7 +140,7 @@ class Study:
         template = PromptTemplate(self.settings["prompt_template"])
         self.stops = stop_token_ids(self.target, self.tokenizer, template)
         examples = load_examples(self.task, args.filename, "test", args.prompts)
-        self.asked = [Asked(e, template.encode(e.messages, self.tokenizer)) for e in islice(examples, args.prompts)]
+        self.asked, _ = encode(islice(examples, args.prompts), template, self.tokenizer, None)
 
     def once(self, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
         """Write NAME.json with the figures, unless it is there. Raises UsageError if that one was made in another way."""
@@ -205,10 +197,10 @@ class Study:
                 "forwards": result.forwards,
                 "repeated": repetition(result.token_ids) * len(result.token_ids),
                 "nll": nll,
-                "entropy": entropy(model, prompt, result.token_ids),
+                "entropy": entropy,
             }
             | quarters(result.accepted)
-            for prompt, result, nll in zip(prompts, results, nlls, strict=True)
+            for result, nll, entropy in zip(results, nlls, response_entropies(model, prompts, texts), strict=True)
         ]
         scores = score_replies(self.task, [asked.example for asked in self.asked], texts, self.tokenizer)
         if scores is not None and len(scores) == len(rows):
@@ -222,13 +214,6 @@ def tokens_seen(trainer: Any) -> dict[str, int]:
     response = sum(len(row.response_ids) for row in data.rows)
     packed = sum(len(data[index].row) for index in range(len(data)))
     return {"response_tokens": round(epochs * response), "packed_tokens": round(epochs * packed)}
-
-
-def entropy(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> float:
-    """Entropy in nats of the model's distributions for the tokens of its response, summed."""
-    text = torch.tensor([[*prompt, *response]], device=model.device)
-    logits_NV = model(text, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1].float()
-    return float(torch.distributions.Categorical(logits=logits_NV).entropy().sum())
 
 
 def quarters(accepted: Sequence[int]) -> Row:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cllm.cli.command import parser
-from cllm.errors import UsageError
+from cllm.errors import UsageError, check_least
 from cllm.tasks.base import Task
 
 ON_COLLAPSE = ("warn", "stop")
@@ -38,9 +38,7 @@ class ProbeArguments:
     def __post_init__(self) -> None:
         if self.on_collapse not in ON_COLLAPSE:
             raise UsageError(f"on_collapse must be one of {', '.join(ON_COLLAPSE)}, got {self.on_collapse!r}")
-        for name, least in {"probe_prompts": 0, "probe_length": 1}.items():
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        check_least(self, {"probe_prompts": 0, "probe_length": 1})
         if not 0 < self.probe_every < math.inf:
             raise UsageError(f"probe_every must be a number above 0, got {self.probe_every}")
         if not self.probe_prompts and (self.probe_file or self.on_collapse == "stop"):

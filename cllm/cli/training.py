@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import Parser
-from cllm.errors import UsageError
+from cllm.errors import UsageError, check_least
 
 if TYPE_CHECKING:
     from cllm.training.lora import LoraArguments
@@ -45,8 +45,7 @@ def parse(words: Sequence[str], prog: str, description: str | None, *types: Any)
     for name, value in vars(parsed[-1]).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} must be a finite number, got {value}")
-        if name in AT_LEAST and value < AT_LEAST[name]:
-            raise UsageError(f"{name} must be >= {AT_LEAST[name]}, got {value}")
+    check_least(parsed[-1], AT_LEAST)
     return tuple(parsed)
 
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from transformers import TrainingArguments
 
-from cllm.errors import UsageError
+from cllm.errors import UsageError, check_least
 from cllm.training.examples import Consistency, Sampling, StateChoice
 from cllm.training.objective import BALANCE_LIMIT, DIVERGENCES
 
@@ -105,14 +105,7 @@ class CllmTrainingArguments(TrainingArguments):
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 < self.distance_decay <= 1:
             raise UsageError(f"distance_decay must be above 0 and at most 1, got {self.distance_decay}")
-        if self.states_per_block < 1:
-            raise UsageError(f"states_per_block must be >= 1, got {self.states_per_block}")
-        if self.max_row_tokens < 0:
-            raise UsageError(f"max_row_tokens must be >= 0, got {self.max_row_tokens}")
-        if self.ar_weight < 0:
-            raise UsageError(f"ar_weight must be >= 0, got {self.ar_weight}")
-        if self.on_policy < 0:
-            raise UsageError(f"on_policy must be >= 0, got {self.on_policy}")
+        check_least(self, {"states_per_block": 1, "max_row_tokens": 0, "ar_weight": 0, "on_policy": 0})
         if self.on_policy and self.consistency == "local":
             raise UsageError("on_policy makes states that no stored one follows; it needs consistency global, got local")
         if not 0 <= self.label_smoothing_factor < 1:

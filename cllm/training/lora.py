@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from cllm.errors import UsageError
+from cllm.errors import UsageError, check_least
 from cllm.models import ADAPTER, load_model
 
 WRITTEN_BY_PEFT = (ADAPTER, "adapter_model.safetensors", "README.md")
@@ -36,10 +36,7 @@ class LoraArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("lora_r", 0), ("lora_alpha", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name} must be >= {least}, got {value}")
+        check_least(self, {"lora_r": 0, "lora_alpha": 1})
         if not self.lora_r and (self.qlora or self.lora_alpha is not None or self.lora_target_modules):
             raise UsageError("qlora, lora_alpha and lora_target_modules need lora_r >= 1, the rank of the adapters")
         if self.lora_r:
