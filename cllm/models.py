@@ -82,7 +82,7 @@ def _load_adapted(path: str, **how: str | None) -> PreTrainedModel:
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
-        raise UsageError(f"{path!r} holds a LoRA adapter, which needs peft: pip install 'cllm[lora]'") from error
+        raise UsageError(f"{path!r} holds a LoRA adapter, which needs peft: pip install -e .[lora]") from error
     try:
         base = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path, **how)
         model: Any = PeftModel.from_pretrained(base, path)

@@ -121,4 +121,4 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
 
 def _require(package: str, option: str, extra: str) -> None:
     if find_spec(package) is None:
-        raise UsageError(f"{option} needs {package}: pip install 'cllm[{extra}]'")
+        raise UsageError(f"{option} needs {package}: pip install -e .[{extra}]")
