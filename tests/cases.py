@@ -39,11 +39,20 @@ class Case:
     def model(self) -> PreTrainedModel:
         return _model(self.kind, self.seed)
 
-    def decode(self, **options: Any) -> list[list[int]]:
-        """Our texts, in the order of the requests; ``options`` go to the decoder."""
-        decoder = JacobiDecoder(
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What a decoder is made from."""
+        names = ("kind", "seed", "width", "window", "guess", "eos")
+        return {name: getattr(self, name) for name in names}
+
+    def decoder(self, **options: Any) -> JacobiDecoder:
+        return JacobiDecoder(
             self.model, self.width, eos_token_ids=self.eos, window=self.window, guess=self.guess, **options
         )
+
+    def decode(self, decoder: JacobiDecoder | None = None) -> list[list[int]]:
+        """Our texts, in the order of the requests, by one of :meth:`decoder`."""
+        decoder = decoder or self.decoder()
         if self.queued:
             found = dict(Queue(decoder, self.rows).run(iter(self.requests)))
             return [found[number].token_ids for number in range(len(self.requests))]

@@ -1,9 +1,12 @@
 """Is the text that of autoregressive decoding? Three parts, each with a result file of its own.
 
 tiny: 1,000 generated cases in float32: six architectures, every guess and combination, both windows, ragged batches, and rows
-that join and leave; against Hugging Face's generate. ``--compile MODE`` decodes with compiled or captured steps.
+that join and leave; against Hugging Face's generate. ``--compile MODE`` decodes with compiled or captured steps; since
+compiling takes longer than a case, ``--share N`` cases that follow one another then have a decoder in common. ``--compile
+rehearsal`` needs no GPU: steps are kept and run again as captured ones are, in buffers of fixed size, but not as CUDA graphs.
 
     python scripts/benchmarks/exactness.py tiny --output docs/results/exactness_tiny.json
+    python scripts/benchmarks/exactness.py tiny --compile compile --share 40 --output docs/results/exactness_compiled.json
 
 real: prompts of several data sets in float32, every guess in a queue and the paper's window, against Hugging Face's generate.
 
@@ -20,18 +23,18 @@ Hugging Face's generate in batches of 8 leaves what it writes prompt by prompt.
 from __future__ import annotations
 
 import argparse
-import inspect
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import encode, publish
 from tqdm import tqdm
 
 from cllm.decoding import JacobiDecoder, Queue, Request
-from cllm.errors import UsageError
+from cllm.decoding.runner import CapturingRunner, CompiledStep
 from cllm.evaluation.choice import CANDIDATES
 from cllm.evaluation.method import HuggingFace
 from cllm.evaluation.speed import divergence
@@ -40,13 +43,15 @@ from cllm.models import load_model, load_tokenizer, stop_token_ids
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the tests' tiny models and cases
 
 BATCH = 8
+REHEARSAL = "rehearsal"
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("part", choices=PARTS)
     options.add_argument("--cases", type=int, default=1000, help="tiny: how many")
-    options.add_argument("--compile", help="tiny, real: the decoder's way to run steps; default: its own choice")
+    options.add_argument("--share", type=int, default=1, help="tiny: cases for each decoder")
+    options.add_argument("--compile", default="auto", help="tiny, real: the decoder's way to run steps")
     options.add_argument("--model")
     options.add_argument("--device")
     options.add_argument("--data", nargs="+", metavar="TASK=FILE", default=[])
@@ -63,24 +68,24 @@ def main() -> None:
 def tiny(args: argparse.Namespace) -> None:
     from cases import draw_case
 
-    wrong, rows, tokens, model = [], 0, 0, None
+    wrong, rows, tokens, gave_up, model = [], 0, 0, 0, None
     for number in tqdm(range(args.cases)):
-        case = draw_case(number)
-        model, expected, got = case.model, case.expected(), case.decode(**run_mode(args))
+        if number % args.share == 0:
+            torch.compiler.reset()
+            first = draw_case(number)
+            decoder = first.decoder(compile="off" if args.compile == REHEARSAL else args.compile)
+            if args.compile == REHEARSAL:
+                decoder.runner = CapturingRunner(decoder.step, lambda step: step)
+        case = draw_case(number, **first.setting)
+        model, expected, got = case.model, case.expected(), case.decode(decoder)
+        step = decoder.runner.step
+        gave_up += isinstance(step, CompiledStep) and step.compiled is step.plain
         rows, tokens = rows + len(got), tokens + sum(map(len, expected))
         if got != expected:
             wrong.append({"case": number, "kind": case.kind, "guess": case.guess, "window": case.window})
             tqdm.write(f"different: {wrong[-1]}")
-    publish(args, model, {"cases": args.cases, "texts": rows, "tokens": tokens, "different": len(wrong), "where": wrong})
-
-
-def run_mode(args: argparse.Namespace) -> dict[str, Any]:
-    """The decoder's ``compile`` argument, where it has one and the command names a mode."""
-    if args.compile is None:
-        return {}
-    if "compile" not in inspect.signature(JacobiDecoder).parameters:
-        raise UsageError("this decoder has no compiled steps; leave out --compile")
-    return {"compile": args.compile}
+    result = {"cases": args.cases, "texts": rows, "tokens": tokens, "different": len(wrong), "where": wrong}
+    publish(args, model, result | {"cases after compiling failed": gave_up})
 
 
 def real(args: argparse.Namespace) -> None:
@@ -89,7 +94,7 @@ def real(args: argparse.Namespace) -> None:
     ways = [(guess, "sliding") for guess in CANDIDATES] + [("context", "block")]
     result: dict[str, Any] = {"prompts": len(prompts), "tokens": sum(map(len, expected)), "ways": {}}
     for guess, window in ways:
-        way = {"guess": guess, "window": window} | run_mode(args)
+        way = {"guess": guess, "window": window, "compile": args.compile}
         got = ours(model, stops, prompts, args.length, BATCH, args.width, **way)
         result["ways"][f"{window}, {guess}"] = found = departures(model, prompts, expected, got)
         print(f"{window}, {guess}: {found['texts that depart']} of {len(prompts)} texts depart from AR's", flush=True)
