@@ -51,7 +51,7 @@ RUNS = {  # name -> flags of `cllm train`
     "--label_smoothing_factor 0.1",
     "guess_uniform": "",
     "guess_filler": "",
-    "states_1": "--states_per_block 1",
+    "states_2": "--states_per_block 2",
     "states_4": "--states_per_block 4",
     "noise": "--state_choice noise",
     "random_block": "--random_block_size",

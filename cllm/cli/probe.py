@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cllm.cli.command import parser
@@ -41,7 +41,7 @@ class ProbeArguments:
         check_least(self, {"probe_prompts": 0, "probe_length": 1})
         if not 0 < self.probe_every < math.inf:
             raise UsageError(f"probe_every must be a number above 0, got {self.probe_every}")
-        if not self.probe_prompts and (self.probe_file or self.on_collapse == "stop"):
+        if not self.probe_prompts and any(getattr(self, option.name) != option.default for option in fields(self)):
             raise UsageError("nothing is checked during training without --probe_prompts, the number of prompts to take")
 
 

@@ -44,7 +44,7 @@ class CllmTrainingArguments(TrainingArguments):
         metadata={"help": "global: towards the fixed point; local: towards the next state (paper, section 3.2)"},
     )
     states_per_block: int = field(
-        default=2, metadata={"help": "states drawn from each trajectory per epoch; they share the cost of the clean text"}
+        default=1, metadata={"help": "states drawn from each trajectory per epoch; they share the cost of the clean text"}
     )
     teacher: str = field(
         default="target",
@@ -99,6 +99,8 @@ class CllmTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_gt_labels:
+            if self.ar_loss == "fixed_point":
+                raise UsageError("use_gt_labels means ar_loss labels, got ar_loss fixed_point")
             self.ar_loss = "labels"
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:

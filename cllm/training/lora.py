@@ -37,8 +37,8 @@ class LoraArguments:
 
     def __post_init__(self) -> None:
         check_least(self, {"lora_r": 0, "lora_alpha": 1})
-        if not self.lora_r and (self.qlora or self.lora_alpha is not None or self.lora_target_modules):
-            raise UsageError("qlora, lora_alpha and lora_target_modules need lora_r >= 1, the rank of the adapters")
+        if not self.lora_r and (self.qlora or self.lora_alpha is not None or self.lora_target_modules or not self.merge_lora):
+            raise UsageError("qlora, lora_alpha, lora_target_modules and merge_lora need lora_r >= 1, the rank of the adapters")
         if self.lora_r:
             _require("peft", "lora_r", "lora")
         if self.qlora:

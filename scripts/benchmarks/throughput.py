@@ -2,8 +2,8 @@
 
 Responses of --length tokens are answers of the data set, one behind the other. Only time and memory are measured, so their
 trajectories are made up: state k of a block has its first k tokens right and others of the context behind them, as with a model
-that gains one token per iteration. For each response one state of every block is trained on both sides (the default objective
-takes two), forward and backward, without the optimizer.
+that gains one token per iteration. For each response one state of every block is trained on both sides (two are timed as
+well), forward and backward, without the optimizer.
 
 The paper's step (cllm/reference.py) takes one block: three forwards and two backwards. A round times one such step, at a block
 in the middle of the round's share of the response, in turn with our passes over the whole response. The mean over rounds times
@@ -42,8 +42,8 @@ from cllm.trajectory.states import block_starts
 PAPER = "the paper's objective"
 OBJECTIVES: dict[str, dict[str, Any]] = {
     PAPER: dict(teacher="self", ar_loss="fixed_point", distance_decay=1.0, states_per_block=1),
-    "default objective, one state per block": dict(states_per_block=1),
     "default objective": {},
+    "default objective, two states per block": dict(states_per_block=2),
 }
 FINE_TUNING = "fine-tuning"
 ANSWER = 20  # tokens that an answer has at least, about: how many to read

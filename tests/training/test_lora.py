@@ -55,17 +55,18 @@ def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"lora_r": -1}, "lora_r must be >= 0, got -1"),
         ({"lora_r": 2, "lora_alpha": 0}, "lora_alpha must be >= 1, got 0"),
         ({"qlora": True}, "need lora_r >= 1"),
+        ({"merge_lora": False}, "need lora_r >= 1"),
     ]:
         with pytest.raises(UsageError, match=message):
             LoraArguments(**options)
     here = {"peft"}
     monkeypatch.setattr("cllm.training.lora.find_spec", lambda name: name in here or None)
-    with pytest.raises(UsageError, match=r"qlora needs bitsandbytes: pip install 'cllm\[qlora\]'"):
+    with pytest.raises(UsageError, match=r"qlora needs bitsandbytes: pip install -e .\[qlora\]"):
         LoraArguments(lora_r=2, qlora=True)
     here |= {"bitsandbytes"}
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UsageError, match="qlora needs a CUDA GPU"):
         LoraArguments(lora_r=2, qlora=True)
     here.clear()
-    with pytest.raises(UsageError, match=r"lora_r needs peft: pip install 'cllm\[lora\]'"):
+    with pytest.raises(UsageError, match=r"lora_r needs peft: pip install -e .\[lora\]"):
         LoraArguments(lora_r=2)
