@@ -14,6 +14,7 @@ from cllm.decoding.draft import Draft, Guess
 
 LONGEST = 3  # tokens that are looked for at most
 TRUSTED = 2  # as many tokens of verified text, found again, speak louder than guesses that are there
+HINTED = 3  # tokens behind a match of one that are worth a forward
 
 
 class PromptLookup(Guess):
@@ -21,7 +22,8 @@ class PromptLookup(Guess):
 
     The tokens in front of the replaceable guesses are looked for first: a match of two or more replaces those guesses. Else
     the guesses stay, and the tokens in front of the empty positions are looked for. Longer matches come before later ones.
-    Only what was copied behind a match of two or more is worth a forward.
+    What was copied behind a match of two or more is worth a forward. Where guesses that are not are dropped, a match of one
+    replaces them too, and its first HINTED tokens are.
     """
 
     name = "prompt_lookup"
@@ -31,9 +33,10 @@ class PromptLookup(Guess):
         order_W, W = draft.order_W, draft.window_BW.shape[1]
         text_BS = draft.text_BS.scatter(1, draft.positions_BW, draft.window_BW)
         firm_end_B, filled_end_B = draft.start_B + draft.firm_B - 1, draft.start_B + draft.filled_B - 1
-        firm_match_B = latest_match(text_BS, firm_end_B, draft.start_B, TRUSTED)
-        filled_match_B = latest_match(text_BS, filled_end_B, draft.start_B, 1)
-        replacing_B = (firm_match_B >= 0) & (draft.firm_B < W)
+        firm_match_B, length_B = latest_match(text_BS, firm_end_B, draft.start_B)
+        filled_match_B, _ = latest_match(text_BS, filled_end_B, draft.start_B)
+        hinted_B = (length_B == 1) & (draft.firm_B == 1) & draft.narrows
+        replacing_B = ((length_B >= TRUSTED) | hinted_B) & (draft.firm_B < W)
         match_B = torch.where(replacing_B, firm_match_B, filled_match_B)
         from_B = torch.where(replacing_B, draft.firm_B, draft.filled_B)
         found_B = (match_B >= 0) & (from_B < W)
@@ -42,27 +45,30 @@ class PromptLookup(Guess):
         return replace(
             draft,
             window_BW=torch.where(found_B[:, None] & (order_W >= from_B[:, None]), copied_BW, draft.window_BW),
-            firm_B=torch.where(found_B, W, draft.firm_B),
+            firm_B=torch.where(found_B & ~hinted_B, W, draft.firm_B),
             filled_B=torch.where(found_B, W, draft.filled_B),
-            useful_B=torch.where(replacing_B & (draft.useful_B == draft.firm_B), W, draft.useful_B),
+            useful_B=torch.where(
+                replacing_B & (draft.useful_B == draft.firm_B),
+                torch.where(hinted_B, min(1 + HINTED, W), W),
+                draft.useful_B,
+            ),
         )
 
 
-def latest_match(text_BS: torch.Tensor, end_B: torch.Tensor, limit_B: torch.Tensor, shortest: int) -> torch.Tensor:
-    """The last position before ``limit_B`` (<= ``end_B``) where the tokens that end at ``end_B`` end too: [B], -1 for none.
-
-    The longest match of ``shortest`` to ``LONGEST`` tokens counts.
+def latest_match(text_BS: torch.Tensor, end_B: torch.Tensor, limit_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last position before ``limit_B`` (<= ``end_B``) where the tokens that end at ``end_B`` end too, -1 for none, and how
+    many tokens match, at most LONGEST: both [B]. The longest match counts.
     """
     at_S = torch.arange(text_BS.shape[1], device=text_BS.device)
     same_BS = at_S < limit_B[:, None]
-    match_B = torch.full_like(end_B, -1)
+    match_B, length_B = torch.full_like(end_B, -1), torch.zeros_like(end_B)
     for back in range(LONGEST):
         token_B1 = text_BS.gather(1, (end_B - back).clamp(min=0)[:, None])
         same_BS = same_BS & (at_S >= back) & (text_BS.roll(back, dims=1) == token_B1)
-        if back + 1 >= shortest:
-            latest_B = torch.where(same_BS, at_S, -1).amax(dim=1)
-            match_B = torch.where(latest_B >= 0, latest_B, match_B)
-    return match_B
+        latest_B = torch.where(same_BS, at_S, -1).amax(dim=1)
+        match_B = torch.where(latest_B >= 0, latest_B, match_B)
+        length_B = length_B + (latest_B >= 0)
+    return match_B, length_B
 
 
 def continuation(

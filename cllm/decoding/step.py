@@ -115,7 +115,15 @@ class Step:
         firm_B = torch.ones_like(kept_B) if self.sliding else kept_B
         one_B = torch.ones_like(kept_B)
         draft = Draft(
-            rows.text_BS, rows.start_B, rows.window_BW, firm_B, kept_B, one_B, rows.seed_B, vocabulary=self.vocabulary
+            rows.text_BS,
+            rows.start_B,
+            rows.window_BW,
+            firm_B,
+            kept_B,
+            one_B,
+            rows.seed_B,
+            vocabulary=self.vocabulary,
+            narrows=self.narrows,
         )
         filled = self.guess.fill(rows.memory_BM, draft)
         rows.window_BW.copy_(filled.window_BW)

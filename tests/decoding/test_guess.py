@@ -48,7 +48,8 @@ def drafts(draw) -> Draft:
     width = draw(st.integers(1, 9))
     text = draw(st.lists(tokens, min_size=1, max_size=30))
     kept = draw(st.lists(tokens, max_size=width - 1))
-    return draft_of(text, kept, width, firm=draw(st.integers(1, 1 + len(kept))))
+    firm = draw(st.integers(1, 1 + len(kept)))
+    return replace(draft_of(text, kept, width, firm), narrows=draw(st.booleans()))
 
 
 def written(draft: Draft) -> list[int]:
@@ -109,9 +110,9 @@ def widths(guess: str | Guess, prompts: list[list[int]], new_tokens: int, **opti
 
 
 def test_a_forward_is_as_wide_as_it_is_worth() -> None:
-    """On a CPU one token where nothing is found, the window where two tokens are, for the row that needs most."""
-    assert widths("prompt_lookup", [[0]], 31 + 16) == [1] * 31 + [8] * 2  # 0 1 is found again behind 30 tokens
-    assert widths("prompt_lookup", [[0], [3, 4, 3]], 10) == [1, 8] + [1] * 8
+    """On a CPU one token where nothing is found, some where one is, the window where two are, for the row that needs most."""
+    assert widths("prompt_lookup", [[0]], 30 + 4 + 16) == [1] * 30 + [4] + [8] * 2  # 0 is found again behind 30 tokens
+    assert widths("prompt_lookup", [[0], [3, 4, 8, 3, 4]], 8) == [8, 1, 1, 1, 4, 1, 1, 1]  # 3 4 is found, later 8
     assert widths("pool", [[0]], 31 + 16) == [1] * 31 + [8] * 2
     for whole in ("context", "filler", "prompt_lookup+context", "pool+filler", Spoiler()):
         assert set(widths(whole, [[0]], 12)) == {8}
@@ -184,7 +185,7 @@ def looked_up(draft: Draft) -> list[int]:
     start, firm, filled = int(draft.start_B), int(draft.firm_B), int(draft.filled_B)
     text = draft.text_BS[0, :start].tolist()
     window, width = draft.window_BW[0].tolist(), draft.window_BW.shape[1]
-    for here, shortest in ((firm, TRUSTED), (filled, 1)):
+    for here, shortest in ((firm, 1 if draft.narrows and firm == 1 else TRUSTED), (filled, 1)):
         known = text + window[:here]
         for size in range(LONGEST, shortest - 1, -1):
             for end in range(start, size - 1, -1):  # the match is known[end - size : end]; known[end] is verified
@@ -200,6 +201,16 @@ def looked_up(draft: Draft) -> list[int]:
 @settings(max_examples=500, deadline=None)
 def test_prompt_lookup_finds_what_plain_python_finds(draft):
     assert written(STRATEGIES["prompt_lookup"].fill(memory_of(STRATEGIES["prompt_lookup"]), draft)) == looked_up(draft)
+
+
+def test_where_guesses_are_dropped_one_token_found_again_replaces_them():
+    guess = STRATEGIES["prompt_lookup"]
+    for firm, kept, useful in ((1, [5, 5], 4), (2, [5, 5], 1)):
+        draft = replace(draft_of([1, 4, 3, 9, 8, 6, 7, 3], kept, 6, firm), narrows=True)
+        filled = guess.fill(memory_of(guess), draft)
+        assert filled.useful_B.tolist() == [useful]
+        assert (written(filled)[:4] == [3, 9, 8, 6]) == (firm == 1)
+        assert int(filled.firm_B) == firm  # so the pool may know better
 
 
 @pytest.mark.parametrize(
