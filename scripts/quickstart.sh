@@ -50,8 +50,8 @@ stage collect "collecting Jacobi trajectories of the target model" \
   --output "$out/trajectories" --no-resume --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 32
 stage train "training the CLLM" \
   bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/cllm" $BLOCK \
-  --num_train_epochs 2 --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --distance_decay 0.5 \
-  --ar_weight 12 --states_per_block 2 "${training[@]}"
+  --num_train_epochs 2 --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 \
+  "${training[@]}"
 stage before "measuring the target model on the held-out problems" \
   measure "$out/before.json" --test_model "$out/target"
 stage after "measuring the CLLM on the same problems" \

@@ -57,7 +57,7 @@ RUNS = {  # name -> flags of `cllm train`
     "random_block": "--random_block_size",
     "on_policy_1": "--on_policy 1",
     "on_policy_2": "--on_policy 2",
-    "decay_0.5": "--distance_decay 0.5",
+    "decay_0.8": "--distance_decay 0.8",
     "decay_1": "--distance_decay 1",
     "reverse_kl": "--divergence reverse_kl",
     "js": "--divergence js",
@@ -67,8 +67,9 @@ RUNS = {  # name -> flags of `cllm train`
     "ar_fixed_point": "--ar_loss fixed_point",
     "ar_smoothed": "--ar_loss fixed_point --label_smoothing_factor 0.1",
     "ar_labels": "--ar_loss labels",
-    "ar_weight_0.5": "--ar_weight 0.5",
-    "ar_weight_8": "--ar_weight 8",
+    "ar_weight_2": "--ar_weight 2",
+    "ar_weight_6": "--ar_weight 6",
+    "bold": "--ar_weight 2 --distance_decay 0.8",
     "balance": "--balance gradient",
 }
 METRICS = {  # title -> what is summed over prompts above and below the line, decimals
