@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -27,6 +28,10 @@ Capture = Callable[[Replay], Replay]  # a step with fixed arguments -> the same,
 CAPTURED_LENGTHS = 256  # captured attention sees a multiple of so many slots, and of a quarter of the power of two below
 WARM_UP = 2  # steps of a kind that are run as they are, before the next one is captured
 MOST_CAPTURED = 32  # kinds of step that are kept
+COMPILING = {  # of a decoder's own, as far as this torch has it: by default all decoders share 8 kinds of step
+    "recompile_limit": 64,
+    "isolate_recompiles": True,
+}
 
 
 class Runner:
@@ -121,7 +126,9 @@ class CompiledStep:
 
     def __init__(self, step: StepFunction, backend: str = "inductor") -> None:
         self.plain: StepFunction = step
-        self.compiled: StepFunction = torch.compile(step, fullgraph=True, backend=backend)
+        here = inspect.signature(torch.compile).parameters
+        options: dict[str, Any] = {name: value for name, value in COMPILING.items() if name in here}
+        self.compiled: StepFunction = torch.compile(step, fullgraph=True, backend=backend, **options)
 
     def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int, width: int) -> torch.Tensor:
         if not chooser.greedy:
@@ -129,9 +136,10 @@ class CompiledStep:
         try:
             return self.compiled(rows, chooser, cache, length, width)
         except Exception as error:
-            from torch._dynamo.exc import TorchDynamoException  # slow to import; what is raised while nothing has run yet
+            # Slow to import; what is raised while nothing has run yet.
+            from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-            if not isinstance(error, TorchDynamoException):
+            if not isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
                 raise
             logger.warning("a step of this model cannot be compiled, so it runs uncompiled: %s", first_line(error))
             self.compiled = self.plain

@@ -8,6 +8,6 @@ model=${1:?which model?} questions=${2:?which questions?} folder=${3:-docs/resul
 here=$(dirname "$0")
 
 python "$here/iteration.py" --model "$model" --filename "$questions" --prompts 1 --length 48 --output "$folder/iteration.json"
-python "$here/decode.py" --model "$model" --task copying --prompts 8 --rounds 8 --batches 1 --contexts 0 --widths 8 16 \
-    --guess context prompt_lookup prompt_lookup+pool --length 64 --output "$folder/decode_copying.json"
+python "$here/decode.py" --model "$model" --task copying --prompts 16 --rounds 16 --batches 1 --contexts 0 --widths 8 16 \
+    --guess prompt_lookup prompt_lookup+pool --length 64 --output "$folder/decode_copying.json"
 python "$here/batching.py" --model "$model" --filename "$questions" --block_size 1 --output "$folder/batching.json"

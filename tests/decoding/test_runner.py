@@ -193,6 +193,32 @@ def test_inductor_gives_the_same_texts() -> None:
     assert step.compiled is not step.plain
 
 
+KINDS_OF_BATCH = [(count, length) for length in (10, 60) for count in (3, 1, 4, 2)]
+
+
+def decode_all(decoder: JacobiDecoder) -> list:
+    """Batches of several sizes and lengths, and a queue whose rows run out one by one."""
+    batches = [decoder.generate([[1, 2, 3]] * count, max_new_tokens=length) for count, length in KINDS_OF_BATCH]
+    return [*batches, dict(Queue(decoder, 4).run(Request([number], 3 * number + 2) for number in range(1, 7)))]
+
+
+def test_many_kinds_of_steps_are_compiled() -> None:
+    model = tiny_model(vocab_size=97, eos_token_id=None, num_hidden_layers=1)
+    decoder, step = compiled(model, 4, "eager")
+    assert decode_all(decoder) == decode_all(JacobiDecoder(model, 4))
+    assert step.compiled is not step.plain
+
+
+def test_too_many_kinds_of_steps(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("cllm.decoding.runner.COMPILING", {})
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
+    model = tiny_model(vocab_size=97, eos_token_id=None, num_hidden_layers=1)
+    decoder, step = compiled(model, 4, "eager")
+    assert decode_all(decoder) == decode_all(JacobiDecoder(model, 4))
+    assert step.compiled is step.plain
+    assert len([r for r in caplog.records if "cannot be compiled" in r.getMessage()]) == 1
+
+
 def test_sampled_rows_are_not_compiled() -> None:
     model = tiny_model(vocab_size=97, eos_token_id=None)
     decoder, step = compiled(model, 4, "eager")
