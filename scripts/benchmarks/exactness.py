@@ -6,7 +6,7 @@ compiling takes longer than a case, ``--share N`` cases that follow one another 
 rehearsal`` needs no GPU: steps are kept and run again as captured ones are, in buffers of fixed size, but not as CUDA graphs.
 
     python scripts/benchmarks/exactness.py tiny --output docs/results/exactness_tiny.json
-    python scripts/benchmarks/exactness.py tiny --compile compile --share 100 --output docs/results/exactness_compiled.json
+    python scripts/benchmarks/exactness.py tiny --compile compile --share 125 --output docs/results/exactness_compiled.json
     python scripts/benchmarks/exactness.py tiny --compile rehearsal --share 10 --output docs/results/exactness_rehearsal.json
 
 real: prompts of several data sets in float32, every guess in a queue and the paper's window, against Hugging Face's generate.
