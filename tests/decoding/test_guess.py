@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cllm.decoding import Draft, Guess, JacobiDecoder, make_guess
 from cllm.decoding.guess import STRATEGIES
 from cllm.decoding.ngram_pool import SLOTS, slot_of
-from cllm.decoding.prompt_lookup import LONGEST, TRUSTED
+from cllm.decoding.prompt_lookup import HINTED, LONGEST, TRUSTED
 from cllm.errors import UsageError
 from cllm.trajectory.hygiene import cut_at_eos
 
@@ -103,16 +103,16 @@ def test_what_repeats_is_guessed_in_whole_windows():
     assert forwards("pool+prompt_lookup", [3]) <= 160 // 16 + 8  # a prompt that says nothing
 
 
-def widths(guess: str | Guess, prompts: list[list[int]], new_tokens: int, **options) -> list[int]:
+def widths(guess: str | Guess, prompts: list[list[int]], new_tokens: int, width: int = 8, **options) -> list[int]:
     """How many tokens of each window went through the model, which counts to 30 and starts again."""
-    decoder = JacobiDecoder(Successor(30, 99), 8, guess=guess, **options)
+    decoder = JacobiDecoder(Successor(30, 99), width, guess=guess, **options)
     return [i.window_BW.shape[1] for i in decoder.iterate(prompts, max_new_tokens=new_tokens)]
 
 
 def test_a_forward_is_as_wide_as_it_is_worth() -> None:
     """On a CPU one token where nothing is found, some where one is, the window where two are, for the row that needs most."""
-    assert widths("prompt_lookup", [[0]], 30 + 4 + 16) == [1] * 30 + [4] + [8] * 2  # 0 is found again behind 30 tokens
-    assert widths("prompt_lookup", [[0], [3, 4, 8, 3, 4]], 8) == [8, 1, 1, 1, 4, 1, 1, 1]  # 3 4 is found, later 8
+    assert widths("prompt_lookup", [[0]], 30 + 8 + 24, width=12) == [1] * 30 + [8] + [12] * 2  # 0 is found behind 30 tokens
+    assert widths("prompt_lookup", [[0], [3, 4, 8, 3, 4]], 8, width=12) == [12, 1, 1, 1, 8, 1, 1, 1]  # 3 4, and later 8
     assert widths("pool", [[0]], 31 + 16) == [1] * 31 + [8] * 2
     for whole in ("context", "filler", "prompt_lookup+context", "pool+filler", Spoiler()):
         assert set(widths(whole, [[0]], 12)) == {8}
@@ -205,8 +205,8 @@ def test_prompt_lookup_finds_what_plain_python_finds(draft):
 
 def test_where_guesses_are_dropped_one_token_found_again_replaces_them():
     guess = STRATEGIES["prompt_lookup"]
-    for firm, kept, useful in ((1, [5, 5], 4), (2, [5, 5], 1)):
-        draft = replace(draft_of([1, 4, 3, 9, 8, 6, 7, 3], kept, 6, firm), narrows=True)
+    for firm, kept, useful in ((1, [5, 5], 1 + HINTED), (2, [5, 5], 1)):
+        draft = replace(draft_of([1, 4, 3, 9, 8, 6, 7, 3], kept, 10, firm), narrows=True)
         filled = guess.fill(memory_of(guess), draft)
         assert filled.useful_B.tolist() == [useful]
         assert (written(filled)[:4] == [3, 9, 8, 6]) == (firm == 1)
