@@ -31,10 +31,10 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(words[-1])
     flags = ["--", "--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu"]
-    runs = ["--runs", "default", "paper", "guess_uniform", "mine=--divergence js --on_policy 1"]
+    runs = ["--runs", "default", "paper", "states_2", "guess_uniform", "mine=--divergence js --on_policy 1"]
     STUDY["main"]([*words, *runs, *flags])
     results = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
-    assert set(results) == {"target", "default-0", "paper-0", "guess_uniform-0", "mine-0"}  # and no weights
+    assert set(results) == {"target", "default-0", "paper-0", "states_2-0", "guess_uniform-0", "mine-0"}  # and no weights
     for name, result in results.items():
         assert [row["tokens"] for row in result["prompts"]] == [12] * 3
         for row in result["prompts"]:
@@ -44,7 +44,8 @@ def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixt
         assert str(folder.parent) not in json.dumps(result), name
     learned = [result["training"]["response_tokens"] for name, result in results.items() if name != "target"]
     assert len(set(learned)) == 1
-    assert results["paper-0"]["training"]["packed_tokens"] < results["default-0"]["training"]["packed_tokens"]
+    packed = {name: results[f"{name}-0"]["training"]["packed_tokens"] for name in ("paper", "default", "states_2")}
+    assert packed["paper"] == packed["default"] < packed["states_2"]
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     STUDY["main"]([*words, *runs, *flags])  # all there already
@@ -54,7 +55,8 @@ def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixt
 
     STUDY["main"](["--table", str(folder)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| target", "| default", "| paper", "| guess_uniform", "| mine"]
+    names = ["target", "default", "paper", "guess_uniform", "states_2", "mine"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
     assert "<br>" in lines[4] and "<br>" not in lines[3]
 
 

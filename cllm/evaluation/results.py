@@ -75,7 +75,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A file of ``scripts/benchmarks``: its figures as they stand, nested ones with their place in front."""
+    """A file of ``scripts/benchmarks``, or a run of ``scripts/study.py``: its figures as they stand.
+
+    Nested ones have their place in front.
+    """
 
     name: str
     title: str
@@ -114,7 +117,7 @@ def read_results(folder: Path) -> Results:
     if not results.files:
         raise UsageError(
             f"no result files in {folder} ({len(results.skipped)} other files); they come from `cllm speedup`, "
-            "`cllm acc`, `cllm tune`, training (trainer_state.json) and scripts/benchmarks"
+            "`cllm acc`, `cllm tune`, training (trainer_state.json), scripts/benchmarks and scripts/study.py"
         )
     return results
 
@@ -203,6 +206,11 @@ def _add_benchmark(results: Results, name: str, raw: Mapping[str, Any]) -> None:
     results.benchmarks.append(Benchmark(name, str(raw["benchmark"]), _flat(raw["result"])))
 
 
+def _add_study(results: Results, name: str, raw: Mapping[str, Any]) -> None:
+    measured = {title: of for title, of in raw["figures"].items() if of is not None}
+    results.benchmarks.append(Benchmark(name, f"study, {raw['run']}", _flat(measured)))
+
+
 def _flat(figures: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in figures.items():
@@ -220,4 +228,5 @@ READERS: dict[tuple[str, ...], Callable[[Results, str, Mapping[str, Any]], None]
     ("best",): _add_widths,
     ("log_history",): _add_training,
     ("benchmark", "result"): _add_benchmark,
+    ("run", "figures"): _add_study,
 }

@@ -211,10 +211,10 @@ def test_many_kinds_of_steps_are_compiled() -> None:
 
 def test_too_many_kinds_of_steps(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("cllm.decoding.runner.COMPILING", {})
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
     model = tiny_model(vocab_size=97, eos_token_id=None, num_hidden_layers=1)
     decoder, step = compiled(model, 4, "eager")
-    assert decode_all(decoder) == decode_all(JacobiDecoder(model, 4))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert decode_all(decoder) == decode_all(JacobiDecoder(model, 4))
     assert step.compiled is step.plain
     assert len([r for r in caplog.records if "cannot be compiled" in r.getMessage()]) == 1
 
