@@ -27,7 +27,7 @@ class Draft:
     useful_B: torch.Tensor  # leading tokens that are worth a forward where every token of it costs time, at least 1
     seed_B: torch.Tensor
     vocabulary: int  # tokens that there are
-    narrows: bool = False  # are guesses dropped that are not worth a forward?
+    narrows: bool = False  # does the strategy say what is worth a forward (Guess.narrows)? Refined guesses then are not
 
     @property
     def order_W(self) -> torch.Tensor:

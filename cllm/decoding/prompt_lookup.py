@@ -22,8 +22,8 @@ class PromptLookup(Guess):
 
     The tokens in front of the replaceable guesses are looked for first: a match of two or more replaces those guesses. Else
     the guesses stay, and the tokens in front of the empty positions are looked for. Longer matches come before later ones.
-    What was copied behind a match of two or more is worth a forward. Where guesses that are not are dropped, a match of one
-    replaces them too, and its first HINTED tokens are.
+    What was copied behind a match of two or more is worth a forward. Where refined guesses are not, a match of one replaces
+    them too, and the first HINTED tokens behind it are.
     """
 
     name = "prompt_lookup"
@@ -40,6 +40,7 @@ class PromptLookup(Guess):
         match_B = torch.where(replacing_B, firm_match_B, filled_match_B)
         from_B = torch.where(replacing_B, draft.firm_B, draft.filled_B)
         found_B = (match_B >= 0) & (from_B < W)
+        worth_B = torch.where(hinted_B, min(1 + HINTED, W), W)
 
         copied_BW = continuation(text_BS, match_B, draft.start_B + from_B - 1, draft.positions_BW)
         return replace(
@@ -47,11 +48,7 @@ class PromptLookup(Guess):
             window_BW=torch.where(found_B[:, None] & (order_W >= from_B[:, None]), copied_BW, draft.window_BW),
             firm_B=torch.where(found_B & ~hinted_B, W, draft.firm_B),
             filled_B=torch.where(found_B, W, draft.filled_B),
-            useful_B=torch.where(
-                replacing_B & (draft.useful_B == draft.firm_B),
-                torch.where(hinted_B, min(1 + HINTED, W), W),
-                draft.useful_B,
-            ),
+            useful_B=torch.where(replacing_B & (draft.useful_B == draft.firm_B), worth_B, draft.useful_B),
         )
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -286,8 +287,13 @@ def test_control_c_stops_the_answer_not_the_program(terminal: Terminal) -> None:
 @pytest.mark.slow
 def test_control_c_at_the_prompt_leaves(terminal: Terminal) -> None:
     terminal.expect("> ")
-    terminal.send("\x03")
-    terminal.expect("interrupted")
+    for _ in range(9):  # readline sees a signal between its prompt and its wait for a key only at the next key
+        terminal.send("\x03")
+        with suppress(AssertionError):
+            terminal.expect("interrupted", 10)
+            break
+    else:
+        pytest.fail("Ctrl-C did not leave")
     assert terminal.end() == 130
 
 

@@ -203,7 +203,7 @@ def test_prompt_lookup_finds_what_plain_python_finds(draft):
     assert written(STRATEGIES["prompt_lookup"].fill(memory_of(STRATEGIES["prompt_lookup"]), draft)) == looked_up(draft)
 
 
-def test_where_guesses_are_dropped_one_token_found_again_replaces_them():
+def test_where_refined_guesses_are_worth_nothing_one_token_found_again_replaces_them():
     guess = STRATEGIES["prompt_lookup"]
     for firm, kept, useful in ((1, [5, 5], 1 + HINTED), (2, [5, 5], 1)):
         draft = replace(draft_of([1, 4, 3, 9, 8, 6, 7, 3], kept, 10, firm), narrows=True)
