@@ -19,7 +19,7 @@ shift 4
 launch=(python)
 if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
   # shellcheck disable=SC2206
-  launch=(accelerate launch --num_processes "$NUM_PROCESSES" ${ACCELERATE_ARGS:-})
+  launch=(python -m accelerate.commands.launch --num_processes "$NUM_PROCESSES" ${ACCELERATE_ARGS:-})
 fi
 exec "${launch[@]}" -m cllm train \
   --model "$model" --trajectories "$trajectories" --output_dir "$output" --block_size "$block_size" "$@"

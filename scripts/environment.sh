@@ -1,5 +1,6 @@
-# Sourced by the other scripts: go to the project's root, use the active virtual environment or make .venv, install.
-#   use_environment REQUIREMENTS_FILE
+# Sourced by the other scripts.
+#   use_environment REQUIREMENTS_FILE    go to the project's root, use the active virtual environment or make .venv, install
+#   timed FILE NAME TEXT COMMAND...      run one stage of a script
 use_environment() {
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -17,6 +18,15 @@ use_environment() {
     python -m pip install --quiet --disable-pip-version-check -r "$1"
     printf '%s' "$wanted" > "$stamp"
   fi
+}
+
+timed() { # FILE NAME TEXT COMMAND...: say TEXT, run the command, and note in the file how many seconds it took
+  local file=$1 name=$2 text=$3 start
+  shift 3
+  start=$(date +%s)
+  echo "==> $text"
+  "$@"
+  echo "$name: $(($(date +%s) - start))" >> "$file"
 }
 
 find_python() {

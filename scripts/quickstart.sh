@@ -19,13 +19,8 @@ mkdir -p "$out"
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 export TOKENIZERS_PARALLELISM=false
 
-stage() { # NAME TEXT COMMAND...: run it, and note how long it took
-  local name=$1 text=$2 start
-  shift 2
-  start=$(date +%s)
-  echo "==> $text"
-  "$@"
-  echo "$name $(($(date +%s) - start))" >> "$out/seconds.txt"
+stage() { # NAME TEXT COMMAND...
+  timed "$out/seconds.txt" "$@"
 }
 
 measure() { # RESULT FLAGS...
@@ -50,7 +45,7 @@ stage collect "collecting Jacobi trajectories of the target model" \
   --output "$out/trajectories" --no-resume --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 32
 stage train "training the CLLM" \
   bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/cllm" $BLOCK \
-  --num_train_epochs 2 --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 \
+  --num_train_epochs 2 --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 --ar_weight 10 \
   "${training[@]}"
 stage before "measuring the target model on the held-out problems" \
   measure "$out/before.json" --test_model "$out/target"

@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     before, after = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after"))
     print()
     print(table(before, after))
-    seconds = dict(line.split() for line in (folder / "seconds.txt").read_text().splitlines())
+    seconds = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
     print("\nseconds per stage: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     picture = folder / "accepted.png"
     draw(before, after, picture)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import command
 from cllm.cli.probe import ProbeArguments, watch
-from cllm.cli.training import checkpoint, make_trainer, parse, train
+from cllm.cli.training import checkpoint, make_trainer, parse, train, whole_weights
 from cllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def build_trainer(run: RunArguments, lora: LoraArguments, probe: ProbeArguments,
     block_size = _block_size(run, settings, rows)
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size, vocabulary_stamp(tokenizer))
     frozen = args.needs_target and not lora.lora_r  # adapters that are off give the target model again
-    target = load_model(run.model, **how) if frozen or probe.probe_prompts else None
+    with whole_weights(args):
+        target = load_model(run.model, **how) if frozen or probe.probe_prompts else None
     dataset = ExampleDataset(rows, args.sampling, seed=args.seed if args.data_seed is None else args.data_seed)
     write_record(
         model.config,

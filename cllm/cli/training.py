@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,19 @@ def make_trainer(kind: Any, args: Any, **parts: Any) -> Any:
         raise UsageError(f"cannot write to {args.output_dir}: {error.strerror}") from error
 
 
+@contextmanager
+def whole_weights(args: Any) -> Iterator[None]:
+    """Models loaded in here have all their weights, where DeepSpeed ZeRO-3 would give each process a part."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed_plugin is not None:
+            args.deepspeed_plugin.set_deepspeed_weakref()
+
+
 def checkpoint(args: Any) -> str | None:
     """``--resume_from_checkpoint``: a folder, or ``True`` for the last one in the output folder, if there is one.
 
@@ -88,11 +102,14 @@ def _is_whole(folder: Path) -> bool:
 
 def train(trainer: Any, resume_from: str | None, made: str, lora: LoraArguments, dtype: str) -> None:
     """Train, save, and say what was ``made``. Raises UsageError for a full disk."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     args = trainer.args
     try:
         trainer.train(resume_from_checkpoint=resume_from)
         trainer.save_model()
         trainer.save_state()
+        unset_hf_deepspeed_config()  # of what is loaded from here on, the main process has all weights
         if lora.lora_r and trainer.is_world_process_zero():
             from cllm.training.lora import finish
 

@@ -41,12 +41,10 @@ class TokenMeanTrainer(Trainer):
         self.meter = Meter()
         if self.args.use_liger_kernel and (self.args.device.type == "cpu" or not is_liger_kernel_available()):
             raise UsageError("use_liger_kernel needs a GPU and the package liger-kernel; leave it out")
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3:
-            raise UsageError("DeepSpeed ZeRO-3 shards the output layer, whose gradient would be wrong; use ZeRO-2 or FSDP2")
         self._verified = False
         self._parts: list[torch.Tensor] = []  # of every micro-batch since the last log
         self._steps = 0  # since then
+        self._evaluated: list[torch.Tensor] = []  # sums and counts [2, L] of every batch of an evaluation
 
     # ------------------------------------------------------ for the subclass
 
@@ -102,17 +100,32 @@ class TokenMeanTrainer(Trainer):
         counts = num_items_in_batch if isinstance(num_items_in_batch, torch.Tensor) else self.counts(inputs)
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes  # gradients are averaged over them
         sums = self.loss_sums(model, inputs)
-        parts = sums * processes / counts.to(sums.device).clamp(min=1e-9)
+        parts = processes * _means(sums, counts)
         if model.training:
             self._parts.append(parts.detach())
             self.meter.count(inputs["input_ids"].numel(), self.useful_tokens(inputs))
-        loss = sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+        loss = self._weighted(parts)
         return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluation reports the same loss."""
+        """Evaluation reports the same loss; :meth:`evaluation_loop` makes one mean of all batches."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            sums = self.loss_sums(model, inputs)
+        self._evaluated.append(torch.stack([sums, self.counts(inputs).to(sums)]))
+        return self._weighted(_means(*self._evaluated[-1])), None, None
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The parent's, with the loss as means over the tokens of the whole set."""
+        self._evaluated.clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        totals = self.accelerator.reduce(torch.stack(self._evaluated).sum(dim=0), reduction="sum")
+        loss = {f"{metric_key_prefix}_loss": self._weighted(_means(*totals)).item()}
+        return output._replace(metrics=(output.metrics or {}) | loss)
+
+    def _weighted(self, parts: torch.Tensor) -> torch.Tensor:
+        """The loss [] of its terms [L]."""
+        return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         """Around all of the loss: what runs outside of the prepared model's forward (output layer, target) is autocast, too."""
@@ -168,9 +181,13 @@ class TokenMeanTrainer(Trainer):
         return self.order
 
 
+def _means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return sums / counts.to(sums.device).clamp(min=1e-9)
+
+
 def _finite(weight: torch.Tensor) -> bool:
     """Whether all of a weight, or of this process's shard of it, is finite."""
-    own = weight.to_local() if hasattr(weight, "to_local") else weight
+    own = weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)  # FSDP2, ZeRO-3
     return bool(own.detach().isfinite().all())
 
 

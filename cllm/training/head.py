@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -31,10 +33,22 @@ class LanguageHead:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits.float()
 
+    def whole(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """``work(hidden)`` inside of a call of the layer, so that what shards its weights has them whole in here, and again
+        when the result's gradient is taken (DeepSpeed ZeRO-3 does so by hooks of modules)."""
+        own = vars(self.layer).get("forward")
+        self.layer.forward = work
+        try:
+            return self.layer(hidden)
+        finally:
+            del self.layer.forward
+            if own is not None:
+                self.layer.forward = own
+
     @torch.no_grad()
     def verify(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """Raise UnsupportedModelError unless ``hidden`` gives the ``logits`` that the model's own forward gave."""
-        own = self(hidden)
+        own = self.whole(self, hidden)
         rounded = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype != torch.float32
         tolerance = 5e-2 if rounded else 1e-3
         if not torch.allclose(own, logits.float(), rtol=tolerance, atol=tolerance * float(own.abs().max())):

@@ -31,6 +31,10 @@ class Head(Protocol):
 
     def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor: ...
 
+    def whole(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, /) -> torch.Tensor:
+        """``work(hidden)`` where all of the parameters are there."""
+        ...
+
 
 def kl_divergence(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) of two sets of logits, per token [M]. Nothing flows back into the teacher."""
@@ -97,7 +101,7 @@ def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tenso
 @torch.no_grad()
 def likeliest(hidden_MH: torch.Tensor, head: Head) -> torch.Tensor:
     """The token that follows each hidden state in greedy decoding: ids [M], in chunks like :func:`distillation_sum`."""
-    return torch.cat([head(hidden).argmax(dim=-1) for hidden in hidden_MH.split(CHUNK)])
+    return head.whole(lambda all_MH: torch.cat([head(hidden).argmax(dim=-1) for hidden in all_MH.split(CHUNK)]), hidden_MH)
 
 
 def balanced(first: torch.Tensor, second: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -115,17 +119,20 @@ def balanced(first: torch.Tensor, second: torch.Tensor, hidden: torch.Tensor) ->
 def _in_chunks(part: Callable[..., torch.Tensor], head: Head, hidden_MH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """Sum of ``part`` over chunks of tokens, 0 for no token; the hidden states go through ``head``."""
     learned = [parameter for parameter in head.parameters if parameter.requires_grad]
-    return _ChunkedSum.apply(part, learned, others, hidden_MH, *learned)
+    return head.whole(lambda hidden: _ChunkedSum.apply(part, learned, others, hidden, *learned), hidden_MH)
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """The gradients are taken chunk by chunk in the forward already: no chunk's logits are kept, and none computed twice."""
+    """The gradients are taken chunk by chunk in the forward already: no chunk's logits are kept, and none computed twice.
+
+    Those of the parameters are summed up in float32, as many small steps vanish in a bfloat16 sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, part, learned, others, hidden_MH: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         total = hidden_MH.new_zeros((), dtype=torch.float32)
         wanted = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(tensor) for tensor in (hidden_MH, *learned)] if wanted else []
+        grads = [torch.zeros_like(hidden_MH), *(torch.zeros_like(p, dtype=torch.float32) for p in learned)] if wanted else []
         for start in range(0, len(hidden_MH), CHUNK):
             place = slice(start, start + CHUNK)
             with torch.set_grad_enabled(wanted):
@@ -136,7 +143,7 @@ class _ChunkedSum(torch.autograd.Function):
                 grads[0][place], *steps = torch.autograd.grad(loss, [hidden, *learned])
                 for grad, step in zip(grads[1:], steps, strict=True):
                     grad += step
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*(grad.to(tensor.dtype) for grad, tensor in zip(grads, (hidden_MH, *learned))))
         return total
 
     @staticmethod

@@ -76,23 +76,18 @@ measure() { # NAME MODEL FLAGS...: its speed and accuracy
     --output_file_name "$out/$name.answers.jsonl" "${acc[@]}"
 }
 
-stage() { # NAME TEXT COMMAND...: run it unless it has finished before, and note how long it took
-  local name=$1 text=$2 start
-  shift 2
-  if grep -q "^$name: " "$out/seconds.txt"; then
-    echo "==> $name: done before"
-    return
+stage() { # NAME TEXT COMMAND...: run it unless it has finished before
+  if grep -q "^$1: " "$out/seconds.txt"; then
+    echo "==> $1: done before"
+  else
+    timed "$out/seconds.txt" "$@"
   fi
-  start=$(date +%s)
-  echo "==> $text"
-  "$@"
-  echo "$name: $(($(date +%s) - start))" >> "$out/seconds.txt"
 }
 
 on_all_gpus() { # COMMAND FLAGS...: `cllm COMMAND`, in NUM_PROCESSES processes
   if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
     # shellcheck disable=SC2086
-    accelerate launch --num_processes "$NUM_PROCESSES" ${ACCELERATE_ARGS:-} -m cllm "$@"
+    python -m accelerate.commands.launch --num_processes "$NUM_PROCESSES" ${ACCELERATE_ARGS:-} -m cllm "$@"
   else
     python -m cllm "$@"
   fi

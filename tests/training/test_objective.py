@@ -27,6 +27,9 @@ class Linear:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ self.weight
 
+    def whole(self, work, hidden: torch.Tensor) -> torch.Tensor:
+        return work(hidden)
+
 
 def test_kl_is_zero_for_equal_logits_and_positive_otherwise():
     logits = torch.randn(5, 11)
@@ -103,6 +106,14 @@ def test_no_tokens_give_zero_with_a_graph():
     loss = cross_entropy_sum(hidden, Linear(torch.randn(4, 5)), torch.zeros(0, dtype=torch.long))
     loss.backward()
     assert loss.item() == 0.0
+
+
+def test_many_small_gradients_of_bfloat16_weights_add_up():
+    hidden, target = torch.randn(64 * CHUNK, 4), torch.randint(5, (64 * CHUNK,))
+    exact, rounded = (torch.ones(4, 5, dtype=dtype).requires_grad_() for dtype in (torch.float32, torch.bfloat16))
+    for weight in (exact, rounded):
+        cross_entropy_sum(hidden.to(weight.dtype), Linear(weight), target).backward()
+    assert (rounded.grad - exact.grad).norm() < 0.005 * exact.grad.norm()
 
 
 @pytest.mark.parametrize("count", [0, 1, CHUNK + 5])

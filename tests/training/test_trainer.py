@@ -62,13 +62,14 @@ def make_trainer(folder, model=None, rows: int = ROWS, **options) -> CllmTrainer
         disable_tqdm=True,
         seed=3,
     )
+    model, target = model or tiny_model(vocab_size=97), tiny_model(seed=9, vocab_size=97)  # whole: before ZeRO-3 is known
     args = CllmTrainingArguments(output_dir=str(folder), **settings | options)
     return CllmTrainer(
-        model=model or tiny_model(vocab_size=97),
+        model=model,
         args=args,
         train_dataset=ExampleDataset(Rows(map(random_row, range(rows))), args.sampling),
         data_collator=Collator(0, args.distance_decay, args.max_row_tokens),
-        target_model=tiny_model(seed=9, vocab_size=97) if args.needs_target else None,
+        target_model=target if args.needs_target else None,
     )
 
 
@@ -102,6 +103,14 @@ def test_accumulation_and_batch_size_do_not_change_the_gradient(tmp_path, object
         torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
 
 
+def test_the_evaluation_loss_is_one_mean_over_all_tokens(tmp_path):
+    losses = []
+    for size in (1, 3, ROWS):
+        trainer = make_trainer(tmp_path, per_device_eval_batch_size=size)
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    assert losses == pytest.approx([losses[-1]] * 3, rel=1e-5)
+
+
 def test_states_are_refreshed_in_training(tmp_path):
     assert not torch.allclose(step(tmp_path, on_policy=1), step(tmp_path))
 
@@ -124,14 +133,14 @@ def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
     )
 
 
-SHARDED = {"ddp": None, "fsdp2": "fsdp2.yaml", "zero2": "zero2.yaml"}  # in cllm/configs
+SHARDED = {"ddp": None, "fsdp2": "fsdp2.yaml", "zero2": "zero2.yaml", "zero3": "zero3.yaml"}  # in cllm/configs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARDED)
 def test_two_processes_give_the_gradient_of_one(tmp_path, kind):
     """The accumulated, packed step; and what they save is one plain checkpoint, however the weights were sharded."""
-    if kind == "zero2":
+    if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
     model = tiny_model(vocab_size=97)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
