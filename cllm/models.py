@@ -53,6 +53,8 @@ def load_model(
     """
     check_path(path)
     if (Path(path) / ADAPTER).is_file():
+        if quantization is not None:
+            raise UsageError(f"{path!r} holds a LoRA adapter, which cannot be merged into weights in 4 bits; merge it first")
         return _load_adapted(path, dtype=dtype, device=device, attn_implementation=attn_implementation)
     device = device or default_device()
     if dtype is not None and dtype not in DTYPES:
@@ -91,6 +93,7 @@ def _load_adapted(path: str, **how: str | None) -> PreTrainedModel:
     except Exception as error:  # as in load_model
         raise UsageError(f"cannot load the adapter in {path!r}: {first_line(error)}") from error
     model = model.merge_and_unload()
+    model.name_or_path = path  # it is not the base model any more
     config = Path(path) / "config.json"
     if config.is_file():
         write_record(model.config, json.loads(config.read_text(encoding="utf-8")).get(RECORD) or {})

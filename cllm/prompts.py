@@ -117,6 +117,10 @@ class PromptTemplate:
         stops = _BY_TEXT[self.text].stops if self.text in _BY_TEXT else ()
         return [vocabulary[stop] for stop in stops if stop in vocabulary]
 
+    def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """What a model learns to write behind a reply."""
+        return (self.stop_ids(tokenizer) or [tokenizer.eos_token_id])[0]
+
 
 def template_names() -> list[str]:
     return [CHAT, PLAIN, *DIALOGUES]

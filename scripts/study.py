@@ -55,8 +55,6 @@ RUNS = {  # name -> flags of `cllm train`
     "states_4": "--states_per_block 4",
     "noise": "--state_choice noise",
     "random_block": "--random_block_size",
-    "on_policy_1": "--on_policy 1",
-    "on_policy_2": "--on_policy 2",
     "decay_0.8": "--distance_decay 0.8",
     "decay_1": "--distance_decay 1",
     "reverse_kl": "--divergence reverse_kl",
@@ -70,7 +68,6 @@ RUNS = {  # name -> flags of `cllm train`
     "ar_weight_2": "--ar_weight 2",
     "ar_weight_6": "--ar_weight 6",
     "bold": "--ar_weight 2 --distance_decay 0.8",
-    "balance": "--balance gradient",
 }
 METRICS = {  # title -> what is summed over prompts above and below the line, decimals
     "TPF": ("tokens", "forwards", 2),

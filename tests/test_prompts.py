@@ -123,7 +123,7 @@ def chatml_tokenizer(special=True):
 def test_the_chat_templates_end_of_turn_stops_a_reply():
     tokenizer = chatml_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert PromptTemplate("chat").stop_ids(tokenizer) == [end]
+    assert PromptTemplate("chat").stop_ids(tokenizer) == [end] and PromptTemplate("chat").end_id(tokenizer) == end
     model = tiny_model()
     assert stop_token_ids(model, tokenizer, PromptTemplate("chat")) == sorted({EOS_ID, end})
     assert stop_token_ids(model, tokenizer) == [EOS_ID]
@@ -131,6 +131,7 @@ def test_the_chat_templates_end_of_turn_stops_a_reply():
 
 def test_ordinary_text_behind_a_reply_is_no_stop():
     assert PromptTemplate("chat").stop_ids(tiny_tokenizer()) == []
+    assert PromptTemplate("chat").end_id(tiny_tokenizer()) == EOS_ID
     assert PromptTemplate("chat").stop_ids(chatml_tokenizer(special=False)) == []
 
 

@@ -104,22 +104,25 @@ def train(trainer: Any, resume_from: str | None, made: str, lora: LoraArguments,
     """Train, save, and say what was ``made``. Raises UsageError for a full disk."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    from cllm.training.lora import finish, remove_adapter
+
     args = trainer.args
     try:
         trainer.train(resume_from_checkpoint=resume_from)
         trainer.save_model()
         trainer.save_state()
         unset_hf_deepspeed_config()  # of what is loaded from here on, the main process has all weights
-        if lora.lora_r and trainer.is_world_process_zero():
-            from cllm.training.lora import finish
-
+        if not trainer.is_world_process_zero():
+            return
+        if lora.lora_r:
             finish(trainer.model, args.output_dir, lora, dtype)
+        else:
+            remove_adapter(args.output_dir)
     except Exception as error:
         if _disk_full(error):
             raise UsageError(f"cannot write to {args.output_dir}: no space left on the disk") from error
         raise
-    if trainer.is_world_process_zero():
-        print(f"{made} saved in {args.output_dir}")
+    print(f"{made} saved in {args.output_dir}")
 
 
 def _disk_full(error: BaseException | None) -> bool:

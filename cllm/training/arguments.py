@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from cllm.errors import UsageError, check_least
 from cllm.training.examples import Consistency, Sampling, StateChoice
-from cllm.training.objective import BALANCE_LIMIT, DIVERGENCES
+from cllm.training.objective import DIVERGENCES
 
 CHOICES = {
     "consistency": ("global", "local"),
@@ -17,7 +17,6 @@ CHOICES = {
     "ar_loss": ("target", "fixed_point", "labels"),
     "divergence": tuple(DIVERGENCES),
     "state_choice": ("uniform", "noise"),
-    "balance": ("fixed", "gradient"),
 }
 OBJECTIVE = (  # what a checkpoint's record says of how it was trained
     "consistency",
@@ -25,11 +24,9 @@ OBJECTIVE = (  # what a checkpoint's record says of how it was trained
     "states_per_block",
     "state_choice",
     "random_block_size",
-    "on_policy",
     "teacher",
     "ar_loss",
     "ar_weight",
-    "balance",
     "distance_decay",
     "label_smoothing_factor",
 )
@@ -79,18 +76,6 @@ class CllmTrainingArguments(TrainingArguments):
     random_block_size: bool = field(
         default=False, metadata={"help": "cut the blocks of each response to a width drawn from 1 .. block size"}
     )
-    on_policy: int = field(
-        default=0,
-        metadata={"help": "Jacobi iterations that the model in training takes the drawn states on by, before the loss"},
-    )
-    balance: str = field(
-        default="fixed",
-        metadata={
-            "help": "fixed: loss = consistency + ar_weight * AR; gradient: in every micro-batch the AR term is scaled so that "
-            "the gradients that the terms send into the last hidden states have norms of 1 : ar_weight (by a factor of "
-            f"{BALANCE_LIMIT:g} at most, up or down)"
-        },
-    )
     max_row_tokens: int = field(
         default=0,
         metadata={"help": "lay the examples of a batch into rows of at most so many tokens; 0: each into a row of its own"},
@@ -107,9 +92,7 @@ class CllmTrainingArguments(TrainingArguments):
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 < self.distance_decay <= 1:
             raise UsageError(f"distance_decay must be above 0 and at most 1, got {self.distance_decay}")
-        check_least(self, {"states_per_block": 1, "max_row_tokens": 0, "ar_weight": 0, "on_policy": 0})
-        if self.on_policy and self.consistency == "local":
-            raise UsageError("on_policy makes states that no stored one follows; it needs consistency global, got local")
+        check_least(self, {"states_per_block": 1, "max_row_tokens": 0, "ar_weight": 0})
         if not 0 <= self.label_smoothing_factor < 1:
             raise UsageError(f"label_smoothing_factor must be at least 0 and below 1, got {self.label_smoothing_factor}")
         if self.label_smoothing_factor and self.ar_loss == "target":

@@ -43,6 +43,8 @@ class TokenMeanTrainer(Trainer):
             raise UsageError("use_liger_kernel needs a GPU and the package liger-kernel; leave it out")
         self._verified = False
         self._parts: list[torch.Tensor] = []  # of every micro-batch since the last log
+        if self.args.dataloader_persistent_workers:
+            raise UsageError("dataloader_persistent_workers would show every epoch the first one's examples; leave it out")
         self._steps = 0  # since then
         self._evaluated: list[torch.Tensor] = []  # sums and counts [2, L] of every batch of an evaluation
 
@@ -116,7 +118,10 @@ class TokenMeanTrainer(Trainer):
         return self._weighted(_means(*self._evaluated[-1])), None, None
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The parent's, with the loss as means over the tokens of the whole set."""
+        """The parent's, with the loss as means over the tokens of the whole set.
+
+        Of several processes some see examples of its start again, which fill up the last batches.
+        """
         self._evaluated.clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         totals = self.accelerator.reduce(torch.stack(self._evaluated).sum(dim=0), reduction="sum")

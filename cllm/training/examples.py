@@ -94,9 +94,9 @@ def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) ->
     ar_index = list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
     ar_target = list(response)
     if sampling.use_labels:
-        ar_target = row.label_ids or []
+        ar_target = row.label_ids or []  # a published file may lack some
         column = builder.add(len(prompt), ar_target[:-1])
-        ar_index = [len(prompt) - 1, *range(column, column + len(ar_target) - 1)]
+        ar_index = [len(prompt) - 1, *range(column, column + len(ar_target) - 1)][: len(ar_target)]
     return Example(PackedRow(builder.clean, builder.blocks), student, teacher, distance, ar_index, ar_target)
 
 
@@ -150,7 +150,7 @@ class ExampleDataset(Dataset):
     """Training examples over stored trajectories. The choice of states depends on seed, ``epoch`` and row only."""
 
     def __init__(self, rows: TrajectoryDataset, sampling: Sampling, seed: int = 0) -> None:
-        if sampling.use_labels and rows[0].label_ids is None:
+        if sampling.use_labels and all(row.label_ids is None for row in rows):
             raise UsageError("use_gt_labels needs the dataset's answers; collect the trajectories with --use_labels")
         self.rows, self.sampling, self.seed, self.epoch = rows, sampling, seed, 0
 

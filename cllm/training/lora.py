@@ -105,9 +105,13 @@ def finish(model: Any, folder: str, lora: LoraArguments, dtype: str) -> None:
     Without ``merge_lora`` it only gets the model's record, which :func:`cllm.models.load_model` finds there.
     """
     model.config.save_pretrained(folder)
-    if not lora.merge_lora:
-        return
-    load_model(folder, dtype=dtype, device="cpu").save_pretrained(folder)
+    if lora.merge_lora:
+        load_model(folder, dtype=dtype, device="cpu").save_pretrained(folder)
+        remove_adapter(folder)
+
+
+def remove_adapter(folder: str) -> None:
+    """Remove what peft wrote: a model's own weights are in the folder, and the adapter would come before them."""
     for name in WRITTEN_BY_PEFT:
         Path(folder, name).unlink(missing_ok=True)
 

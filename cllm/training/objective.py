@@ -16,7 +16,6 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 CHUNK = 256  # tokens whose logits exist at the same time
-BALANCE_LIMIT = 10.0  # gradients of nearly nothing are not blown up beyond this
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of teacher and student logits [M, V], per token [M]
 
@@ -96,24 +95,6 @@ def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tenso
         return cross_entropy(head(hidden), target, reduction="sum", label_smoothing=smoothing)
 
     return _in_chunks(part, head, hidden_MH, target_M)
-
-
-@torch.no_grad()
-def likeliest(hidden_MH: torch.Tensor, head: Head) -> torch.Tensor:
-    """The token that follows each hidden state in greedy decoding: ids [M], in chunks like :func:`distillation_sum`."""
-    return head.whole(lambda all_MH: torch.cat([head(hidden).argmax(dim=-1) for hidden in all_MH.split(CHUNK)]), hidden_MH)
-
-
-def balanced(first: torch.Tensor, second: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """``second`` with its gradient scaled: with respect to ``hidden`` it has the norm of ``first``'s, its value stays.
-
-    Scaled by BALANCE_LIMIT at most, up or down, and not at all where either gradient is zero. The sums above have their
-    gradients ready, so this costs no further pass.
-    """
-    norms = [torch.autograd.grad(term, hidden, retain_graph=True)[0].float().norm() for term in (first, second)]
-    scale = (norms[0] / norms[1]).clamp(1 / BALANCE_LIMIT, BALANCE_LIMIT)
-    scale = torch.where((norms[0] > 0) & (norms[1] > 0), scale, 1.0)
-    return second.detach() + scale * (second - second.detach())
 
 
 def _in_chunks(part: Callable[..., torch.Tensor], head: Head, hidden_MH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ class AnswerDataset(Dataset):
     ) -> None:
         self.left_out: Counter[str] = Counter()
         self.rows: list[Answered] = []
-        end = (template.stop_ids(tokenizer) or [tokenizer.eos_token_id])[0]
+        end = template.end_id(tokenizer)
         for example in examples:
             if example.reference is None:
                 self.left_out["no answer"] += 1

@@ -17,8 +17,7 @@ from cllm.training.base import Batch, TokenMeanTrainer
 from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
 from cllm.training.lora import adapted
-from cllm.training.objective import DIVERGENCES, balanced, cross_entropy_sum, distillation_sum, likeliest
-from cllm.training.policy import advance, learn_where_wrong
+from cllm.training.objective import DIVERGENCES, cross_entropy_sum, distillation_sum
 
 
 class CllmTrainer(TokenMeanTrainer):
@@ -52,23 +51,6 @@ class CllmTrainer(TokenMeanTrainer):
         """Weights of the consistency tokens, and the number of AR tokens."""
         return torch.stack([batch["weight"].sum(), batch["weight"].new_tensor(float(len(batch["ar_target"])))])
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        if self.args.on_policy:
-            epoch_iterator = map(self.on_policy, epoch_iterator)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    @torch.no_grad()
-    def on_policy(self, batch: Batch) -> Batch:
-        """A batch whose states are what the model in training makes of the drawn ones in ``args.on_policy`` iterations."""
-        batch = self._prepare_inputs(batch)
-        model = self.model_wrapped
-        head = LanguageHead(self.accelerator.unwrap_model(model))
-        for _ in range(self.args.on_policy):
-            with self.compute_loss_context_manager():
-                hidden = self._hidden(model, batch, head)
-                batch = advance(batch, likeliest(_at(hidden, batch["student"]), head))
-        return learn_where_wrong(batch, self.args.distance_decay)
-
     def useful_tokens(self, batch: Batch) -> torch.Tensor:
         return (batch["block"] != PADDING).sum()
 
@@ -98,9 +80,6 @@ class CllmTrainer(TokenMeanTrainer):
             )
         else:
             ar = cross_entropy_sum(ar_hidden, student_head, batch["ar_target"], self.args.label_smoothing_factor)
-        if self.args.balance == "gradient" and hidden.requires_grad:
-            per_token = (1 / self.counts(batch).clamp(min=1e-9)).unbind()
-            ar = balanced(consistency * per_token[0], ar * per_token[1], hidden) / per_token[1]
         return torch.stack([consistency, ar])
 
     @contextmanager

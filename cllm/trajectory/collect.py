@@ -202,7 +202,7 @@ class Collector:
             if example.reference is None:
                 return Dropped(example.id, "no reference answer")
             labels = self.tokenizer(example.reference, add_special_tokens=False).input_ids
-            labels = [*labels, self.tokenizer.eos_token_id]
+            labels = [*labels, self.template.end_id(self.tokenizer)]
         return Prompt(example.id, ids, labels)
 
 

@@ -334,6 +334,7 @@ def test_the_papers_ways_to_start(model_dir: Path) -> None:
     for command in (
         [sys.executable, "-m", "cllm.inference.cli", "--model", str(model_dir), "--stats", *options],
         ["bash", str(SCRIPT), str(model_dir), "gsm8k", *options],
+        ["bash", str(SCRIPT), str(model_dir), *options],
     ):
         done = subprocess.run(command, input="hello\n", capture_output=True, text=True, env=os.environ | {"PATH": path})
         assert done.returncode == 0 and done.stderr == "", done.stderr

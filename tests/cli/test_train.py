@@ -16,6 +16,7 @@ from tiny import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cllm.cli import collect, train
+from cllm.errors import UsageError
 from cllm.models import default_guess, load_model, read_record, vocabulary_stamp
 from cllm.trajectory.record import Dropped
 from cllm.trajectory.store import TrajectoryWriter
@@ -113,7 +114,7 @@ def test_a_cllm_decodes_from_what_its_trajectories_started_from(model_dir: Path,
     data = write_rows(tmp_path / "d.jsonl", question_rows(4))
     words = ["--model", model_dir, "--filename", data, "--output", tmp_path / "t", "--guess", "uniform", "--device", "cpu"]
     collect.main([*map(str, words), "--max_new_tokens", "4", "--max_new_seq_len", "12"], task="gsm8k")
-    new = {"divergence": "js", "state_choice": "noise", "on_policy": 1, "balance": "gradient", "random_block_size": "true"}
+    new = {"divergence": "js", "state_choice": "noise", "random_block_size": "true"}
     record = read_record(AutoModelForCausalLM.from_pretrained(run(trajectories=tmp_path / "t", **new)).config)
     assert default_guess(record) == "uniform"
     assert new | {"random_block_size": True} == {name: record[name] for name in new}
@@ -180,6 +181,18 @@ def test_lora_gives_a_plain_checkpoint_and_resumes(run, model_dir: Path, tmp_pat
     adapter = run(**options, output_dir=tmp_path / "adapter", merge_lora="false", gradient_checkpointing="true")
     assert (adapter / "adapter_config.json").is_file() and not (adapter / "model.safetensors").exists()
     assert same(load_model(str(adapter)).state_dict(), weights(out))
+
+
+def test_an_adapter_as_target_model_and_all_weights_where_an_adapter_was(run, model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    adapter = run(lora_r=2, merge_lora="false", learning_rate=1e-2, output_dir=tmp_path / "adapter")
+    target = load_model(str(adapter)).state_dict()
+    again = run(lora_r=2, model=adapter, learning_rate=0, output_dir=tmp_path / "again")
+    assert same(target, weights(again)) and not same(target, weights(model_dir))
+    with pytest.raises(UsageError, match="holds a LoRA adapter, which cannot be merged into weights in 4 bits"):
+        load_model(str(adapter), quantization=object())
+    run(learning_rate=1e-2, output_dir=adapter)
+    assert not (adapter / "adapter_config.json").exists() and not same(target, load_model(str(adapter)).state_dict())
 
 
 def test_lora_modules_that_do_not_exist(model_dir: Path, collected: Path, tmp_path: Path, capsys) -> None:

@@ -11,9 +11,6 @@ from cllm.training.arguments import CllmTrainingArguments
     [
         ({"divergence": "kl"}, "divergence must be one of forward_kl, reverse_kl, js, hard, got 'kl'"),
         ({"state_choice": "last"}, "state_choice must be one of uniform, noise, got 'last'"),
-        ({"balance": "norm"}, "balance must be one of fixed, gradient, got 'norm'"),
-        ({"on_policy": -1}, "on_policy must be >= 0, got -1"),
-        ({"on_policy": 1, "consistency": "local"}, "on_policy .* needs consistency global, got local"),
         ({"use_gt_labels": True, "ar_loss": "fixed_point"}, "means ar_loss labels, got ar_loss fixed_point"),
         ({"label_smoothing_factor": 0.1}, "ar_loss must be fixed_point or labels, got target"),
         ({"label_smoothing_factor": 1.0, "ar_loss": "labels"}, "at least 0 and below 1, got 1.0"),

@@ -138,3 +138,6 @@ def test_labels_must_be_there():
     row = TrajectoryRow("b", [1], [5, 6], [0], [[[7, 6], [5, 6]]])
     with pytest.raises(UsageError, match="--use_labels"):
         ExampleDataset(Rows([row]), Sampling(use_labels=True))
+    labelled = TrajectoryRow("c", [1], [5, 6], [0], [[[7, 6], [5, 6]]], [], [8, 9])
+    examples = ExampleDataset(Rows([row, labelled]), Sampling(use_labels=True))  # a published file may lack some
+    assert [(len(e.ar_index), e.ar_target) for e in (examples[0], examples[1])] == [(0, []), (2, [8, 9])]

@@ -6,16 +6,13 @@ import pytest
 import torch
 
 from cllm.training.objective import (
-    BALANCE_LIMIT,
     CHUNK,
     DIVERGENCES,
-    balanced,
     cross_entropy_sum,
     distillation_sum,
     hard_targets,
     jensen_shannon,
     kl_divergence,
-    likeliest,
     reverse_kl,
 )
 
@@ -114,29 +111,3 @@ def test_many_small_gradients_of_bfloat16_weights_add_up():
     for weight in (exact, rounded):
         cross_entropy_sum(hidden.to(weight.dtype), Linear(weight), target).backward()
     assert (rounded.grad - exact.grad).norm() < 0.005 * exact.grad.norm()
-
-
-@pytest.mark.parametrize("count", [0, 1, CHUNK + 5])
-def test_likeliest_is_the_argmax_of_all_logits(count):
-    hidden, weight = torch.randn(count, 4), torch.randn(4, 9)
-    assert torch.equal(likeliest(hidden, Linear(weight)), (hidden @ weight).argmax(dim=-1))
-
-
-def balanced_norm(factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms of the gradients of two terms, the second one balanced, when it is ``factor`` times the first."""
-    hidden = torch.randn(5, 4, requires_grad=True)
-    first, second = (hidden**2).sum(), factor * (hidden**2).sum()
-    scaled = balanced(first, second, hidden)
-    assert scaled.item() == pytest.approx(second.item())
-    return tuple(torch.autograd.grad(term, hidden, retain_graph=True)[0].norm() for term in (first, scaled))
-
-
-def test_balanced_gradients_have_one_norm():
-    for factor in (0.2, 1.0, 7.0):
-        torch.testing.assert_close(*balanced_norm(factor))
-
-
-def test_balance_is_limited_and_leaves_zero_alone():
-    first, second = balanced_norm(1e-4)
-    torch.testing.assert_close(second, BALANCE_LIMIT * 1e-4 * first)
-    assert balanced_norm(0.0)[1] == 0.0
