@@ -35,11 +35,12 @@ from cllm.evaluation.interval import bootstrap, ratio_interval
 from cllm.evaluation.prompt import encode
 from cllm.evaluation.quality import response_entropies, response_nlls, score_replies
 from cllm.files import write_json
-from cllm.models import DEFAULT_GUESS, default_guess, load_model, load_tokenizer, read_record, stop_token_ids
+from cllm.models import DEFAULT_GUESS, default_guess, load_model, load_tokenizer, read_record, stop_token_ids, weights_stamp
 from cllm.prompts import PromptTemplate
 from cllm.tasks import get_task
 from cllm.tasks.base import Task
 from cllm.tasks.source import load_examples
+from cllm.training.arguments import OBJECTIVE
 from cllm.trajectory.hygiene import repetition
 from cllm.trajectory.store import TrajectoryDataset
 
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in args.seeds:
         for name, own_flags in runs.items():
             every = [*flags, *own_flags.split(), "--seed", str(seed)]
-            study.once(f"{name}-{seed}", {"flags": every}, partial(study.run, name, seed, every))
+            study.once(f"{name}-{seed}", study.objective(every) | {"flags": every}, partial(study.run, name, seed, every))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,6 +130,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, Path(args.output)
+        self.inputs = ["--model", args.model, "--trajectories", args.trajectories]
         self.settings = TrajectoryDataset(args.trajectories).settings
         if "block_size" not in self.settings:
             raise UsageError(f"{args.trajectories} is no folder that `cllm collect` wrote")
@@ -145,6 +147,7 @@ class Study:
         settings = settings | {key: getattr(self.args, key) for key in ("task", "length")}
         settings |= {key: Path(getattr(self.args, key) or "").name for key in ("model", "trajectories", "filename")}
         settings |= {"prompts": len(self.asked)}
+        settings |= {"weights": weights_stamp(self.args.model)}
         path = self.folder / f"{name}.json"
         if path.exists():
             if (there := json.loads(path.read_text(encoding="utf-8"))["settings"]) != settings:
@@ -156,16 +159,20 @@ class Study:
         write_json(path, content | result | {"environment": environment(self.target.device)})
         print(f"{name}: " + ", ".join(f"{title} {of['value']:.3f}" for title, of in figures.items() if of), flush=True)
 
+    def objective(self, flags: Sequence[str]) -> dict[str, Any]:
+        """What such a run is trained on, whether its flags say so or are silent: a default may change."""
+        args = arguments([*self.inputs, "--output_dir", str(self.folder), *flags], "study.py")[-1]
+        return {name: getattr(args, name) for name in OBJECTIVE}
+
     def measure_target(self) -> dict[str, Any]:
         return {"prompts": self.measure(self.target, self.settings.get("guess", DEFAULT_GUESS))}
 
     def run(self, name: str, seed: int, flags: list[str]) -> dict[str, Any]:
         """Train one CLLM and measure it; its weights are gone afterwards unless they are to be kept."""
-        collected = f"{self.args.trajectories}_{name.removeprefix(GUESS)}" if name.startswith(GUESS) else self.args.trajectories
+        other = ["--trajectories", f"{self.args.trajectories}_{name.removeprefix(GUESS)}"] if name.startswith(GUESS) else []
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.folder / f"{name}-{seed}" if self.args.keep_weights else Path(scratch)
-            words = ["--model", self.args.model, "--trajectories", collected, "--output_dir", str(folder)]
-            words += ["--save_strategy", "no", "--report_to", "none", *flags]
+            words = [*self.inputs, *other, "--output_dir", str(folder), "--save_strategy", "no", "--report_to", "none", *flags]
             trainer = build_trainer(*arguments(words, "study.py"))
             start = time.perf_counter()
             trainer.train()

@@ -52,6 +52,10 @@ def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixt
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     message = refused(capsys, STUDY["main"], *words, "--runs", "default", *flags, "--learning_rate", "1e-3")
     assert "default-0.json was made with other settings" in message
+    old = json.loads((folder / "default-0.json").read_text())
+    old["settings"]["ar_weight"] = 2.0  # made when this was the default
+    (folder / "default-0.json").write_text(json.dumps(old))
+    assert "default-0.json was made with other settings" in refused(capsys, STUDY["main"], *words, "--runs", "default", *flags)
 
     STUDY["main"](["--table", str(folder)])
     lines = capsys.readouterr().out.splitlines()

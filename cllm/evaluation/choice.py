@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, product
 
 from transformers import PreTrainedModel
 
@@ -53,8 +54,8 @@ def measure_choices(
     """Every width with every guess at every batch size; at width 1 nothing is guessed, so the first stands for all.
 
     Each decodes all prompts, which are taken again where a batch needs more, and in three batches at least. The choices take
-    turns, batch by batch, so that a machine that slows down slows all of them. Raises UsageError for a width that the model
-    cannot take, an unknown guess, and where there is nothing to measure.
+    turns, batch by batch, so that a machine that slows down slows all of them (on a GPU, those of one width). Raises
+    UsageError for a width that the model cannot take, an unknown guess, and where there is nothing to measure.
     """
     if not prompts or not widths or not guesses or not batch_sizes:
         raise UsageError("measuring needs at least one prompt, one width, one guess and one batch size")
@@ -65,14 +66,21 @@ def measure_choices(
         raise UsageError("the prompts leave no room in the model's context to measure in; take shorter ones")
     pairs = [(width, guess) for width in widths for guess in (guesses if width > 1 else guesses[:1])]
     choices = []
-    for size in batch_sizes:
+    for size, together in product(batch_sizes, _together(pairs, model.device.type)):
         methods = []
-        for width, guess in pairs:
+        for width, guess in together:
             decoder = JacobiDecoder(model, width, eos_token_ids=eos_ids, guess=guess, seed=seed)
             methods.append(Engine(decoder, f"{width} {guess}", guess, sampling))
         measured = measure(methods, _batches(prompts, size), max_new_tokens, context=context, progress=progress)
-        choices += [_choice(*pair, size, runs) for pair, runs in zip(pairs, measured.runs.values(), strict=True)]
+        choices += [_choice(*pair, size, runs) for pair, runs in zip(together, measured.runs.values(), strict=True)]
     return choices
+
+
+def _together(pairs: Sequence[tuple[int, str]], device: str) -> list[list[tuple[int, str]]]:
+    """Which pairs of width and guess take turns: on a GPU, where decoders keep buffers and captured steps, those of a width."""
+    if device == "cpu":
+        return [list(pairs)]
+    return [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0])]
 
 
 def fastest(measured: Sequence[Choice], batch_size: int) -> Choice:

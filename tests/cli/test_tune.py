@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from cllm.cli import tune
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
-from cllm.evaluation.choice import CANDIDATES, Choice, fastest, measure_choices
+from cllm.evaluation.choice import CANDIDATES, Choice, _together, fastest, measure_choices
 from cllm.models import default_guess, default_width, read_record
 
 
@@ -95,3 +95,8 @@ def test_no_room_to_measure() -> None:
 )
 def test_bad_input(words: list[str], more: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert message in refused(capsys, tune.main, *words, *more)
+
+
+def test_on_a_gpu_the_choices_of_one_width_are_in_memory_at_a_time():
+    pairs = [(1, "context"), (4, "context"), (4, "pool")]
+    assert _together(pairs, "cpu") == [pairs] and _together(pairs, "cuda") == [pairs[:1], pairs[1:]]
