@@ -59,7 +59,6 @@ RUNS = {  # name -> flags of `cllm train`
     "decay_0.8": "--distance_decay 0.8",
     "decay_1": "--distance_decay 1",
     "reverse_kl": "--divergence reverse_kl",
-    "js": "--divergence js",
     "hard": "--divergence hard",
     "local": "--consistency local",
     "self_teacher": "--teacher self",

@@ -31,7 +31,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(words[-1])
     flags = ["--", "--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu"]
-    runs = ["--runs", "default", "paper", "states_2", "guess_uniform", "mine=--divergence js"]
+    runs = ["--runs", "default", "paper", "states_2", "guess_uniform", "mine=--divergence hard"]
     STUDY["main"]([*words, *runs, *flags])
     results = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
     assert set(results) == {"target", "default-0", "paper-0", "states_2-0", "guess_uniform-0", "mine-0"}  # and no weights

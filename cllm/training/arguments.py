@@ -62,8 +62,8 @@ class CllmTrainingArguments(TrainingArguments):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "of the consistency term: forward_kl (the paper), reverse_kl, js (Jensen-Shannon) or hard (cross-entropy "
-            "on the teacher's likeliest token)"
+            "help": "of the consistency term: forward_kl (the paper), reverse_kl or hard (cross-entropy on the teacher's "
+            "likeliest token)"
         },
     )
     state_choice: str = field(

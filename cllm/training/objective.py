@@ -8,7 +8,6 @@ Shapes: M tokens that a loss is taken at, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -47,13 +46,6 @@ def reverse_kl(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tens
     return (student.exp() * (student - teacher)).sum(dim=-1)
 
 
-def jensen_shannon(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
-    """Mean KL of both to their mixture, per token [M]: symmetric, at most log 2."""
-    teacher, student = log_softmax(teacher_MV.detach(), dim=-1), log_softmax(student_MV, dim=-1)
-    middle = torch.logaddexp(teacher, student) - math.log(2)
-    return 0.5 * (teacher.exp() * (teacher - middle) + student.exp() * (student - middle)).sum(dim=-1)
-
-
 def hard_targets(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
     """Cross-entropy against the teacher's likeliest token, per token [M]."""
     return cross_entropy(student_MV, teacher_MV.argmax(dim=-1), reduction="none")
@@ -62,7 +54,6 @@ def hard_targets(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Te
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": kl_divergence,
     "reverse_kl": reverse_kl,
-    "js": jensen_shannon,
     "hard": hard_targets,
 }
 

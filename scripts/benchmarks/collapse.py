@@ -17,7 +17,7 @@ from cllm.cli import train
 from cllm.models import load_model, read_record
 
 QUICKSTART = (
-    "--num_train_epochs=2 --per_device_train_batch_size=4 --adam_beta2=0.95 --states_per_block=2 "
+    "--num_train_epochs=2 --per_device_train_batch_size=4 --adam_beta2=0.95 --states_per_block=2 --ar_weight=10 "
     "--train_sampling_strategy=group_by_length --lr_scheduler_type=cosine --warmup_steps=0.05 "
     "--logging_steps=1 --save_strategy=no --report_to=none --use_cpu"
 ).split()

@@ -114,7 +114,7 @@ def test_a_cllm_decodes_from_what_its_trajectories_started_from(model_dir: Path,
     data = write_rows(tmp_path / "d.jsonl", question_rows(4))
     words = ["--model", model_dir, "--filename", data, "--output", tmp_path / "t", "--guess", "uniform", "--device", "cpu"]
     collect.main([*map(str, words), "--max_new_tokens", "4", "--max_new_seq_len", "12"], task="gsm8k")
-    new = {"divergence": "js", "state_choice": "noise", "random_block_size": "true"}
+    new = {"divergence": "hard", "state_choice": "noise", "random_block_size": "true"}
     record = read_record(AutoModelForCausalLM.from_pretrained(run(trajectories=tmp_path / "t", **new)).config)
     assert default_guess(record) == "uniform"
     assert new | {"random_block_size": True} == {name: record[name] for name in new}

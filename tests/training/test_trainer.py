@@ -87,8 +87,7 @@ OBJECTIVES = [
     {"teacher": "self", "ar_loss": "fixed_point"},
     {"teacher": "self", "use_gt_labels": True},
     {"divergence": "reverse_kl", "state_choice": "noise"},
-    {"divergence": "js", "random_block_size": True},
-    {"divergence": "hard", "ar_loss": "fixed_point", "label_smoothing_factor": 0.1},
+    {"divergence": "hard", "random_block_size": True, "ar_loss": "fixed_point", "label_smoothing_factor": 0.1},
 ]
 
 
@@ -308,7 +307,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path):
         make_trainer(tmp_path, max_row_tokens=-1)
 
 
-NEW = {"state_choice": "noise", "random_block_size": True, "divergence": "js"}
+NEW = {"state_choice": "noise", "random_block_size": True, "divergence": "hard"}
 
 
 @pytest.mark.parametrize(("strategy", "objective"), [("random", {}), ("group_by_length", {}), ("random", NEW)], ids=str)
