@@ -18,6 +18,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import add_options, load, peak_memory, publish, race
 
 from cllm import reference
@@ -111,16 +112,18 @@ class Paper:
 
 
 class Watched:
-    """A method whose peak memory is kept."""
+    """A method whose peak memory is kept: that of its first batch, without what methods before it hold (on a GPU)."""
 
     def __init__(self, method: Method) -> None:
         self.method, self.peak = method, 0
         self.name, self.label, self.model, self.one_by_one = method.name, method.label, method.model, method.one_by_one
 
     def decode(self, prompts, max_new_tokens: int) -> list[Response]:
-        with peak_memory(self.model.device) as peak:
+        device = self.model.device
+        others = torch.cuda.memory_allocated(device) - self.model.get_memory_footprint() if device.type == "cuda" else 0
+        with peak_memory(device) as peak:
             responses = self.method.decode(prompts, max_new_tokens)
-        self.peak = max([self.peak, *peak])
+        self.peak = self.peak or max(peak, default=0) - others
         return responses
 
 
