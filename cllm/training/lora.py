@@ -111,9 +111,10 @@ def finish(model: Any, folder: str, lora: LoraArguments, dtype: str) -> None:
 
 
 def remove_adapter(folder: str) -> None:
-    """Remove what peft wrote: a model's own weights are in the folder, and the adapter would come before them."""
-    for name in WRITTEN_BY_PEFT:
-        Path(folder, name).unlink(missing_ok=True)
+    """Remove what peft wrote, if it did: a model's own weights are in the folder, and the adapter would come before them."""
+    if Path(folder, ADAPTER).is_file():
+        for name in WRITTEN_BY_PEFT:
+            Path(folder, name).unlink(missing_ok=True)
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:

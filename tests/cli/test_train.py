@@ -192,6 +192,9 @@ def test_an_adapter_as_target_model_and_all_weights_where_an_adapter_was(run, mo
     with pytest.raises(UsageError, match="holds a LoRA adapter, which cannot be merged into weights in 4 bits"):
         load_model(str(adapter), quantization=object())
     run(learning_rate=1e-2, output_dir=adapter)
+    (adapter / "README.md").write_text("mine")
+    run(learning_rate=1e-2, output_dir=adapter)
+    assert (adapter / "README.md").read_text() == "mine"
     assert not (adapter / "adapter_config.json").exists() and not same(target, load_model(str(adapter)).state_dict())
 
 
