@@ -34,16 +34,18 @@ class LanguageHead:
         return logits.float()
 
     def whole(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        """``work(hidden)`` inside of a call of the layer, so that what shards its weights has them whole in here, and again
-        when the result's gradient is taken (DeepSpeed ZeRO-3 does so by hooks of modules)."""
-        own = vars(self.layer).get("forward")
+        """``work(hidden)`` where the layer's weights are whole.
+
+        Under DeepSpeed ZeRO-3 that is inside of a call of the layer: hooks gather them for it, and again when the result's
+        gradient is taken.
+        """
+        if not any(hasattr(parameter, "ds_tensor") for parameter in self.parameters):
+            return work(hidden)
         self.layer.forward = work
         try:
             return self.layer(hidden)
         finally:
             del self.layer.forward
-            if own is not None:
-                self.layer.forward = own
 
     @torch.no_grad()
     def verify(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
