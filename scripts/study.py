@@ -145,8 +145,7 @@ class Study:
         """Write NAME.json with the figures, unless it is there. Raises UsageError if that one was made in another way."""
         settings = settings | {key: getattr(self.args, key) for key in ("task", "length")}
         settings |= {key: Path(getattr(self.args, key) or "").name for key in ("model", "trajectories", "filename")}
-        settings |= {"prompts": len(self.asked)}
-        settings |= {"weights": weights_stamp(self.args.model)}
+        settings |= {"prompts": len(self.asked), "weights": weights_stamp(self.args.model)}
         path = self.folder / f"{name}.json"
         if path.exists():
             if (there := json.loads(path.read_text(encoding="utf-8"))["settings"]) != settings:

@@ -41,10 +41,10 @@ class TokenMeanTrainer(Trainer):
         self.meter = Meter()
         if self.args.use_liger_kernel and (self.args.device.type == "cpu" or not is_liger_kernel_available()):
             raise UsageError("use_liger_kernel needs a GPU and the package liger-kernel; leave it out")
-        self._verified = False
-        self._parts: list[torch.Tensor] = []  # of every micro-batch since the last log
         if self.args.dataloader_persistent_workers:
             raise UsageError("dataloader_persistent_workers would show every epoch the first one's examples; leave it out")
+        self._verified = False
+        self._parts: list[torch.Tensor] = []  # of every micro-batch since the last log
         self._steps = 0  # since then
         self._evaluated: list[torch.Tensor] = []  # sums and counts [2, L] of every batch of an evaluation
 
