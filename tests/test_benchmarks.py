@@ -58,8 +58,8 @@ def test_decode(tiny_model_dir, problems, tmp_path, task):
     result = run("decode", model, problems, tmp_path / "result.json", *sizes)
     assert [cell["batch"] for cell in result["cells"]] == [1, 2]
     alone, pair = (cell["methods"] for cell in result["cells"])
-    assert set(pair) == {"ar", "generate", "jacobi:4:context", "jacobi:4:pool"}
-    assert set(alone) == {*pair, "prompt_lookup:4", "paper:4"}
+    assert set(pair) == {"ar", "generate", "generate:onednn", "jacobi:4:context", "jacobi:4:pool"}
+    assert set(alone) == {*pair, "prompt_lookup:4", "prompt_lookup:4:onednn", "paper:4"}
     assert all(of["same_as_ar"] == 1 and of["tokens_per_second"] > 0 for of in [*alone.values(), *pair.values()])
     assert pair["jacobi:4:pool"]["iteration_over_bare"] > 0 and "iteration_over_bare" not in pair["generate"]
     assert (tmp_path / "result.png").stat().st_size > 1000

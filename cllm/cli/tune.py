@@ -27,7 +27,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     add_task_option(result, None, "tune", argv)
     add_model_options(result, "--model")
     result.add_argument("--filename", help="rows to take sample prompts from; default: the hub's test split")
-    result.add_argument("--data_size", type=positive, default=8, help="sample prompts")
+    result.add_argument("--data_size", type=positive, default=16, help="sample prompts")
     result.add_argument("--max_new_seq_len", type=positive, default=64, help="new tokens per sample response at most")
     result.add_argument("--widths", type=positive, nargs="+", default=WIDTHS, help="widths to measure")
     result.add_argument(
@@ -108,7 +108,7 @@ def _measure(args: argparse.Namespace, of: OpenModel, task: Any) -> list[Choice]
 
 
 def render(measured: Sequence[Choice], best: Mapping[int, Choice]) -> str:
-    """The table for people, the best choice of each batch size marked."""
+    """The table for people, the best choice of each batch size marked; fewer prompts: it was slower than others on those."""
     from cllm.evaluation.table import format_table, number
 
     rows = [
@@ -116,11 +116,12 @@ def render(measured: Sequence[Choice], best: Mapping[int, Choice]) -> str:
             m.guess,
             str(m.width),
             str(m.batch_size),
+            str(m.batch_size * m.batches),
             number(1000 * m.seconds, 1),
             number(m.tokens_per_forward),
             number(m.tokens_per_second, 1) + (" *" if m is best[m.batch_size] else "  "),
         ]
         for m in measured
     ]
-    header = ["guess", "width", "batch", "milliseconds\nper iteration", "tokens per\nforward", "tokens/s  "]
+    header = ["guess", "width", "batch", "prompts", "milliseconds\nper iteration", "tokens per\nforward", "tokens/s  "]
     return format_table(header, rows)

@@ -9,6 +9,7 @@ Shapes: B rows, W window width, T tokens of a forward, L slots of the cache, V v
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from cllm.attention import model_mask
 from cllm.decoding.cache import RowCache
 from cllm.decoding.draft import Draft, Guess, token_before
+from cllm.decoding.linear import Linears
 from cllm.decoding.result import Iteration
 from cllm.decoding.rows import Rows
 from cllm.decoding.sampling import Chooser, Windows
@@ -42,6 +44,7 @@ class Step:
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self.narrows = sliding and guess.narrows
         self.order_W = torch.arange(self.width, device=eos_ids.device)
+        self.linears = Linears.of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int, width: int) -> torch.Tensor:
@@ -63,14 +66,15 @@ class Step:
         slots_1L = torch.arange(length, device=tokens_BT.device)[None]
         visible_BTL = slots_1L[:, None, :] <= seen_BT[:, :, None]
         keep = {"logits_to_keep": width} if self._keeps_logits else {}
-        output = self.model(
-            input_ids=tokens_BT,
-            attention_mask=model_mask(self.model.config, visible_BTL, seen_BT, slots_1L, self.model.dtype),
-            position_ids=seen_BT if self.context is None else seen_BT.clamp(max=self.context - 1),
-            past_key_values=cache,
-            use_cache=True,
-            **keep,
-        )
+        with nullcontext() if torch.compiler.is_compiling() else self.linears:
+            output = self.model(
+                input_ids=tokens_BT,
+                attention_mask=model_mask(self.model.config, visible_BTL, seen_BT, slots_1L, self.model.dtype),
+                position_ids=seen_BT if self.context is None else seen_BT.clamp(max=self.context - 1),
+                past_key_values=cache,
+                use_cache=True,
+                **keep,
+            )
         return output.logits[:, -width:]
 
     def choose(self, rows: Rows, chooser: Chooser, logits_BKV: torch.Tensor) -> torch.Tensor:

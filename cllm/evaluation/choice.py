@@ -2,11 +2,13 @@
 
 A wider window gains more tokens per forward (TPF) and costs more time, a cleverer guess likewise; where the best lies depends
 on device, batch and model. Some guesses make iterations narrower where they know little, so whole texts are timed.
+Many choices lie close together, so prompts are spent on those that are still in the race: after an eighth, a quarter and half
+of them the slower half drops out (successive halving: Karnin, Koren and Somekh, ICML 2013, section 4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 
@@ -21,9 +23,9 @@ from cllm.models import context_length
 
 # What --guess auto chooses from. The last keeps all that an iteration refined, which on a CPU the three before it drop.
 CANDIDATES = ("context", "prompt_lookup", "pool", "prompt_lookup+pool", "prompt_lookup+pool+context")
-
-
-LEAST = 3  # batches that every choice decodes
+Pair = tuple[int, str]  # width and guess
+LEAST = 3  # batches that there are
+FINALISTS = 4  # choices that decode all batches, at least
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Choice:
     seconds: float  # per iteration behind the prefill
     tokens_per_forward: float
     tokens_per_second: float  # prefill included
+    batches: int  # that it decoded; fewer than others of its batch size did: it was too slow to go on
 
 
 def measure_choices(
@@ -53,9 +56,9 @@ def measure_choices(
 ) -> list[Choice]:
     """Every width with every guess at every batch size; at width 1 nothing is guessed, so the first stands for all.
 
-    Each decodes all prompts, which are taken again where a batch needs more, and in three batches at least. The choices take
-    turns, batch by batch, so that a machine that slows down slows all of them (on a GPU, those of one width). Raises
-    UsageError for a width that the model cannot take, an unknown guess, and where there is nothing to measure.
+    Those that stay in the race decode all prompts, which are taken again where a batch needs more, and three batches at least.
+    The choices take turns, batch by batch, so that a machine that slows down slows all of them (on a GPU, those of one
+    width). Raises UsageError for a width that the model cannot take, an unknown guess, and where there is nothing to measure.
     """
     if not prompts or not widths or not guesses or not batch_sizes:
         raise UsageError("measuring needs at least one prompt, one width, one guess and one batch size")
@@ -65,18 +68,36 @@ def measure_choices(
     if budget(prompts, max_new_tokens, context) < 2:
         raise UsageError("the prompts leave no room in the model's context to measure in; take shorter ones")
     pairs = [(width, guess) for width in widths for guess in (guesses if width > 1 else guesses[:1])]
-    choices = []
-    for size, together in product(batch_sizes, _together(pairs, model.device.type)):
-        methods = []
-        for width, guess in together:
-            decoder = JacobiDecoder(model, width, eos_token_ids=eos_ids, guess=guess, seed=seed)
-            methods.append(Engine(decoder, f"{width} {guess}", guess, sampling))
-        measured = measure(methods, _batches(prompts, size), max_new_tokens, context=context, progress=progress)
-        choices += [_choice(*pair, size, runs) for pair, runs in zip(together, measured.runs.values(), strict=True)]
-    return choices
+
+    def run(racing: Sequence[Pair], batches: Sequence[Prompts]) -> Iterator[list[Run]]:
+        for together in _together(racing, model.device.type):
+            methods = []
+            for width, guess in together:
+                decoder = JacobiDecoder(model, width, eos_token_ids=eos_ids, guess=guess, seed=seed)
+                methods.append(Engine(decoder, f"{width} {guess}", guess, sampling))
+            yield from measure(methods, batches, max_new_tokens, context=context, progress=progress).runs.values()
+
+    races = ((size, _race(pairs, _batches(prompts, size), run)) for size in batch_sizes)
+    return [_choice(*pair, size, runs) for size, race in races for pair, runs in race.items()]
 
 
-def _together(pairs: Sequence[tuple[int, str]], device: str) -> list[list[tuple[int, str]]]:
+def _race(
+    pairs: Sequence[Pair], batches: Sequence[Prompts], run: Callable[[Sequence[Pair], Sequence[Prompts]], Iterable[list[Run]]]
+) -> dict[Pair, list[Run]]:
+    """What ``run`` made of each pair; the slower half drops out after an eighth, a quarter and half of the batches."""
+    runs: dict[Pair, list[Run]] = {pair: [] for pair in pairs}
+    racing, done = list(pairs), 0
+    for end in sorted({len(batches) // share for share in (8, 4, 2, 1)} - {0}):
+        if done:
+            best = sorted(racing, key=lambda pair: _rate(runs[pair]), reverse=True)[: max(FINALISTS, -(-len(racing) // 2))]
+            racing = [pair for pair in racing if pair in best]
+        for pair, more in zip(racing, run(racing, batches[done:end]), strict=True):
+            runs[pair] += more
+        done = end
+    return runs
+
+
+def _together(pairs: Sequence[Pair], device: str) -> list[list[Pair]]:
     """Which pairs of width and guess take turns: on a GPU, where decoders keep buffers and captured steps, those of a width."""
     if device == "cpu":
         return [list(pairs)]
@@ -84,8 +105,8 @@ def _together(pairs: Sequence[tuple[int, str]], device: str) -> list[list[tuple[
 
 
 def fastest(measured: Sequence[Choice], batch_size: int) -> Choice:
-    """The choice with the most tokens per second at a batch size."""
-    return max((m for m in measured if m.batch_size == batch_size), key=lambda m: m.tokens_per_second)
+    """The choice with the most tokens per second at a batch size, of those that stayed in the race."""
+    return max((m for m in measured if m.batch_size == batch_size), key=lambda m: (m.batches, m.tokens_per_second))
 
 
 def _batches(prompts: Prompts, size: int) -> list[Prompts]:
@@ -104,5 +125,11 @@ def _choice(width: int, guess: str, size: int, runs: Sequence[Run]) -> Choice:
         size,
         seconds=sum(run.seconds - run.prefill_seconds for run in runs) / max(iterations, 1),
         tokens_per_forward=tokens / forwards,
-        tokens_per_second=tokens / sum(run.seconds for run in runs),
+        tokens_per_second=_rate(runs),
+        batches=len(runs),
     )
+
+
+def _rate(runs: Sequence[Run]) -> float:
+    """Tokens per second."""
+    return sum(len(r.token_ids) for run in runs for r in run.responses) / sum(run.seconds for run in runs)

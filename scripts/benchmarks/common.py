@@ -79,8 +79,8 @@ def copying(count: int) -> list[str]:
 def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int) -> list[tuple[float, float]]:
     """Seconds of the engine and of a bare forward of the same window, iteration by iteration in turn.
 
-    The bare one is ``model(...)`` over transformers' own DynamicCache, which is cropped afterwards (not timed). The prefill
-    and the next two iterations are left out.
+    The bare one is ``model(...)`` over transformers' own DynamicCache, which is cropped afterwards (not timed), with the
+    decoder's way to compute linear layers. The prefill and the next two iterations are left out.
     """
     model, pairs = decoder.model, []
     cache = DynamicCache(config=model.config)
@@ -93,7 +93,8 @@ def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int)
         if iteration is None:
             break
         start = now(model.device)
-        model(iteration.window_BW, past_key_values=cache)
+        with decoder.step.linears:
+            model(iteration.window_BW, past_key_values=cache)
         pairs.append((engine, now(model.device) - start))
         if wrong := iteration.window_BW.shape[1] - int(iteration.emitted_B[0]):
             cache.crop(-wrong)

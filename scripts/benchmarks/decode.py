@@ -1,8 +1,9 @@
 """Decoding speed of all methods in one run: they take turns, prompt batch by prompt batch, on the same prompts and budget.
 
 Ours at every width with every guess and at width 1 (AR); Hugging Face's generate, eager, and with a static cache compiled (on
-a GPU, or with --compile); its prompt lookup and plain Jacobi decoding as in the paper (both at batch 1 only). For ours also:
-the time of an iteration over that of a bare forward of the same shape. A table of every cell, one JSON, one picture.
+a GPU, or with --compile); its prompt lookup and plain Jacobi decoding as in the paper (both at batch 1 only). On a CPU what is
+Hugging Face's also with our way to compute linear layers, so that the algorithm alone is compared. For ours also: the time of
+an iteration over that of a bare forward of the same shape. A table of every cell, one JSON, one picture.
 
     python scripts/benchmarks/decode.py --model MODEL --filename gsm8k_train.jsonl --output docs/results/decode.json
     python scripts/benchmarks/decode.py --model MODEL --task copying --contexts 0 --output docs/results/decode_copying.json
@@ -23,6 +24,7 @@ from common import add_options, load, peak_memory, publish, race
 
 from cllm import reference
 from cllm.decoding import JacobiDecoder
+from cllm.decoding.linear import Linears
 from cllm.evaluation.choice import CANDIDATES
 from cllm.evaluation.interval import ratio_interval
 from cllm.evaluation.method import AR, GENERATE, JACOBI, PROMPT_LOOKUP, Engine, HuggingFace, Method, Response
@@ -30,7 +32,7 @@ from cllm.evaluation.speed import Measurement, measure, summarise
 from cllm.evaluation.table import format_table, number, with_interval
 from cllm.models import context_length, stop_token_ids
 
-PAPER, COMPILED = "paper", "generate_compiled"
+PAPER, COMPILED, ONEDNN = "paper", "generate_compiled", "onednn"
 RACED = 12  # iterations that are timed against a bare forward
 
 
@@ -86,7 +88,23 @@ def all_methods(args: argparse.Namespace, model: Any, stops: list[int], batch: i
         if batch == 1:
             methods.append(named(HuggingFace(model, stops, lookup=max(1, width - 1)), f"{PROMPT_LOOKUP}:{width}"))
             methods.append(Paper(model, stops, width))
+    if model.device.type == "cpu":
+        methods += [Borrowing(method) for method in methods if isinstance(method, HuggingFace) and not method.compiled]
     return methods
+
+
+class Borrowing:
+    """A method of Hugging Face's on linear layers computed as our decoder does."""
+
+    def __init__(self, method: HuggingFace) -> None:
+        self.method, self.linears = method, Linears.of(method.model)
+        self.name, self.label = f"{method.name}:{ONEDNN}", f"{method.label}, our layers"
+        self.model, self.one_by_one = method.model, method.one_by_one
+
+    def decode(self, prompts, max_new_tokens: int) -> list[Response]:
+        self.linears.refresh()
+        with self.linears:
+            return self.method.decode(prompts, max_new_tokens)
 
 
 def named(method: HuggingFace, name: str) -> HuggingFace:
@@ -199,7 +217,8 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
 def line_name(method: str) -> str:
     kind, *rest = method.split(":")
     titles = {AR: "ours, AR", GENERATE: "HF generate", COMPILED: "HF generate, compiled", PROMPT_LOOKUP: "HF prompt lookup"}
-    return f"ours, {rest[-1]}" if kind == JACOBI else titles.get(kind, "paper's Jacobi")
+    title = f"ours, {rest[-1]}" if kind == JACOBI else titles.get(kind, "paper's Jacobi")
+    return f"{title}, our layers" if ONEDNN in rest else title
 
 
 if __name__ == "__main__":

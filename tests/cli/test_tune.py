@@ -11,7 +11,9 @@ from transformers import AutoConfig
 from cllm.cli import tune
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
-from cllm.evaluation.choice import CANDIDATES, Choice, _together, fastest, measure_choices
+from cllm.evaluation.choice import CANDIDATES, Choice, _race, _together, fastest, measure_choices
+from cllm.evaluation.method import Response
+from cllm.evaluation.speed import Run
 from cllm.models import default_guess, default_width, read_record
 
 
@@ -67,9 +69,33 @@ def test_whole_texts_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_fastest_is_that_of_its_batch_size() -> None:
-    slow, quick = Choice(1, "context", 1, 0.1, 1.0, 10.0), Choice(8, "pool", 1, 0.12, 2.0, 16.0)
-    other = Choice(4, "context", 2, 0.01, 9.0, 900.0)
-    assert fastest([slow, quick, other], 1) is quick and fastest([slow, quick, other], 2) is other
+    slow, quick = Choice(1, "context", 1, 0.1, 1.0, 10.0, 8), Choice(8, "pool", 1, 0.12, 2.0, 16.0, 8)
+    other, out = Choice(4, "context", 2, 0.01, 9.0, 900.0, 8), Choice(8, "context", 1, 0.1, 2.0, 20.0, 2)
+    assert fastest([slow, quick, other, out], 1) is quick and fastest([slow, quick, other], 2) is other
+
+
+def test_the_slow_drop_out_and_the_fast_decode_everything() -> None:
+    """Twelve pairs, of which the wider are the faster; each round is about prompts that no round was about before."""
+    rounds = []
+
+    def run(racing, batches):
+        rounds.append(([width for width, _ in racing], batches))
+        for width, _ in racing:
+            response = Response([7] * width, forwards=1)
+            yield [Run(1.0, 0.5, [response]) for _ in batches]
+
+    pairs = [(width, "pool") for width in range(1, 13)]
+    runs = _race(pairs, [[[n]] for n in range(16)], run)
+    assert [widths for widths, _ in rounds] == [[*range(first, 13)] for first in (1, 7, 9, 9)]
+    assert [ids for _, batches in rounds for ((ids,),) in batches] == [*range(16)]
+    assert [len(runs[pair]) for pair in pairs] == [2] * 6 + [4] * 2 + [16] * 4
+
+
+def test_few_batches_are_enough() -> None:
+    pairs = [(width, "pool") for width in range(1, 7)]
+    one = Run(1.0, 0.5, [Response([7], forwards=1)])
+    runs = _race(pairs, [[[1]], [[2]], [[3]]], lambda racing, batches: [[one] * len(batches) for _ in racing])
+    assert sorted(map(len, runs.values())) == [1, 1, 3, 3, 3, 3]
 
 
 def test_what_is_trained_counts_where_nothing_was_measured() -> None:
