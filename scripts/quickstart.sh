@@ -27,7 +27,7 @@ measure() { # RESULT FLAGS...
   local result=$1
   shift
   cllm speedup --task arithmetic --filename "$out/test.jsonl" --max_new_tokens $BLOCK --max_new_seq_len $LENGTH \
-    --batch_size 24 --output "$result" "$@" > "${result%.json}.txt"
+    --output "$result" "$@" > "${result%.json}.txt"
 }
 
 training=(--train_sampling_strategy group_by_length --lr_scheduler_type cosine --warmup_steps 0.05 --logging_steps 8

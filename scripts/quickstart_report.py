@@ -28,7 +28,8 @@ def main(folder: Path) -> None:
     draw(before, after, picture)
     print(f"picture of where tokens were accepted: {picture}")
     print(f"details: {folder}/before.txt, {folder}/after.txt; talk to it: bash scripts/chat.sh {folder}/cllm arithmetic")
-    print("tokens/s on a CPU: a wider window costs more there; a GPU has the arithmetic to spare.\n")
+    print(f"width and guesses that are fastest on this machine: cllm tune --model {folder}/cllm --task arithmetic "
+          f"--filename {folder}/test.jsonl --save\n")
     print(FULL_SIZE)
 
 
@@ -39,6 +40,7 @@ def table(before: dict, after: dict) -> str:
         ("tokens per forward, Jacobi", *(tpf(run["jacobi"]) for run in methods)),
         ("tokens/s, Jacobi", *(number(run["jacobi"]["tokens_per_second"], 1) for run in methods)),
         ("tokens/s, AR", *(number(run["ar"]["tokens_per_second"], 1) for run in methods)),
+        ("speedup over AR, prompt by prompt", *(speedup(run["jacobi"]) for run in methods)),
         ("Jacobi text equals AR text", *(percent(run["jacobi"]["same_as_ar"]) for run in methods)),
         ("tokens in repeated 4-grams", *(percent(one["repetition"]) for one in quality)),
         ("NLL under the target, nats/token", *(number(one["nll_per_token"]) for one in quality)),
@@ -49,6 +51,10 @@ def table(before: dict, after: dict) -> str:
 
 def tpf(jacobi: dict) -> str:
     return with_interval(jacobi["tokens_per_forward"], jacobi["tokens_per_forward_interval"])
+
+
+def speedup(jacobi: dict) -> str:
+    return with_interval(jacobi["speedup"], jacobi["speedup_interval"])
 
 
 def draw(before: dict, after: dict, path: Path) -> None:

@@ -37,16 +37,14 @@ class Linears:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._lock, self._inside = Lock(), 0
-        self._forwards: dict[nn.Module, Any] = {}
+        self._layers: list[nn.Linear] = []
         self._seen: list[torch.Tensor] = []  # what tells the weights that were packed from others
+        self._places: list[tuple[dict[str, Any], Any]] = []  # the attributes of each layer, and the forward that goes there
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Linears:
         """The one that all decoders of a model share."""
-        known = cls._known.get(id(model))
-        if known is None:
-            known = cls._known[id(model)] = cls(model)
-        return known
+        return cls._known.setdefault(id(model), cls(model))
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -54,28 +52,30 @@ class Linears:
         with self._lock:
             if self._inside:  # another thread is decoding with them
                 return
-            layers = [layer for layer in self.model.modules() if _suits(layer)]
+            layers: list[Any] = [layer for layer in self.model.modules() if _suits(layer)]
             seen = [_multiply(_probe(layer.weight), layer.weight) for layer in layers]
             packed = sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
-            if [*self._forwards] == layers and all(map(torch.equal, seen, self._seen)):
+            if self._layers == layers and all(map(torch.equal, seen, self._seen)):
                 return
-            self._forwards = {}  # frees the old copies before new ones are made
-            self._forwards = {layer: partial(_forward, layer, _packed(layer.weight) if packed else None) for layer in layers}
-            self._seen = seen
+            self._places = []  # frees the old copies before new ones are made
+            self._layers, self._seen = layers, seen
+            for layer in layers:
+                forward = partial(_forward, layer, _packed(layer.weight) if packed else None)
+                self._places.append((layer.__dict__, forward))
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu"):
-                for layer, forward in self._forwards.items():
-                    layer.__dict__["forward"] = forward
+                for own, forward in self._places:
+                    own["forward"] = forward
             self._inside += 1
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                for layer in self._forwards:
-                    layer.__dict__.pop("forward", None)
+                for own, _ in self._places:
+                    own.pop("forward", None)
 
 
 def _suits(layer: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Guesses copied from the text: what followed the last tokens when they stood there before.
 
 Source: Saxena 2023, "Prompt lookup decoding" (github.com/apoorvumang/prompt-lookup-decoding).
-Shapes: B rows, W window width, S positions of the text.
+Shapes: B rows, W window width, S positions of the text, N tokens looked for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch.nn.functional import pad
 
 from cllm.decoding.draft import Draft, Guess
 
@@ -33,8 +34,8 @@ class PromptLookup(Guess):
         order_W, W = draft.order_W, draft.window_BW.shape[1]
         text_BS = draft.text_BS.scatter(1, draft.positions_BW, draft.window_BW)
         firm_end_B, filled_end_B = draft.start_B + draft.firm_B - 1, draft.start_B + draft.filled_B - 1
-        firm_match_B, length_B = latest_match(text_BS, firm_end_B, draft.start_B)
-        filled_match_B, _ = latest_match(text_BS, filled_end_B, draft.start_B)
+        twice = torch.cat([text_BS, text_BS]), torch.cat([firm_end_B, filled_end_B]), torch.cat([draft.start_B] * 2)
+        (firm_match_B, filled_match_B), (length_B, _) = (found.chunk(2) for found in latest_match(*twice))
         hinted_B = (length_B == 1) & (draft.firm_B == 1) & draft.narrows
         replacing_B = ((length_B >= TRUSTED) | hinted_B) & (draft.firm_B < W)
         match_B = torch.where(replacing_B, firm_match_B, filled_match_B)
@@ -56,16 +57,13 @@ def latest_match(text_BS: torch.Tensor, end_B: torch.Tensor, limit_B: torch.Tens
     """The last position before ``limit_B`` (<= ``end_B``) where the tokens that end at ``end_B`` end too, -1 for none, and how
     many tokens match, at most LONGEST: both [B]. The longest match counts.
     """
-    at_S = torch.arange(text_BS.shape[1], device=text_BS.device)
-    same_BS = at_S < limit_B[:, None]
-    match_B, length_B = torch.full_like(end_B, -1), torch.zeros_like(end_B)
-    for back in range(LONGEST):
-        token_B1 = text_BS.gather(1, (end_B - back).clamp(min=0)[:, None])
-        same_BS = same_BS & (at_S >= back) & (text_BS.roll(back, dims=1) == token_B1)
-        latest_B = torch.where(same_BS, at_S, -1).amax(dim=1)
-        match_B = torch.where(latest_B >= 0, latest_B, match_B)
-        length_B = length_B + (latest_B >= 0)
-    return match_B, length_B
+    S = text_BS.shape[1]
+    at_S, back_N = torch.arange(S, device=text_BS.device), torch.arange(LONGEST, device=text_BS.device)
+    wanted_BN = text_BS.gather(1, (end_B[:, None] - back_N).clamp(min=0))
+    there_BSN = pad(text_BS, (LONGEST - 1, 0), value=-1).unfold(1, LONGEST, 1).flip(2)
+    length_BS = (there_BSN == wanted_BN[:, None]).cumprod(dim=2).sum(dim=2) * (at_S < limit_B[:, None])
+    best_B = torch.where(length_BS > 0, length_BS * S + at_S, -1).amax(dim=1)
+    return torch.where(best_B < 0, -1, best_B % S), (best_B // S).clamp(min=0)
 
 
 def continuation(
