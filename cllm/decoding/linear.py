@@ -1,4 +1,4 @@
-"""Linear layers of a model on an x86 CPU, computed by oneDNN while it decodes.
+"""Linear layers of a model on an x86 CPU, computed by oneDNN while it decodes or makes trajectories.
 
 torch gives float32 matrices to MKL there, which takes twice as long for a few rows as for one, and for both longer than
 the weights need to be read. oneDNN, which torch carries along for reduced precision and for compiled models, does not,
@@ -45,6 +45,13 @@ class Linears:
     def of(cls, model: PreTrainedModel) -> Linears:
         """The one that all decoders of a model share."""
         return cls._known.setdefault(id(model), cls(model))
+
+    @classmethod
+    def fresh(cls, model: PreTrainedModel) -> Linears:
+        """That one, for the weights as they are now."""
+        linears = cls.of(model)
+        linears.refresh()
+        return linears
 
     @torch.inference_mode()
     def refresh(self) -> None:

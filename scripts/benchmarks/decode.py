@@ -97,13 +97,12 @@ class Borrowing:
     """A method of Hugging Face's on linear layers computed as our decoder does."""
 
     def __init__(self, method: HuggingFace) -> None:
-        self.method, self.linears = method, Linears.of(method.model)
+        self.method = method
         self.name, self.label = f"{method.name}:{ONEDNN}", f"{method.label}, our layers"
         self.model, self.one_by_one = method.model, method.one_by_one
 
     def decode(self, prompts, max_new_tokens: int) -> list[Response]:
-        self.linears.refresh()
-        with self.linears:
+        with Linears.fresh(self.model):
             return self.method.decode(prompts, max_new_tokens)
 
 

@@ -24,12 +24,6 @@ def patched(model) -> int:
     return sum("forward" in layer.__dict__ for layer in layers(model))
 
 
-def refreshed(model) -> Linears:
-    linears = Linears.of(model)
-    linears.refresh()
-    return linears
-
-
 @pytest.mark.parametrize("most", [linear.PACKED_BYTES, 0])
 @pytest.mark.parametrize("shape", [(1, 1, 32), (3, 7, 32), (2, 32), (32,)])
 @torch.inference_mode()
@@ -38,7 +32,7 @@ def test_the_same_numbers(shape, most, monkeypatch):
     monkeypatch.setattr(linear, "PACKED_BYTES", most)
     model = tiny_model("qwen2")
     assert any(layer.bias is not None for layer in layers(model))
-    linears = refreshed(model)
+    linears = Linears.fresh(model)
     for layer in (layer for layer in layers(model) if layer.in_features == 32):
         x = torch.randn(shape).transpose(0, -1).contiguous().transpose(0, -1)
         expected = layer(x)
@@ -86,8 +80,7 @@ def test_weights_are_those_of_now(change):
         change(weight)
         x = torch.randn(2, weight.shape[1])
         with torch.inference_mode():
-            refreshed(model)
-            with decoder.step.linears:
+            with Linears.fresh(model):
                 layer = next(layer for layer in layers(model) if layer.weight is weight)
                 torch.testing.assert_close(layer(x), x @ weight.T)
 
@@ -122,7 +115,7 @@ def test_left_alone(case):
         odd.forward = own = lambda x: nn.functional.linear(x, odd.weight, odd.bias)
     if case == "another class":
         odd.__class__ = Own
-    linears = refreshed(model)
+    linears = Linears.fresh(model)
     with (
         torch.backends.mkldnn.flags(enabled=case != "switched off"),
         torch.autocast("cpu", enabled=case == "autocast"),
@@ -160,7 +153,7 @@ def test_threads_that_decode_with_one_model():
 
 def test_gradients_flow_where_another_thread_decodes():
     model = tiny_model()
-    with refreshed(model):
+    with Linears.fresh(model):
         model(torch.tensor([PROMPT]), labels=torch.tensor([PROMPT])).loss.backward()
     assert all(layer.weight.grad is not None for layer in layers(model))
 
@@ -170,7 +163,7 @@ def test_bfloat16():
         pytest.skip("this CPU does not multiply bfloat16")
     model = tiny_model().bfloat16()
     x = torch.randn(3, 32).bfloat16()
-    linears, layer = refreshed(model), layers(model)[0]
+    linears, layer = Linears.fresh(model), layers(model)[0]
     with torch.inference_mode():
         expected = layer(x)
         with linears:
