@@ -53,6 +53,6 @@ def pick_guess(
         sampling=sampling,
     )
     best = fastest(measured, batch_size)
-    figures = ", ".join(f"{m.guess} {m.tokens_per_second:.1f}" for m in measured)
+    figures = ", ".join(f"{m.guess} {m.tokens_per_second:.1f}" for m in measured if m.batches == best.batches)
     logger.info("--guess auto: %s, by tokens/s on %d prompts (%s)", best.guess, len(samples[:SAMPLE_PROMPTS]), figures)
     return best.guess

@@ -160,8 +160,8 @@ class JacobiDecoder:
         """
         training = self.model.training
         self.model.eval()
-        self.step.linears.refresh()
         try:
+            self.step.linears.refresh()
             with self.runner.batch(self._start([], 0).rows) as batch:
                 yield from self._loop(feed, unwanted, batch)
         finally:

@@ -60,8 +60,12 @@ def latest_match(text_BS: torch.Tensor, end_B: torch.Tensor, limit_B: torch.Tens
     S = text_BS.shape[1]
     at_S, back_N = torch.arange(S, device=text_BS.device), torch.arange(LONGEST, device=text_BS.device)
     wanted_BN = text_BS.gather(1, (end_B[:, None] - back_N).clamp(min=0))
-    there_BSN = pad(text_BS, (LONGEST - 1, 0), value=-1).unfold(1, LONGEST, 1).flip(2)
-    length_BS = (there_BSN == wanted_BN[:, None]).cumprod(dim=2).sum(dim=2) * (at_S < limit_B[:, None])
+    padded = pad(text_BS, (LONGEST - 1, 0), value=-1)
+    same_BS, length_BS = at_S < limit_B[:, None], torch.zeros_like(text_BS, dtype=torch.int32)
+    for back in range(LONGEST):
+        at = LONGEST - 1 - back
+        same_BS = same_BS & (padded[:, at : at + S] == wanted_BN[:, back : back + 1])
+        length_BS = length_BS + same_BS
     best_B = torch.where(length_BS > 0, length_BS * S + at_S, -1).amax(dim=1)
     return torch.where(best_B < 0, -1, best_B % S), (best_B // S).clamp(min=0)
 

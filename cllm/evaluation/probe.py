@@ -43,6 +43,7 @@ class Probe:
         )  # nothing is captured: the weights go on changing
         prompts = [prompt.ids for prompt in self.prompts]
         results = decoder.generate(prompts, max_new_tokens=self.length)
+        decoder.step.linears.clear()  # training needs the memory, and changes what is in it
         responses = [result.token_ids for result in results]
         target: Any = self.target
         target.to(model.device)
