@@ -36,6 +36,12 @@ def test_collection(tiny_model_dir, problems, tmp_path):
 
 
 @pytest.mark.slow
+def test_linear(tiny_model_dir, problems, tmp_path):
+    result = run("linear", tiny_model_dir, problems, tmp_path / "result.json", "--widths", "1", "4", "--batches", "2")
+    assert set(result) == {"batch 2, width 1", "batch 2, width 4"} and all(of["times faster"] > 0 for of in result.values())
+
+
+@pytest.mark.slow
 def test_training(tiny_model_dir, problems, tmp_path):
     result = run("training", tiny_model_dir, problems, tmp_path / "result.json")
     assert result["token-forwards per response, paper"] > result["token-forwards per response, ours, the paper's objective"]

@@ -62,6 +62,7 @@ class JacobiDecoder:
     By default both are what ``cllm tune`` stored in the checkpoint, else what it was trained with, else 16 and ``context``.
     ``compile``: how iterations are run, see :func:`cllm.decoding.runner.make_runner`. Captured ones point at the model's
     weights where they are now, so use a new decoder for a model that was moved.
+    On an x86 CPU the model's linear layers are meanwhile computed by oneDNN, see :class:`cllm.decoding.linear.Linears`.
     ``prefill_chunk``: how many tokens of each prompt go through the model together, to bound the memory; the forwards of a
     long prompt count as one.
 

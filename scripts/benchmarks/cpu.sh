@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The decoder on a CPU, in one run: time of an iteration over the bare forward, AR against Hugging Face's
+# The decoder on a CPU, in one run: what its linear layers bring, time of an iteration over the bare forward, AR against Hugging Face's
 # generate, prompt lookup against Hugging Face's own on prompts whose answers copy them, continuous against fixed batches.
 #
 #   bash scripts/benchmarks/cpu.sh MODEL gsm8k_train.jsonl [FOLDER]
@@ -7,6 +7,7 @@ set -euo pipefail
 model=${1:?which model?} questions=${2:?which questions?} folder=${3:-docs/results}
 here=$(dirname "$0")
 
+python "$here/linear.py" --model "$model" --filename "$questions" --output "$folder/linear.json"
 python "$here/iteration.py" --model "$model" --filename "$questions" --prompts 1 --length 48 --output "$folder/iteration.json"
 python "$here/decode.py" --model "$model" --task copying --prompts 16 --rounds 16 --batches 1 --contexts 0 --widths 8 16 \
     --guess prompt_lookup prompt_lookup+pool --length 64 --output "$folder/decode_copying.json"
