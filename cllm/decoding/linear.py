@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-PACKED_BYTES = 4 << 30  # of weights that are kept a second time, laid out for oneDNN
+PACKED_BYTES = 2 << 30  # of weights that are kept a second time, laid out for oneDNN
 PACKED_ROWS = 16  # the number of input rows that they are laid out for
 
 
