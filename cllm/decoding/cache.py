@@ -37,6 +37,8 @@ class RowCache(Cache):
         self.rows, self.length = len(slots_BT), length
         if length >= self.stride:
             self.stride = -(-(length + 1) // GROWTH) * GROWTH
+        if self.row_layers and self.row_layers[-1].lacks(self.rows, self.stride):  # the last to grow
+            self.reserve(self.rows, self.stride - 1)
         rows = torch.arange(self.rows, device=slots_BT.device)[:, None]
         self.flat_slots = (rows * self.stride + slots_BT + 1).flatten()
 
@@ -78,6 +80,8 @@ class RowCacheLayer(CacheLayerMixin):
     def __init__(self, cache: RowCache) -> None:
         super().__init__()
         self.cache = cache
+        self._of: tuple[int, int] | None = None  # the rows and the length that the views are about
+        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, H, _, D = key_states.shape
@@ -89,17 +93,26 @@ class RowCacheLayer(CacheLayerMixin):
         """Write [B, H, T, D] at the placed slots and return the visible slots as [B, H, length, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.reserve(self.cache.rows, self.cache.stride)
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
+        of = (self.cache.rows, self.cache.length)
+        if self._of != of or torch.compiler.is_compiling():  # most forwards are about what the last one was about
+            self._of, self._views = of, [self._view(self.keys), self._view(self.values)]
+        for (flat, _), states in zip(self._views, (key_states, value_states)):
+            flat.index_copy_(0, self.cache.flat_slots, states.transpose(1, 2).flatten(0, 1))
+        return self._views[0][1], self._views[1][1]
 
-    def _write(self, store: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    def _view(self, store: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A store with its slots of all rows one after the other, and what a forward sees of it."""
         assert store is not None  # lazy_initialization has made it
-        store.view(-1, *store.shape[2:]).index_copy_(0, self.cache.flat_slots, states.transpose(1, 2).flatten(0, 1))
-        return store[: self.cache.rows, 1 : 1 + self.cache.length].transpose(1, 2)
+        visible = store[: self.cache.rows, 1 : 1 + self.cache.length].transpose(1, 2)
+        return store.view(-1, *store.shape[2:]), visible
+
+    def lacks(self, rows: int, stride: int) -> bool:
+        return self.keys is not None and (len(self.keys) < rows or self.keys.shape[1] < stride)
 
     def reserve(self, rows: int, stride: int) -> None:
         assert self.keys is not None and self.values is not None  # lazy_initialization has made them
         self.keys, self.values = enlarge(self.keys, rows, stride), enlarge(self.values, rows, stride)
+        self._of = None
 
     def put(self, other: RowCacheLayer, places: torch.Tensor, rows: int) -> None:
         assert other.keys is not None and other.values is not None  # a forward has filled it

@@ -85,6 +85,8 @@ class Step:
 
     def advance(self, rows: Rows, choices_BK: torch.Tensor) -> torch.Tensor:
         """Accept what the forward verified, move the windows on, fill them up; returns the facts [B, F]."""
+        if self.width == 1:
+            return self._advance_by_one(rows, choices_BK)
         K = choices_BK.shape[1]
         window_BK, order_K = rows.window_BW[:, :K], self.order_W[:K]
         right = window_BK[:, 1:] == choices_BK[:, :-1]
@@ -102,7 +104,8 @@ class Step:
             window_BW=window_BK,
             choices_BW=choices_BK,
         )
-        self.guess.learn(rows.memory_BM, token_before(rows.text_BS, rows.start_B), window_BK, choices_BK)
+        if self.guess.memory_size:
+            self.guess.learn(rows.memory_BM, token_before(rows.text_BS, rows.start_B), window_BK, choices_BK)
         # The text gets all choices; those not verified are overwritten later, like stale cache entries.
         rows.text_BS.scatter_(1, rows.start_B[:, None] + 1 + order_K, choices_BK)
         rows.start_B += advance_B
@@ -110,6 +113,21 @@ class Step:
         if not self.sliding:
             rows.held_B.copy_(verified_B * (advance_B == 0))
         self._shift(rows, choices_BK, advance_B, right)
+        return facts_BF
+
+    def _advance_by_one(self, rows: Rows, choices_B1: torch.Tensor) -> torch.Tensor:
+        """The same where there is nothing but the verified token: AR decoding, whose steps should cost as little as can be."""
+        running_B = ~rows.done_B
+        advance_B, none_B = running_B.long(), torch.zeros_like(rows.start_B)
+        full_B = rows.end_B - rows.start_B == 2
+        ends_B = running_B & (full_B | (choices_B1 == self.eos_ids).any(dim=1))
+        facts_BF = Iteration.facts(
+            rows.ids_B, rows.start_B, advance_B, none_B, none_B, advance_B, window_BW=rows.window_BW, choices_BW=choices_B1
+        )
+        rows.text_BS.scatter_(1, rows.start_B[:, None] + 1, choices_B1)
+        rows.start_B += advance_B
+        rows.done_B |= ends_B
+        rows.window_BW.copy_(torch.where(running_B[:, None], choices_B1, rows.window_BW))
         return facts_BF
 
     def fill(self, rows: Rows, kept_B: torch.Tensor) -> None:
