@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from itertools import chain
 from pathlib import Path
@@ -28,8 +29,9 @@ def main(folder: Path) -> None:
     draw(before, after, picture)
     print(f"picture of where tokens were accepted: {picture}")
     print(f"details: {folder}/before.txt, {folder}/after.txt; talk to it: bash scripts/chat.sh {folder}/cllm arithmetic")
-    print(f"width and guesses that are fastest on this machine: cllm tune --model {folder}/cllm --task arithmetic "
-          f"--filename {folder}/test.jsonl --save\n")
+    activate = Path(os.path.relpath(sys.prefix)) / "bin" / "activate"
+    print(f"width and guesses that are fastest on this machine: source {activate}; cllm tune --model {folder}/cllm \\")
+    print(f"  --task arithmetic --filename {folder}/test.jsonl --save\n")
     print(FULL_SIZE)
 
 

@@ -56,7 +56,7 @@ class RowCache(Cache):
             self.stride = other.stride
         for layer, theirs in zip(self.row_layers, other.row_layers, strict=True):
             layer.put(theirs, places, rows)
-            theirs.keys = theirs.values = None  # so that one layer is there twice, never all
+            theirs.release()  # so that one layer is there twice, never all
 
     def keep(self, rows: torch.Tensor) -> None:
         """Move these rows (int64 indices) to the front, in that order."""
@@ -81,7 +81,7 @@ class RowCacheLayer(CacheLayerMixin):
         super().__init__()
         self.cache = cache
         self._of: tuple[int, int] | None = None  # the rows and the length that the views are about
-        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []  # of keys and values, see _view
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, H, _, D = key_states.shape
@@ -111,8 +111,16 @@ class RowCacheLayer(CacheLayerMixin):
 
     def reserve(self, rows: int, stride: int) -> None:
         assert self.keys is not None and self.values is not None  # lazy_initialization has made them
+        self._forget_views()  # they would keep what is replaced, in all layers at once
         self.keys, self.values = enlarge(self.keys, rows, stride), enlarge(self.values, rows, stride)
-        self._of = None
+
+    def release(self) -> None:
+        """Give the memory back; the layer is used up."""
+        self._forget_views()
+        self.keys = self.values = None
+
+    def _forget_views(self) -> None:
+        self._of, self._views = None, []
 
     def put(self, other: RowCacheLayer, places: torch.Tensor, rows: int) -> None:
         assert other.keys is not None and other.values is not None  # a forward has filled it

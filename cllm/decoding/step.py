@@ -106,10 +106,7 @@ class Step:
         )
         if self.guess.memory_size:
             self.guess.learn(rows.memory_BM, token_before(rows.text_BS, rows.start_B), window_BK, choices_BK)
-        # The text gets all choices; those not verified are overwritten later, like stale cache entries.
-        rows.text_BS.scatter_(1, rows.start_B[:, None] + 1 + order_K, choices_BK)
-        rows.start_B += advance_B
-        rows.done_B |= ends_B
+        self._move_on(rows, choices_BK, advance_B, ends_B)
         if not self.sliding:
             rows.held_B.copy_(verified_B * (advance_B == 0))
         self._shift(rows, choices_BK, advance_B, right)
@@ -124,11 +121,15 @@ class Step:
         facts_BF = Iteration.facts(
             rows.ids_B, rows.start_B, advance_B, none_B, none_B, advance_B, window_BW=rows.window_BW, choices_BW=choices_B1
         )
-        rows.text_BS.scatter_(1, rows.start_B[:, None] + 1, choices_B1)
-        rows.start_B += advance_B
-        rows.done_B |= ends_B
+        self._move_on(rows, choices_B1, advance_B, ends_B)
         rows.window_BW.copy_(torch.where(running_B[:, None], choices_B1, rows.window_BW))
         return facts_BF
+
+    def _move_on(self, rows: Rows, choices_BK: torch.Tensor, advance_B: torch.Tensor, ends_B: torch.Tensor) -> None:
+        # The text gets all choices; those not verified are overwritten later, like stale cache entries.
+        rows.text_BS.scatter_(1, rows.start_B[:, None] + 1 + self.order_W[: choices_BK.shape[1]], choices_BK)
+        rows.start_B += advance_B
+        rows.done_B |= ends_B
 
     def fill(self, rows: Rows, kept_B: torch.Tensor) -> None:
         """Put guesses into the rows' windows behind the ``kept_B`` (>= 1) leading tokens; a sliding one may change more."""

@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def engine(decoder: JacobiDecoder, prompts: list[list[int]], length: int) -> tuple[int, int]:
-    """Tokens, and forwards behind the prefill's."""
+    """Tokens, and forwards, the prefill's included."""
     results = [decoder.generate([prompt], max_new_tokens=length)[0] for prompt in prompts]
     return sum(len(r.token_ids) for r in results), sum(r.forwards for r in results)
 

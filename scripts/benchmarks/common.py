@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,21 @@ def copying(count: int) -> list[str]:
         f'Repeat this text word for word, but write "{new}" in the place of "{old}".\n\n{text}'
         for text, (old, new) in zip(texts, wanted, strict=True)
     ]
+
+
+def add_shapes(options: argparse.ArgumentParser, widths: list[int], batches: list[int]) -> None:
+    options.add_argument("--widths", type=int, nargs="+", default=widths)
+    options.add_argument("--batches", type=int, nargs="+", default=batches)
+
+
+def each_shape(args: argparse.Namespace, figures: Callable[[int, int], dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What ``figures`` says of every batch size and width, printed as it is known."""
+    result = {}
+    for batch, width in product(args.batches, args.widths):
+        name = f"batch {batch}, width {width}"
+        result[name] = figures(batch, width)
+        print(f"{name}: {result[name]}", flush=True)
+    return result
 
 
 @torch.inference_mode()

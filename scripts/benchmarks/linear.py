@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from itertools import product
 
 import torch
-from common import add_options, load, publish
+from common import add_options, add_shapes, each_shape, load, publish
 
 from cllm.decoding import JacobiDecoder
 from cllm.evaluation.speed import now
@@ -21,27 +22,24 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(options, prompts=4)
     options.set_defaults(length=16)
-    options.add_argument("--widths", type=int, nargs="+", default=[1, 2, 8, 16, 32])
-    options.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    add_shapes(options, widths=[1, 2, 8, 16, 32], batches=[1, 8])
     args = options.parse_args()
     model, _, prompts = load(args)
-    result = {}
-    for batch in args.batches:
-        for width in args.widths:
-            decoder = JacobiDecoder(model, width)
-            seconds: dict[bool, list[float]] = {True: [], False: []}
-            for prompt in prompts:
-                for ours in seconds:
-                    with torch.backends.mkldnn.flags(enabled=ours):
-                        seconds[ours] += iterations(decoder, [prompt] * batch, args.length)
-            ours, own = statistics.median(seconds[True]), statistics.median(seconds[False])
-            result[f"batch {batch}, width {width}"] = {
-                "milliseconds, oneDNN": 1000 * ours,
-                "milliseconds, torch's own": 1000 * own,
-                "times faster": own / ours,
-            }
-            print(f"batch {batch}, width {width}: {result[f'batch {batch}, width {width}']}", flush=True)
-    publish(args, model, result)
+
+    def figures(batch: int, width: int) -> dict[str, float]:
+        decoder = JacobiDecoder(model, width)
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for prompt, ours in product(prompts, seconds):
+            with torch.backends.mkldnn.flags(enabled=ours):
+                seconds[ours] += iterations(decoder, [prompt] * batch, args.length)
+        with_them, without = statistics.median(seconds[True]), statistics.median(seconds[False])
+        return {
+            "milliseconds, oneDNN": 1000 * with_them,
+            "milliseconds, torch's own": 1000 * without,
+            "times faster": without / with_them,
+        }
+
+    publish(args, model, each_shape(args, figures))
 
 
 def iterations(decoder: JacobiDecoder, prompts: list[list[int]], count: int) -> list[float]:

@@ -6,6 +6,7 @@ from tiny import KINDS, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cllm.decoding import GREEDY, Iteration, JacobiDecoder, Sampling
+from cllm.decoding.cache import RowCache
 from cllm.decoding.guess import STRATEGIES
 from cllm.decoding.sampling import Chooser
 from cllm.errors import UsageError
@@ -114,3 +115,16 @@ def test_choosers_of_one_kind() -> None:
     cold, warm = Sampling(temperature=0.5, seed=1), Sampling(temperature=2.0, seed=2)
     assert Chooser([cold]).kind == Chooser([warm, GREEDY]).kind != Chooser([GREEDY]).kind == Chooser([GREEDY] * 3).kind
     assert Chooser([Sampling(temperature=1, top_k=3)]).kind != Chooser([Sampling(temperature=1, top_k=4)]).kind
+
+
+def test_a_cache_that_is_used_up_or_grows_keeps_nothing_of_what_it_was() -> None:
+    """Views of the keys and values would keep all layers in memory twice."""
+    model, cache, other = tiny_model(), RowCache(), RowCache()
+    for one in (cache, other):
+        one.place(torch.tensor([[0, 1]]), 2)
+        with torch.inference_mode():
+            model(torch.tensor([[5, 6]]), position_ids=torch.tensor([[0, 1]]), past_key_values=one, use_cache=True)
+    with torch.inference_mode():
+        cache.put(other, torch.tensor([1]), 2)
+    assert all(layer.keys is None and not layer._views for layer in other.row_layers)
+    assert all(len(layer.keys) == 2 and not layer._views for layer in cache.row_layers)
