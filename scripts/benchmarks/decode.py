@@ -43,6 +43,7 @@ def main() -> None:
     options.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     options.add_argument("--widths", type=int, nargs="+", default=[4, 16])
     options.add_argument("--contexts", type=int, nargs="+", default=[128, 512], help="tokens of a prompt; 0: as it is")
+    options.add_argument("--most_tokens", type=int, help="of the prompts of a batch; larger ones are left out")
     options.add_argument("--guess", nargs="+", default=CANDIDATES)
     options.add_argument("--rounds", type=int, default=2, help="prompt batches per cell")
     options.add_argument("--compile", action="store_true", help="Hugging Face's compiled generate on a CPU, too")
@@ -55,6 +56,8 @@ def main() -> None:
         for batch in args.batches:
             if most is not None and context + max(args.length, (RACED + 3) * max(args.widths)) > most:
                 print(f"left out: context {context}, with the model's {most} tokens")
+                continue
+            if args.most_tokens is not None and context * batch > args.most_tokens:
                 continue
             batches = joined(prompts, context, batch, args.rounds)
             methods = [Watched(method) for method in all_methods(args, model, stops, batch)]
