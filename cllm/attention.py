@@ -17,7 +17,9 @@ from cllm.errors import UnsupportedModelError
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 FLEX = "flex_attention"
-MASKABLE = ("sdpa", "eager")  # take a 4-D mask; flash attention takes none
+SDPA = "sdpa"
+GROUPED = "cllm_grouped"  # the same while a model decodes, see cllm.decoding.grouped_attention
+MASKABLE = (SDPA, "eager")  # take a 4-D mask; flash attention takes none
 TRAINABLE = (*MASKABLE, FLEX)  # FlexAttention's own form of mask serves packed training, not decoding
 
 ModelMask = torch.Tensor | BlockMask | dict[str, torch.Tensor] | dict[str, BlockMask]
@@ -55,7 +57,7 @@ def check_model(model: PreTrainedModel, attention: Sequence[str] = MASKABLE) -> 
     if getattr(model, "_is_stateful", False) or not croppable:
         raise UnsupportedModelError(f"the cache of {name} cannot be rolled back (recurrent state), which Jacobi decoding needs")
     attention_windows(config)
-    if config._attn_implementation not in attention:
+    if config._attn_implementation not in (*attention, GROUPED):  # it may be decoding in another thread
         raise UnsupportedModelError(
             f"attn_implementation is {config._attn_implementation!r}; explicit masks need one of {', '.join(attention)}"
         )

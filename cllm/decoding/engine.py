@@ -28,7 +28,7 @@ from cllm.models import context_length, default_guess, default_width, embedding_
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
 CUDA_SYNC_INTERVAL = 8  # iterations between two looks of the host at a GPU's state
-PREFILL_CHUNK = 2048
+PREFILL_CHUNK, PREFILL_CHUNK_ON_CPU = 2048, 512
 
 
 class Streamer(Protocol):
@@ -62,9 +62,10 @@ class JacobiDecoder:
     By default both are what ``cllm tune`` stored in the checkpoint, else what it was trained with, else 16 and ``context``.
     ``compile``: how iterations are run, see :func:`cllm.decoding.runner.make_runner`. Captured ones point at the model's
     weights where they are now, so use a new decoder for a model that was moved.
-    On an x86 CPU the model's linear layers are meanwhile computed by oneDNN, see :class:`cllm.decoding.linear.Linears`.
-    ``prefill_chunk``: how many tokens of each prompt go through the model together, to bound the memory; the forwards of a
-    long prompt count as one.
+    On an x86 CPU the model's linear layers are meanwhile computed by oneDNN, see :class:`cllm.decoding.linear.Linears`, and
+    attention makes no copies of the cache, see :func:`cllm.decoding.grouped_attention.grouped_attention`.
+    ``prefill_chunk``: how many tokens of each prompt go through the model together, to bound the memory and what a mask hides
+    in vain; by default 512 on a CPU, else 2,048. The forwards of a long prompt count as one.
 
     Raises UsageError for a block size below 1 or beyond the model's context, for an unknown guess and for a way of compiling
     that there is not, UnsupportedModelError for models whose cache cannot be rolled back.
@@ -80,7 +81,7 @@ class JacobiDecoder:
         guess: str | Guess | FreshGuess | None = None,
         seed: int = 0,
         compile: Mode = "auto",
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ) -> None:
         check_model(model)
         record = read_record(model.config)
@@ -90,11 +91,12 @@ class JacobiDecoder:
             raise UsageError(f"block_size must be between 1 and the context length {self.context}, got {block_size}")
         if window not in ("sliding", "block"):
             raise UsageError(f"window must be 'sliding' or 'block', got {window!r}")
-        if prefill_chunk < 1:
+        if prefill_chunk is not None and prefill_chunk < 1:
             raise UsageError(f"prefill_chunk must be >= 1, got {prefill_chunk}")
         self.model, self.block_size, self.window, self.seed = model, block_size, window, seed
-        self.guess, self.prefill_chunk = make_guess(default_guess(record) if guess is None else guess), prefill_chunk
+        self.guess = make_guess(default_guess(record) if guess is None else guess)
         self.device = embedding_device(model)
+        self.prefill_chunk = prefill_chunk or (PREFILL_CHUNK_ON_CPU if self.device.type == "cpu" else PREFILL_CHUNK)
         self.eos_ids = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=self.device)
         self.step = Step(
             model, block_size, sliding=window == "sliding", guess=self.guess, eos_ids=self.eos_ids, context=self.context
@@ -262,11 +264,11 @@ class JacobiDecoder:
         order_T = torch.arange(-ahead, width, device=self.device)
         positions_BT = (rows.start_B[:, None] + order_T).clamp(min=-1)
         tokens_BT = torch.cat([rows.text_BS.gather(1, positions_BT[:, :ahead].clamp(min=0)), rows.window_BW[:, :width]], dim=1)
-        done = 0
+        length, done = round_up(ahead + width), 0
+        new.cache.reserve(len(requests), length)  # at once, or it would grow, and move, with every chunk
         while ahead - done > self.prefill_chunk:
             chunk = slice(done, done := done + self.prefill_chunk)
             self.step.forward(tokens_BT[:, chunk], positions_BT[:, chunk], new.cache, round_up(done), 1)
-        length = round_up(ahead + width)
         logits_BKV = self.step.forward(tokens_BT[:, done:], positions_BT[:, done:], new.cache, length, width)
         chooser = Chooser([request.sampling for request in requests])
         return Iteration(self.step.advance(rows, self.step.choose(rows, chooser, logits_BKV)))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from cllm.attention import model_mask
 from cllm.decoding.cache import RowCache
 from cllm.decoding.draft import Draft, Guess, token_before
+from cllm.decoding.grouped_attention import GroupedAttention
 from cllm.decoding.linear import Linears
 from cllm.decoding.result import Iteration
 from cllm.decoding.rows import Rows
@@ -44,7 +45,7 @@ class Step:
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self.narrows = sliding and guess.narrows
         self.order_W = torch.arange(self.width, device=eos_ids.device)
-        self.linears = Linears.of(model)
+        self.linears, self.attention = Linears.of(model), GroupedAttention.of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int, width: int) -> torch.Tensor:
@@ -66,7 +67,8 @@ class Step:
         slots_1L = torch.arange(length, device=tokens_BT.device)[None]
         visible_BTL = slots_1L[:, None, :] <= seen_BT[:, :, None]
         keep = {"logits_to_keep": width} if self._keeps_logits else {}
-        with nullcontext() if torch.compiler.is_compiling() else self.linears:
+        plain, here = nullcontext(), torch.compiler.is_compiling()
+        with plain if here else self.linears, plain if here else self.attention:
             output = self.model(
                 input_ids=tokens_BT,
                 attention_mask=model_mask(self.model.config, visible_BTL, seen_BT, slots_1L, self.model.dtype),

@@ -26,7 +26,7 @@ class Run:
     """One method on one batch."""
 
     seconds: float
-    prefill_seconds: float  # of which up to the end of the first forward; of a prompt in several chunks, of the first chunk
+    prefill_seconds: float  # of which up to the end of the forward that the prompts' last tokens went through
     responses: list[Response]
 
 
@@ -81,20 +81,23 @@ def timed(method: Method, prompts: Prompts, max_new_tokens: int) -> Run:
 
 def _timed_call(method: Method, prompts: Prompts, max_new_tokens: int) -> Run:
     device = method.model.device
-    first_forward: list[float] = []
+    left, prefilled = max(map(len, prompts)), []
 
-    def note_first(*_: Any) -> None:
-        first_forward.append(now(device))
-        handle.remove()  # or it would disturb compiled steps
+    def note(_: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal left
+        left -= (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[1]
+        if left <= 0:
+            prefilled.append(now(device))
+            handle.remove()  # or it would disturb compiled steps
 
-    handle = method.model.register_forward_hook(note_first)
+    handle = method.model.register_forward_hook(note, with_kwargs=True)
     try:
         start = now(device)
         responses = method.decode(prompts, max_new_tokens)
         end = now(device)
     finally:
         handle.remove()
-    return Run(end - start, (first_forward or [end])[0] - start, responses)
+    return Run(end - start, (prefilled or [end])[0] - start, responses)
 
 
 def now(device: torch.device) -> float:

@@ -95,7 +95,7 @@ def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int)
     """Seconds of the engine and of a bare forward of the same window, iteration by iteration in turn.
 
     The bare one is ``model(...)`` over transformers' own DynamicCache, which is cropped afterwards (not timed), with the
-    decoder's way to compute linear layers. The prefill and the next two iterations are left out.
+    decoder's way to compute linear layers and attention. The prefill and the next two iterations are left out.
     """
     model, pairs = decoder.model, []
     cache = DynamicCache(config=model.config)
@@ -108,7 +108,7 @@ def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int)
         if iteration is None:
             break
         start = now(model.device)
-        with decoder.step.linears:
+        with decoder.step.linears, decoder.step.attention:
             model(iteration.window_BW, past_key_values=cache)
         pairs.append((engine, now(model.device) - start))
         if wrong := iteration.window_BW.shape[1] - int(iteration.emitted_B[0]):

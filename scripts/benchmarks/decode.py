@@ -2,8 +2,8 @@
 
 Ours at every width with every guess and at width 1 (AR); Hugging Face's generate, eager, and with a static cache compiled (on
 a GPU, or with --compile); its prompt lookup and plain Jacobi decoding as in the paper (both at batch 1 only). On a CPU what is
-Hugging Face's also with our way to compute linear layers, so that the algorithm alone is compared. For ours also: the time of
-an iteration over that of a bare forward of the same shape. A table of every cell, one JSON, one picture.
+Hugging Face's also with our way to compute linear layers and attention, so that the algorithm alone is compared. For ours also:
+the time of an iteration over that of a bare forward of the same shape. A table of every cell, one JSON, one picture.
 
     python scripts/benchmarks/decode.py --model MODEL --filename gsm8k_train.jsonl --output docs/results/decode.json
     python scripts/benchmarks/decode.py --model MODEL --task copying --contexts 0 --output docs/results/decode_copying.json
@@ -24,6 +24,7 @@ from common import add_options, load, peak_memory, publish, race
 
 from cllm import reference
 from cllm.decoding import JacobiDecoder
+from cllm.decoding.grouped_attention import GroupedAttention
 from cllm.decoding.linear import Linears
 from cllm.evaluation.choice import CANDIDATES
 from cllm.evaluation.interval import ratio_interval
@@ -97,7 +98,7 @@ def all_methods(args: argparse.Namespace, model: Any, stops: list[int], batch: i
 
 
 class Borrowing:
-    """A method of Hugging Face's on linear layers computed as our decoder does."""
+    """A method of Hugging Face's on linear layers and attention computed as our decoder does."""
 
     def __init__(self, method: HuggingFace) -> None:
         self.method = method
@@ -105,7 +106,7 @@ class Borrowing:
         self.model, self.one_by_one = method.model, method.one_by_one
 
     def decode(self, prompts, max_new_tokens: int) -> list[Response]:
-        with Linears.fresh(self.model):
+        with Linears.fresh(self.model), GroupedAttention.of(self.model):
             return self.method.decode(prompts, max_new_tokens)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from cllm.evaluation.method import Response
+from cllm.decoding import JacobiDecoder
+from cllm.evaluation.method import Engine, Response
 from cllm.evaluation.speed import Measurement, Run, budget, divergence, divergences, measure, summarise, timed
 
 
@@ -76,6 +77,16 @@ def test_time_is_taken_and_prefill_shown_apart():
     assert 0.05 <= result.seconds < 1
     assert 0 < result.prefill_seconds <= result.seconds - 0.05
     assert not stub.model._forward_hooks
+
+
+def test_a_prefill_ends_with_the_last_prompt_token(monkeypatch):
+    """In whatever pieces a prompt goes through the model. A second here is a forward."""
+    model, forwards = tiny_model(), []
+    model.register_forward_hook(lambda *_: forwards.append(1.0))
+    monkeypatch.setattr("cllm.evaluation.speed.time.perf_counter", lambda: sum(forwards))
+    for chunk, expected in ((10, 4), (34, 1)):
+        result = timed(Engine(JacobiDecoder(model, 1, prefill_chunk=chunk), "a", "a"), [[3] * 34, [5]], 4)
+        assert (result.prefill_seconds, result.seconds) == (expected, expected + 3)
 
 
 def test_a_method_for_single_prompts_gets_them_one_by_one():
