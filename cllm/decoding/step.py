@@ -9,7 +9,7 @@ Shapes: B rows, W window width, T tokens of a forward, L slots of the cache, V v
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -67,17 +67,21 @@ class Step:
         slots_1L = torch.arange(length, device=tokens_BT.device)[None]
         visible_BTL = slots_1L[:, None, :] <= seen_BT[:, :, None]
         keep = {"logits_to_keep": width} if self._keeps_logits else {}
-        plain, here = nullcontext(), torch.compiler.is_compiling()
-        with plain if here else self.linears, plain if here else self.attention:
-            output = self.model(
-                input_ids=tokens_BT,
-                attention_mask=model_mask(self.model.config, visible_BTL, seen_BT, slots_1L, self.model.dtype),
-                position_ids=seen_BT if self.context is None else seen_BT.clamp(max=self.context - 1),
-                past_key_values=cache,
-                use_cache=True,
-                **keep,
-            )
+        output = self._run_model(
+            input_ids=tokens_BT,
+            attention_mask=model_mask(self.model.config, visible_BTL, seen_BT, slots_1L, self.model.dtype),
+            position_ids=seen_BT if self.context is None else seen_BT.clamp(max=self.context - 1),
+            past_key_values=cache,
+            use_cache=True,
+            **keep,
+        )
         return output.logits[:, -width:]
+
+    def _run_model(self, **inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.model(**inputs)
+        with self.linears, self.attention:
+            return self.model(**inputs)
 
     def choose(self, rows: Rows, chooser: Chooser, logits_BKV: torch.Tensor) -> torch.Tensor:
         """The model's choices [B, K] behind each of the windows' leading tokens."""
