@@ -83,12 +83,13 @@ def test_what_is_left_to_transformers(case, left):
 @pytest.mark.parametrize("kind", KINDS)
 def test_used_by_the_decoder_and_gone_after_it(kind, left):
     model, seen = tiny_model(kind), []
-    own = model.config._attn_implementation  # gemma2 is eager: SDPA cannot cap its scores
+    own = model.config._attn_implementation  # gemma2, whose scores are capped, is eager in newer releases of transformers
     model.lm_head.register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
     iterations = JacobiDecoder(model, 4).iterate([PROMPT], max_new_tokens=8)
     for _ in iterations:
         assert model.config._attn_implementation == own
-    assert set(seen) == {GROUPED if own == SDPA else own} and not left
+    assert set(seen) == {GROUPED if own == SDPA else own}
+    assert all("softcap" in other for other in left)
 
 
 def test_nothing_is_left_where_a_forward_fails():
