@@ -5,7 +5,8 @@ a GPU, or with --compile); its prompt lookup and plain Jacobi decoding as in the
 Hugging Face's also with our way to compute linear layers and attention, so that the algorithm alone is compared. For ours also:
 the time of an iteration over that of a bare forward of the same shape. A table of every cell, one JSON, one picture.
 
-    python scripts/benchmarks/decode.py --model MODEL --filename gsm8k_train.jsonl --output docs/results/decode.json
+    python scripts/benchmarks/decode.py --model CLLM --task arithmetic --filename test.jsonl --prompts 48 --batches 1 2 4 8 16 \\
+        --widths 4 8 16 --most_tokens 2048 --rounds 3 --guess context prompt_lookup+pool --output docs/results/decode.json
     python scripts/benchmarks/decode.py --model MODEL --task copying --contexts 0 --output docs/results/decode_copying.json
     python scripts/benchmarks/decode.py --model MODEL --filename gsm8k_train.jsonl --dtype bfloat16 --batches 1 2 4 8 16 \\
         --widths 4 8 16 32 64 --contexts 128 512 2048 4096 --length 128 --output docs/results/decode_gpu.json   # on a GPU
@@ -64,9 +65,9 @@ def main() -> None:
             methods = [Watched(method) for method in all_methods(args, model, stops, batch)]
             cells.append({"context": context, "batch": batch, "methods": cell(methods, batches, args)})
             print(f"\ncontext {context}, batch {batch}\n{table(cells[-1]['methods'])}", flush=True)
-    publish(args, model, {"cells": cells})
-    if args.output:
-        draw(cells, Path(args.output).with_suffix(".png"))
+            publish(args, model, {"cells": cells})  # after each, or hours may be lost
+            if args.output:
+                draw(cells, Path(args.output).with_suffix(".png"))
 
 
 def joined(prompts: list[list[int]], length: int, batch: int, rounds: int) -> list[list[list[int]]]:
@@ -215,6 +216,7 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(sorted({cell["batch"] for cell in cells}), labels=sorted({cell["batch"] for cell in cells}))
     axes[0][0].legend()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def line_name(method: str) -> str:
