@@ -42,6 +42,13 @@ def test_linear(tiny_model_dir, problems, tmp_path):
 
 
 @pytest.mark.slow
+def test_attention(tiny_model_dir, problems, tmp_path):
+    sizes = ["--widths", "1", "4", "--batches", "2", "--context", "40", "--rounds", "2"]
+    result = run("attention", tiny_model_dir, problems, tmp_path / "result.json", *sizes)
+    assert set(result) == {"batch 2, width 1", "batch 2, width 4"} and all(of["times faster"] > 0 for of in result.values())
+
+
+@pytest.mark.slow
 def test_training(tiny_model_dir, problems, tmp_path):
     result = run("training", tiny_model_dir, problems, tmp_path / "result.json")
     assert result["token-forwards per response, paper"] > result["token-forwards per response, ours, the paper's objective"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,51 @@ def each_shape(args: argparse.Namespace, figures: Callable[[int, int], dict[str,
         result[name] = figures(batch, width)
         print(f"{name}: {result[name]}", flush=True)
     return result
+
+
+def joined(prompts: list[list[int]], length: int, batch: int, rounds: int) -> list[list[list[int]]]:
+    """``rounds`` batches of texts of ``length`` tokens: each the end of as many prompts in a row as it takes; 0: one prompt."""
+    texts = []
+    for at in range(batch * rounds):
+        text = prompts[at % len(prompts)]
+        while len(text) < length:
+            at -= 1
+            text = prompts[at % len(prompts)] + text
+        texts.append(text[-length:])
+    return [texts[at : at + batch] for at in range(0, len(texts), batch)]
+
+
+def switched(
+    model: PreTrainedModel,
+    width: int,
+    batches: list[list[list[int]]],
+    count: int,
+    switch: Callable[[bool], AbstractContextManager],
+) -> dict[str, float]:
+    """Milliseconds of an iteration with something of the decoder's switched on, and off: medians of ``count`` of each batch.
+
+    The two take turns, batch by batch. Captured steps would stay what they were, so each side has a decoder of its own.
+    """
+    decoders = {on: JacobiDecoder(model, width) for on in (True, False)}
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for prompts, on in product(batches, decoders):
+        with switch(on):
+            seconds[on] += iterations(decoders[on], prompts, count)
+    with_it, without = statistics.median(seconds[True]), statistics.median(seconds[False])
+    return {"milliseconds, on": 1000 * with_it, "milliseconds, off": 1000 * without, "times faster": without / with_it}
+
+
+def iterations(decoder: JacobiDecoder, prompts: list[list[int]], count: int) -> list[float]:
+    """Seconds of each iteration behind the prefill."""
+    running, seconds = decoder.iterate(prompts, max_new_tokens=(count + 1) * decoder.width), []
+    next(running)
+    for _ in range(count):
+        start = now(decoder.device)
+        if next(running, None) is None:
+            break
+        seconds.append(now(decoder.device) - start)
+    running.close()
+    return seconds
 
 
 @torch.inference_mode()

@@ -5,8 +5,8 @@ a GPU, or with --compile); its prompt lookup and plain Jacobi decoding as in the
 Hugging Face's also with our way to compute linear layers and attention, so that the algorithm alone is compared. For ours also:
 the time of an iteration over that of a bare forward of the same shape. A table of every cell, one JSON, one picture.
 
-    python scripts/benchmarks/decode.py --model CLLM --task arithmetic --filename test.jsonl --prompts 48 --batches 1 2 4 8 16 \\
-        --widths 4 8 16 --most_tokens 2048 --rounds 3 --guess context prompt_lookup+pool --output docs/results/decode.json
+    python scripts/benchmarks/decode.py --model CLLM --task arithmetic --filename test.jsonl --prompts 48 --widths 4 8 16 \\
+        --batches 1 2 4 8 16 --most_tokens 2048 --rounds 3 --guess context prompt_lookup+pool --output docs/results/decode.json
     python scripts/benchmarks/decode.py --model MODEL --task copying --contexts 0 --output docs/results/decode_copying.json
     python scripts/benchmarks/decode.py --model MODEL --filename gsm8k_train.jsonl --dtype bfloat16 --batches 1 2 4 8 16 \\
         --widths 4 8 16 32 64 --contexts 128 512 2048 4096 --length 128 --output docs/results/decode_gpu.json   # on a GPU
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_options, load, peak_memory, publish, race
+from common import add_options, joined, load, peak_memory, publish, race
 
 from cllm import reference
 from cllm.decoding import JacobiDecoder
@@ -68,18 +68,6 @@ def main() -> None:
             publish(args, model, {"cells": cells})  # after each, or hours may be lost
             if args.output:
                 draw(cells, Path(args.output).with_suffix(".png"))
-
-
-def joined(prompts: list[list[int]], length: int, batch: int, rounds: int) -> list[list[list[int]]]:
-    """``rounds`` batches of texts of ``length`` tokens: each the end of as many prompts in a row as it takes; 0: one prompt."""
-    texts = []
-    for at in range(batch * rounds):
-        text = prompts[at % len(prompts)]
-        while len(text) < length:
-            at -= 1
-            text = prompts[at % len(prompts)] + text
-        texts.append(text[-length:])
-    return [texts[at : at + batch] for at in range(0, len(texts), batch)]
 
 
 def all_methods(args: argparse.Namespace, model: Any, stops: list[int], batch: int) -> list[Method]:

@@ -8,14 +8,9 @@ The two take turns, text by text; medians over all iterations behind the prefill
 from __future__ import annotations
 
 import argparse
-import statistics
-from itertools import product
 
 import torch
-from common import add_options, add_shapes, each_shape, load, publish
-
-from cllm.decoding import JacobiDecoder
-from cllm.evaluation.speed import now
+from common import add_options, add_shapes, each_shape, load, publish, switched
 
 
 def main() -> None:
@@ -27,32 +22,10 @@ def main() -> None:
     model, _, prompts = load(args)
 
     def figures(batch: int, width: int) -> dict[str, float]:
-        decoder = JacobiDecoder(model, width)
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        for prompt, ours in product(prompts, seconds):
-            with torch.backends.mkldnn.flags(enabled=ours):
-                seconds[ours] += iterations(decoder, [prompt] * batch, args.length)
-        with_them, without = statistics.median(seconds[True]), statistics.median(seconds[False])
-        return {
-            "milliseconds, oneDNN": 1000 * with_them,
-            "milliseconds, torch's own": 1000 * without,
-            "times faster": without / with_them,
-        }
+        batches = [[prompt] * batch for prompt in prompts]
+        return switched(model, width, batches, args.length, lambda on: torch.backends.mkldnn.flags(enabled=on))
 
     publish(args, model, each_shape(args, figures))
-
-
-def iterations(decoder: JacobiDecoder, prompts: list[list[int]], count: int) -> list[float]:
-    """Seconds of each iteration behind the prefill."""
-    running, seconds = decoder.iterate(prompts, max_new_tokens=(count + 1) * decoder.width), []
-    next(running)
-    for _ in range(count):
-        start = now(decoder.device)
-        if next(running, None) is None:
-            break
-        seconds.append(now(decoder.device) - start)
-    running.close()
-    return seconds
 
 
 if __name__ == "__main__":
