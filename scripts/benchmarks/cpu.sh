@@ -14,4 +14,4 @@ python "$here/attention.py" --model "$model" --filename "$questions" --context 2
 python "$here/iteration.py" --model "$model" --filename "$questions" --prompts 1 --length 48 --output "$folder/iteration.json"
 python "$here/decode.py" --model "$model" --task copying --prompts 16 --rounds 16 --batches 1 --contexts 0 --widths 8 16 \
     --guess prompt_lookup prompt_lookup+pool --length 64 --output "$folder/decode_copying.json"
-python "$here/batching.py" --model "$model" --filename "$questions" --block_size 1 --output "$folder/batching.json"
+python "$here/batching.py" --model "$model" --filename "$questions" --block_size 1 --rounds 4 --output "$folder/batching.json"
