@@ -7,10 +7,7 @@ Shapes: B rows, H query heads, G of them to a key-value head, T query tokens, L 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from threading import Lock, get_ident
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,9 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cllm.attention import GROUPED, SDPA
+from cllm.decoding.lending import Lending
 
 MOST_QUERIES = 64  # beyond as many tokens the copy is a small part of the work
-MEANINGLESS = {"position_ids", "sliding_window", "use_cache", "output_router_logits"}  # arguments that SDPA makes nothing of
+IGNORED = {"position_ids", "sliding_window", "use_cache", "output_router_logits"}  # arguments that SDPA makes nothing of
 
 
 def grouped_attention(
@@ -41,7 +39,7 @@ def grouped_attention(
     """
     (B, H, T, D), shared = query.shape, key.shape[1]
     worth = shared < H and T <= MOST_QUERIES and not dropout and not torch.is_grad_enabled()
-    if not worth or attention_mask is None or attention_mask.shape[1] != 1 or not MEANINGLESS.issuperset(other):
+    if not worth or attention_mask is None or attention_mask.shape[1] != 1 or not IGNORED.issuperset(other):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **other
         )
@@ -51,40 +49,24 @@ def grouped_attention(
     return result.reshape(B, H, T, -1).transpose(1, 2).contiguous(), None
 
 
-class GroupedAttention:
+class GroupedAttention(Lending):
     """While some thread has entered this, the attention of its model is :func:`grouped_attention` where it was SDPA.
 
     Other threads may use the model meanwhile; they get the same results. Models that do not look their attention up
     keep their own.
     """
 
-    _known: WeakKeyDictionary[PreTrainedModel, GroupedAttention] = WeakKeyDictionary()
-
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = ref(model)
+        super().__init__(model)
         self._config = model.config.get_text_config(decoder=True)
         self._looked_up = getattr(model, "_supports_attention_backend", False)
-        self._lock = Lock()
-        self._inside: set[int] = set()  # threads; one that an interrupt kept from leaving leaves the next time
         AttentionInterface.register(GROUPED, grouped_attention)
         AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> GroupedAttention:
-        """The one that all decoders of a model share."""
-        return cls._known.setdefault(model, cls(model))
+    def _put_in(self) -> None:
+        if self._looked_up and self._config._attn_implementation == SDPA:
+            self._config._attn_implementation = GROUPED
 
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside.add(get_ident())
-            if self._looked_up and self._config._attn_implementation == SDPA:
-                self._config._attn_implementation = GROUPED
-
-    def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._inside.discard(get_ident())
-            if not self._inside and self._config._attn_implementation == GROUPED:
-                self._config._attn_implementation = SDPA
-
-    def __reduce__(self) -> tuple[Callable[[PreTrainedModel], GroupedAttention], tuple[PreTrainedModel | None]]:
-        return GroupedAttention.of, (self._model(),)  # a decoder can be copied
+    def _take_out(self) -> None:
+        if self._config._attn_implementation == GROUPED:
+            self._config._attn_implementation = SDPA

@@ -8,43 +8,34 @@ least of all on weights that were laid out for it before.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from functools import lru_cache
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cllm.decoding.lending import Lending
+
 PACKED_BYTES = 2 << 30  # of weights that are kept a second time, laid out for oneDNN
 PACKED_ROWS = 16  # the number of input rows that they are laid out for
 
 
-class Linears:
+class Linears(Lending):
     """A model's linear layers; while this is entered, what the thread computes with them without gradients goes to oneDNN.
 
     Outside, and in all that can be seen of it, the model is as it was. Weights are those of the last :meth:`refresh`. Left
     alone are models that are not in float32 on an x86 CPU, layers of another type than ``nn.Linear`` or with a ``forward`` of
     their own, and everything under ``torch.backends.mkldnn.flags(enabled=False)``, autocast or torch.compile. Memory: a second
     copy of these layers' weights where they have PACKED_BYTES at most, until the model goes or :meth:`clear`; larger models
-    are computed on the weights as they are. It cannot be entered twice by one thread.
+    are computed on the weights as they are.
     """
 
-    _known: WeakKeyDictionary[PreTrainedModel, Linears] = WeakKeyDictionary()
-
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = ref(model)
-        self._lock = Lock()
-        self._inside: set[int] = set()  # threads
+        super().__init__(model)
         self._products: list[_Product] = []
         self._seen: list[torch.Tensor] = []  # what tells the weights that were packed from others
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Linears:
-        """The one that all decoders of a model share."""
-        return cls._known.setdefault(model, cls(model))
 
     @classmethod
     def fresh(cls, model: PreTrainedModel) -> Linears:
@@ -77,31 +68,9 @@ class Linears:
             self._leave()
             self._drop()
 
-    def __enter__(self) -> None:
-        try:
-            with self._lock:
-                self._inside.add(get_ident())
-                if torch.backends.mkldnn.enabled:
-                    self._put_in()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._leave()
-
-    def __reduce__(self) -> tuple[Callable[[PreTrainedModel], Linears], tuple[PreTrainedModel | None]]:
-        return Linears.of, (self._model(),)  # a decoder can be copied
-
     def _put_in(self) -> None:
-        for product in self._products:
+        for product in self._products if torch.backends.mkldnn.enabled else ():
             product.attributes.setdefault("forward", product)
-
-    def _leave(self) -> None:
-        self._inside.discard(get_ident())
-        if not self._inside:
-            self._take_out()
 
     def _take_out(self) -> None:
         for product in self._products:
