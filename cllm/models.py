@@ -15,6 +15,7 @@ from huggingface_hub.utils import enable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from cllm.adapter import ADAPTER, LOSSLESS, attach, check_base, read_adapter
 from cllm.checkpoints import published_record
 from cllm.errors import UsageError
 from cllm.files import StrPath, write_json
@@ -29,7 +30,6 @@ WIDTH, GUESS = "decoding_width", "decoding_guess"  # keys of the record
 TRAINED_GUESS = "guess"  # the key of what stood in the place of unknown tokens in training
 ORIGINS = ("target_model", "base_model")  # keys that name the checkpoint a model was made of
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
-ADAPTER = "adapter_config.json"  # what makes a folder a LoRA adapter's
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -45,7 +45,10 @@ def load_model(
     attn_implementation: str | None = None,
     quantization: Any = None,
 ) -> PreTrainedModel:
-    """Load a causal language model for decoding or training; a folder with a LoRA adapter gives base and adapter merged.
+    """Load a causal language model for decoding or training.
+
+    A folder with a consistency adapter gives its base model, which decoders then draft for with the adapter; one with another
+    LoRA adapter gives base and adapter merged.
 
     Defaults: CUDA where there is a GPU, bfloat16 on it and float32 elsewhere, the model's own choice of SDPA or eager
     attention. ``quantization``: a configuration of transformers. Raises UsageError where nothing can be loaded from
@@ -53,9 +56,9 @@ def load_model(
     """
     check_path(path)
     if (Path(path) / ADAPTER).is_file():
-        if quantization is not None:
-            raise UsageError(f"{path!r} holds a LoRA adapter, which cannot be merged into weights in 4 bits; merge it first")
-        return _load_adapted(path, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        return _load_adapted(
+            path, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
+        )
     device = device or default_device()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
@@ -79,25 +82,43 @@ def load_model(
     return model
 
 
-def _load_adapted(path: str, **how: str | None) -> PreTrainedModel:
-    """The base model that an adapter's folder names, with the adapter merged into its weights, and with the folder's record."""
+def _load_adapted(path: str, *, quantization: Any = None, **how: str | None) -> PreTrainedModel:
+    """The base model that an adapter's folder names, with the folder's record: with a consistency adapter attached, its
+    weights untouched, or with an ordinary adapter merged into them."""
+    config = Path(path) / "config.json"
+    record = (json.loads(config.read_text(encoding="utf-8")).get(RECORD) or {}) if config.is_file() else {}
+    if quantization is not None and not record.get(LOSSLESS):
+        raise UsageError(f"{path!r} holds a LoRA adapter, which cannot be merged into weights in 4 bits; merge it first")
     try:
-        from peft import PeftConfig, PeftModel
+        base = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = load_model(base, quantization=quantization, **how)
+    except UsageError as error:
+        raise UsageError(
+            f"the base model of the adapter in {path!r}: {error}; {ADAPTER} names it as base_model_name_or_path"
+        ) from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"cannot load the adapter in {path!r}: {first_line(error)}") from error
+    if record.get(LOSSLESS):
+        check_base(model, record)
+        attach(model, read_adapter(path))
+    else:
+        model = _merged(model, path)
+    model.name_or_path = path  # it is not the base model any more
+    if config.is_file():
+        write_record(model.config, record)
+    return model
+
+
+def _merged(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
     except ImportError as error:
         raise UsageError(f"{path!r} holds a LoRA adapter, which needs peft: pip install -e .[lora]") from error
     try:
-        base = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path, **how)
-        model: Any = PeftModel.from_pretrained(base, path)
-    except UsageError as error:
-        raise UsageError(f"the base model of the adapter in {path!r}: {error}") from error
+        adapted: Any = PeftModel.from_pretrained(model, path)
     except Exception as error:  # as in load_model
         raise UsageError(f"cannot load the adapter in {path!r}: {first_line(error)}") from error
-    model = model.merge_and_unload()
-    model.name_or_path = path  # it is not the base model any more
-    config = Path(path) / "config.json"
-    if config.is_file():
-        write_record(model.config, json.loads(config.read_text(encoding="utf-8")).get(RECORD) or {})
-    return model
+    return adapted.merge_and_unload()
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ LAYERS = (  # from the bottom; a module may import its own layer and those below
     {"files", "checkpoints"},
     {"result_file"},
     {"tasks", "scoring"},
+    {"adapter"},
     {"attention", "prompts", "models"},
     {"packing", "decoding", "reference", "custom_generate"},
     {"trajectory", "training", "evaluation", "serving"},

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS
 from cllm.errors import UsageError, check_least
-from cllm.models import ADAPTER, load_model
+from cllm.models import load_model
 
-WRITTEN_BY_PEFT = (ADAPTER, "adapter_model.safetensors", "README.md")
+WRITTEN_BY_PEFT = (ADAPTER, ADAPTER_WEIGHTS, "README.md")
 
 
 @dataclass
