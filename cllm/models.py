@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_WIDTH = 16  # the paper's block size
 DEFAULT_GUESS = "context"  # what the paper's CLLMs are trained with
-WIDTH, GUESS = "decoding_width", "decoding_guess"  # keys of the record
+WIDTH, DRAFTS, GUESS = "decoding_width", "decoding_drafts", "decoding_guess"  # keys of the record
 TRAINED_GUESS = "guess"  # the key of what stood in the place of unknown tokens in training
 ORIGINS = ("target_model", "base_model")  # keys that name the checkpoint a model was made of
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
@@ -188,6 +188,12 @@ def write_record(config: PretrainedConfig, record: Mapping[str, Any]) -> None:
 def default_width(record: Mapping[str, Any]) -> int:
     """The window to decode with: the one that ``cllm tune`` found fastest, else the block size of the training."""
     return int(record.get(WIDTH) or record.get("block_size") or DEFAULT_WIDTH)
+
+
+def default_drafts(record: Mapping[str, Any], width: int) -> int:
+    """How many draft tokens a window of that width has: what ``cllm tune`` found fastest for it, else all guesses."""
+    stored = record.get(DRAFTS) if record.get(WIDTH) == width else None
+    return width - 1 if stored is None else int(stored)
 
 
 def default_guess(record: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from cllm.adapter import Adapter, attached
 from cllm.attention import check_model
 from cllm.decoding.batch import Batch
 from cllm.decoding.draft import Guess
@@ -23,7 +24,7 @@ from cllm.decoding.runner import Mode, make_runner
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
 from cllm.decoding.step import Step, round_up
 from cllm.errors import UsageError
-from cllm.models import context_length, default_guess, default_width, embedding_device, read_record
+from cllm.models import context_length, default_drafts, default_guess, default_width, embedding_device, read_record
 
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
@@ -60,6 +61,10 @@ class JacobiDecoder:
     ``guess``: how new positions of the window are filled, see :func:`cllm.decoding.guess.make_guess`. Where every token of a
     forward costs time (CPU, not compiled), one covers only the part of the window that the guess holds to be worth it.
     By default both are what ``cllm tune`` stored in the checkpoint, else what it was trained with, else 16 and ``context``.
+    ``adapter``: the consistency adapter that refines guesses, by default the one that is attached to the model
+    (:func:`cllm.adapter.attach`); None for none. The text is the model's own, whatever the adapter says. It works on
+    ``drafts`` guesses in each forward, by default as many as ``cllm tune`` stored for the width, else all of the window's; 0
+    leaves it out. There may be more of them than the block_size - 1 guesses that the model verifies.
     ``compile``: how iterations are run, see :func:`cllm.decoding.runner.make_runner`. Captured ones point at the model's
     weights where they are now, so use a new decoder for a model that was moved.
     On an x86 CPU the model's linear layers are meanwhile computed by oneDNN, see :class:`cllm.decoding.linear.Linears`, and
@@ -79,6 +84,8 @@ class JacobiDecoder:
         eos_token_ids: Sequence[int] = (),
         window: Window = "sliding",
         guess: str | Guess | FreshGuess | None = None,
+        adapter: Adapter | Literal["attached"] | None = "attached",
+        drafts: int | None = None,
         seed: int = 0,
         compile: Mode = "auto",
         prefill_chunk: int | None = None,
@@ -91,6 +98,9 @@ class JacobiDecoder:
             raise UsageError(f"block_size must be between 1 and the context length {self.context}, got {block_size}")
         if window not in ("sliding", "block"):
             raise UsageError(f"window must be 'sliding' or 'block', got {window!r}")
+        adapter = attached(model) if adapter == "attached" else adapter
+        drafts = (default_drafts(record, block_size) if drafts is None else drafts) if adapter else drafts or 0
+        self._check_drafts(drafts, adapter, block_size, window)
         if prefill_chunk is not None and prefill_chunk < 1:
             raise UsageError(f"prefill_chunk must be >= 1, got {prefill_chunk}")
         self.model, self.block_size, self.window, self.seed = model, block_size, window, seed
@@ -99,7 +109,14 @@ class JacobiDecoder:
         self.prefill_chunk = prefill_chunk or (PREFILL_CHUNK_ON_CPU if self.device.type == "cpu" else PREFILL_CHUNK)
         self.eos_ids = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=self.device)
         self.step = Step(
-            model, block_size, sliding=window == "sliding", guess=self.guess, eos_ids=self.eos_ids, context=self.context
+            model,
+            block_size,
+            sliding=window == "sliding",
+            guess=self.guess,
+            eos_ids=self.eos_ids,
+            context=self.context,
+            adapter=adapter if drafts else None,
+            drafts=drafts,
         )
         self.width = self.step.width
         self.runner = make_runner(self.step, compile)
@@ -164,7 +181,7 @@ class JacobiDecoder:
         training = self.model.training
         self.model.eval()
         try:
-            self.step.linears.refresh()
+            self.step.linears.refresh(self.step.adapter)
             with self.runner.batch(self._start([], 0).rows) as batch:
                 yield from self._loop(feed, unwanted, batch)
         finally:
@@ -200,7 +217,7 @@ class JacobiDecoder:
                     yield self._prefill(new, requests)
                     inside |= dict(enumerate(requests, fed))
                     fed += len(requests)
-                    most = max(map(self._end, inside.values())) + self.width
+                    most = max(map(self._end, inside.values())) + self.step.span
                     batch.put(new, running, self.runner.length(most), self.runner.fixed)
                     batch.resize(self.runner.size(batch.size, len(batch.rows)))
                     continue
@@ -211,9 +228,9 @@ class JacobiDecoder:
                     batch.resize(size)
                     running = {row: (place, start) for place, (row, (_, start)) in enumerate(running.items())}
                 chooser = Chooser([request.sampling for request in inside.values()], [place for place, _ in running.values()])
-                reach = max(start for _, start in running.values())
+                reach = max(start for _, start in running.values()) + self.step.drafts
             step += 1
-            reach = min(reach + self.width, most)  # no row's window ends beyond this
+            reach = min(reach + self.step.verified, most)  # no row's tokens stand beyond this
             yield Iteration(self.runner.run(batch, chooser, self.runner.length(reach), self._width(batch)))
 
     def _start(self, requests: Sequence[Request], first: int) -> Batch:
@@ -259,19 +276,30 @@ class JacobiDecoder:
 
         Of long prompts ``prefill_chunk`` tokens at a time go ahead.
         """
-        rows, width = new.rows, self._width(new)
+        rows = new.rows
+        window_BT, after_BT, drafts = self.step.ahead(rows, self._width(new))
+        width = window_BT.shape[1]
         ahead = max(len(request.prompt) for request in requests) - 1
-        order_T = torch.arange(-ahead, width, device=self.device)
-        positions_BT = (rows.start_B[:, None] + order_T).clamp(min=-1)
-        tokens_BT = torch.cat([rows.text_BS.gather(1, positions_BT[:, :ahead].clamp(min=0)), rows.window_BW[:, :width]], dim=1)
+        before_BT = (rows.start_B[:, None] + torch.arange(-ahead, 0, device=self.device)).clamp(min=-1)
+        positions_BT = torch.cat([before_BT, after_BT], dim=1)
+        tokens_BT = torch.cat([rows.text_BS.gather(1, before_BT.clamp(min=0)), window_BT], dim=1)
         length, done = round_up(ahead + width), 0
         new.cache.reserve(len(requests), length)  # at once, or it would grow, and move, with every chunk
         while ahead - done > self.prefill_chunk:
             chunk = slice(done, done := done + self.prefill_chunk)
             self.step.forward(tokens_BT[:, chunk], positions_BT[:, chunk], new.cache, round_up(done), 1)
-        logits_BKV = self.step.forward(tokens_BT[:, done:], positions_BT[:, done:], new.cache, length, width)
+        logits_BTV = self.step.forward(tokens_BT[:, done:], positions_BT[:, done:], new.cache, length, width, drafts)
         chooser = Chooser([request.sampling for request in requests])
-        return Iteration(self.step.advance(rows, self.step.choose(rows, chooser, logits_BKV)))
+        return Iteration(self.step.advance(rows, *self.step.choose(rows, chooser, logits_BTV, drafts)))
+
+    def _check_drafts(self, drafts: int, adapter: Adapter | None, block_size: int, window: str) -> None:
+        """Raise UsageError for a number of draft tokens that cannot be."""
+        if not 0 <= drafts < (self.context or drafts + 1):
+            raise UsageError(f"drafts must be between 0 and the context length {self.context} - 1, got {drafts}")
+        if drafts and adapter is None:
+            raise UsageError(f"drafts need an adapter, and the model has none, got drafts={drafts}")
+        if drafts and window != "sliding":
+            raise UsageError(f"window must be 'sliding' with a consistency adapter, got {window!r}")
 
 
 def unpad(input_ids: torch.Tensor | Prompts, attention_mask: torch.Tensor | None = None) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Linear layers of a model on an x86 CPU, computed by oneDNN while it decodes or makes trajectories.
+"""Linear layers of a model while it decodes or makes trajectories: by oneDNN on an x86 CPU, with an adapter on draft tokens.
 
 torch gives float32 matrices to MKL there, which can take twice as long for a few rows as for one, and for both longer than
 the weights need to be read. oneDNN, which torch carries along for reduced precision and for compiled models, does not,
@@ -8,14 +8,19 @@ least of all on weights that were laid out for it before.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cllm.adapter import Adapter
+from cllm.decoding.deltas import Deltas, Drafting
 from cllm.decoding.lending import Lending
 
 PACKED_BYTES = 2 << 30  # of weights that are kept a second time, laid out for oneDNN
@@ -25,17 +30,23 @@ PACKED_ROWS = 16  # the number of input rows that they are laid out for
 class Linears(Lending):
     """A model's linear layers; while this is entered, what the thread computes with them without gradients goes to oneDNN.
 
+    Entered by :meth:`drafting`, layers also add what a consistency adapter has for them to the draft tokens. Other threads,
+    and decoders with other adapters, see nothing of it.
+
     Outside, and in all that can be seen of it, the model is as it was. Weights are those of the last :meth:`refresh`. Left
-    alone are models that are not in float32 on an x86 CPU, layers of another type than ``nn.Linear`` or with a ``forward`` of
-    their own, and everything under ``torch.backends.mkldnn.flags(enabled=False)``, autocast or torch.compile. Memory: a second
-    copy of these layers' weights where they have PACKED_BYTES at most, until the model goes or :meth:`clear`; larger models
-    are computed on the weights as they are.
+    to torch are models that are not in float32 on an x86 CPU, layers of another type than ``nn.Linear`` or with a ``forward``
+    of their own, and everything under ``torch.backends.mkldnn.flags(enabled=False)``, autocast or torch.compile. Memory: a
+    second copy of these layers' weights where they have PACKED_BYTES at most, until the model goes or :meth:`clear`; larger
+    models are computed on the weights as they are.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._products: list[_Product] = []
         self._seen: list[torch.Tensor] = []  # what tells the weights that were packed from others
+        self._deltas: WeakKeyDictionary[Adapter, Deltas] = WeakKeyDictionary()
+        self._active = _Active(self._inside)
+        self._tracing = Lock()
 
     @classmethod
     def fresh(cls, model: PreTrainedModel) -> Linears:
@@ -45,55 +56,123 @@ class Linears(Lending):
         return linears
 
     @torch.inference_mode()
-    def refresh(self) -> None:
-        """Look at the weights anew, at the cost of about one token: they may have been trained, replaced or moved."""
-        if not torch.backends.mkldnn.enabled or (model := self._model()) is None:
-            return self.clear()
+    def refresh(self, adapter: Adapter | None = None) -> None:
+        """Look at the weights anew, at the cost of about one token: they may have been trained, replaced or moved.
+
+        ``adapter``: one that :meth:`drafting` will be asked for.
+        """
+        if (model := self._model()) is None:
+            return
         with self._lock:
             self._leave()  # an interrupt may have kept this thread from it
-            layers: list[Any] = [layer for layer in model.modules() if _suits(layer)]
-            seen = [_multiply(_probe(layer.weight), layer.weight) for layer in layers]
-            if [product.layer for product in self._products] == layers and all(map(torch.equal, seen, self._seen)):
-                return
-            self._drop()  # the old copies go before new ones are made
-            packed = sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
-            self._products = [_Product(layer, _packed(layer.weight) if packed else None, self._inside) for layer in layers]
-            self._seen = seen
-            if self._inside:  # other threads
-                self._put_in()
+            if adapter is not None and not (adapter in self._deltas and self._deltas[adapter].fit(model)):
+                self._deltas[adapter] = Deltas(model, adapter)
+            self._find_products(model)
+
+    def _find_products(self, model: PreTrainedModel) -> None:
+        adapted = {name for deltas in self._deltas.values() for name in deltas.pairs}
+        fast = bool(torch.backends.mkldnn.enabled)
+        named = [(name, layer, fast and _suits(layer)) for name, layer in model.named_modules()]
+        layers: list[tuple[str, Any, bool]] = [item for item in named if item[2] or item[0] in adapted]
+        weights = [layer.weight for _, layer, suits in layers if suits]
+        seen = [_multiply(_probe(weight), weight) for weight in weights]
+        known = [(product.name, product.layer, product.fast) for product in self._products]
+        if known == layers and all(map(torch.equal, seen, self._seen)):
+            return
+        self._drop()  # the old copies go before new ones are made
+        packs = sum(weight.nbytes for weight in weights) <= PACKED_BYTES
+        self._products = [_Product(name, layer, suits, packs, self._active) for name, layer, suits in layers]
+        self._seen = seen
+        if self._inside:  # other threads
+            self._put_in()
+
+    @contextmanager
+    def drafting(self, adapter: Adapter | None, length: int, tokens: int) -> Iterator[None]:
+        """Entered, with ``adapter`` on the last ``tokens`` of the ``length`` tokens that each row has in a forward."""
+        if adapter is not None and tokens:
+            self._active.drafting[get_ident()] = Drafting(self._deltas[adapter], length, tokens)
+        try:
+            with self:
+                yield
+        finally:
+            self._active.drafting.pop(get_ident(), None)
+
+    @contextmanager
+    def traced(self, adapter: Adapter, length: int, tokens: int) -> Iterator[None]:
+        """The same around a function under torch.compile, which cannot tell threads apart: one at a time may be in here."""
+        with self._tracing, self.drafting(adapter, length, tokens):
+            self._active.traced = self._active.drafting.get(get_ident())
+            try:
+                yield
+            finally:
+                self._active.traced = None
 
     def clear(self) -> None:
         """Give the memory back, until the next :meth:`refresh`."""
         with self._lock:
             self._leave()
             self._drop()
+            self._deltas.clear()
 
     def _put_in(self) -> None:
-        for product in self._products if torch.backends.mkldnn.enabled else ():
-            product.attributes.setdefault("forward", product)
+        self._active.fast = bool(torch.backends.mkldnn.enabled)
+        for product in self._products:
+            product.put_in()
 
     def _take_out(self) -> None:
         for product in self._products:
-            if product.attributes.get("forward") is product:
-                del product.attributes["forward"]
+            product.take_out()
 
     def _drop(self) -> None:
         self._take_out()
         self._products, self._seen = [], []
 
 
-class _Product:
-    """The ``forward`` of a linear layer, on its weights as they are or packed."""
+class _Active:
+    """Who is inside, and who drafts."""
 
-    def __init__(self, layer: nn.Linear, packed: torch.Tensor | None, inside: set[int]) -> None:
-        self.layer, self.attributes, self.packed, self.inside = layer, layer.__dict__, packed, inside
+    def __init__(self, inside: set[int]) -> None:
+        self.inside = inside  # threads
+        self.drafting: dict[int, Drafting] = {}  # of threads
+        self.traced: Drafting | None = None  # of a function under torch.compile
+        self.fast = True  # is oneDNN switched on
+
+
+class _Product:
+    """The ``forward`` of a linear layer: on its weights as they are or packed, then with an adapter's delta."""
+
+    def __init__(self, name: str, layer: Any, fast: bool, packs: bool, active: _Active) -> None:
+        self.name, self.layer, self.fast, self.active = name, layer, fast, active
+        self.attributes = layer.__dict__
+        self.own: Callable[..., torch.Tensor] | None = self.attributes.get("forward")  # a forward that others put there
+        self.plain = self.own or layer.forward
+        self.packed = _packed(layer.weight) if fast and packs else None
+
+    def put_in(self) -> None:
+        if self.attributes.get("forward") is self.own:
+            self.attributes["forward"] = self
+
+    def take_out(self) -> None:
+        if self.attributes.get("forward") is not self:
+            return
+        if self.own is None:
+            del self.attributes["forward"]
+        else:
+            self.attributes["forward"] = self.own
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        layer = self.layer
-        plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-        if plain or get_ident() not in self.inside:  # another thread does something else with the model
-            return nn.functional.linear(input, layer.weight, layer.bias)
-        return _multiply(input, layer.weight if self.packed is None else self.packed, layer.bias)
+        if torch.compiler.is_compiling():
+            inside, drafting = False, self.active.traced
+        else:
+            inside, drafting = get_ident() in self.active.inside, self.active.drafting.get(get_ident())
+        if self.fast and inside and self.active.fast and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+            weight = self.layer.weight if self.packed is None else self.packed
+            output = _multiply(input, weight, self.layer.bias)
+        else:
+            output = self.plain(input)
+        if drafting is not None:
+            drafting.add(self.name, input, output)
+        return output
 
 
 def _suits(layer: nn.Module) -> bool:

@@ -130,7 +130,7 @@ class Queue:
     def _slots(self, request: Request) -> int:
         """How long its text may become, the window behind it included."""
         most = len(request.prompt) + request.max_new_tokens
-        return min(most, self.decoder.context or most) + self.decoder.width
+        return min(most, self.decoder.context or most) + self.decoder.step.span
 
 
 def free_memory() -> None:

@@ -124,8 +124,8 @@ class CompiledStep:
     Only greedy rows are compiled: inductor (torch 2.13, on a CPU) gives the filters of sampling an index out of bounds.
     """
 
-    def __init__(self, step: StepFunction, backend: str = "inductor") -> None:
-        self.plain: StepFunction = step
+    def __init__(self, step: Step, backend: str = "inductor") -> None:
+        self.plain = step
         here = inspect.signature(torch.compile).parameters
         options: dict[str, Any] = {name: value for name, value in COMPILING.items() if name in here}
         self.compiled: StepFunction = torch.compile(step, fullgraph=True, backend=backend, **options)
@@ -134,7 +134,8 @@ class CompiledStep:
         if not chooser.greedy:
             return self.plain(rows, chooser, cache, length, width)
         try:
-            return self.compiled(rows, chooser, cache, length, width)
+            with self.plain.tracing(width):
+                return self.compiled(rows, chooser, cache, length, width)
         except Exception as error:
             # Slow to import; what is raised while nothing has run yet.
             from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -178,5 +179,5 @@ def make_runner(step: Step, mode: Mode) -> Runner:
         raise UsageError(f"compile='graph' needs the whole model on one CUDA device, got {', '.join(map(str, devices))}")
     function = CompiledStep(step) if mode == "compile" else step
     if mode == "off" or not capturable:
-        return Runner(function, narrows=step.narrows and function is step)
+        return Runner(function, narrows=(step.narrows or step.drafts > 0) and function is step)
     return CapturingRunner(function, CudaGraphs(next(iter(devices))))

@@ -140,6 +140,10 @@ class Chooser:
             choices_BW[row] = self._follow(process, choices_BW[row], Windows(*(of[row : row + 1] for of in at)))
         return choices_BW
 
+    def guess(self, at: Windows) -> torch.Tensor:
+        """The same for windows of draft tokens, whose choices are guesses: ``processes`` are not asked."""
+        return self._choose(at)
+
     def _follow(self, process: Process, choices_W: torch.Tensor, at: Windows) -> torch.Tensor:
         """Choose again, in one row, from processed scores, as far as the window's guesses turn out right."""
         choices_W, text_1S, start = choices_W.clone(), at.text_BS.clone(), int(at.start_B)
