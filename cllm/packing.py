@@ -65,6 +65,10 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         return Layout(*(tensor.to(device) for tensor in self._tensors))
 
+    def columns(self, columns: slice) -> Layout:
+        """These columns alone."""
+        return Layout(*(tensor[:, columns] for tensor in self._tensors))
+
     def followed_by(self, other: Layout) -> Layout:
         """The columns of this one, then those of ``other``."""
         return Layout(*(torch.cat(pair, dim=1) for pair in zip(self._tensors, other._tensors, strict=True)))

@@ -35,6 +35,9 @@ def build_parser(task: str | None, argv: Sequence[str] | None = None) -> argpars
         "same token everywhere. The CLLM then decodes with the same",
     )
     options.add_argument("--use_aug", action="store_true", help="add states with some wrong guesses set right")
+    options.add_argument(
+        "--responses_only", action="store_true", help="store no trajectories: enough for `cllm train --lossless`, and quicker"
+    )
     options.add_argument("--use_labels", action="store_true", help="store the dataset's own answers as well")
     options.add_argument("--data_size", type=positive, help="use only the first so many examples")
     options.add_argument("--batch_size", type=positive, default=16, help="prompts decoded together")
@@ -52,6 +55,8 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
     args = build_parser(task, argv).parse_args(argv)
     if args.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens (the block size) must be >= 1, got {args.max_new_tokens}")
+    if args.responses_only and args.published:
+        raise UsageError("--published writes trajectories, and --responses_only stores none; leave out one of them")
     from cllm.evaluation.environment import check_writable
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
@@ -108,6 +113,7 @@ def _collector(args: argparse.Namespace, task):
         guess=args.guess,
         use_aug=args.use_aug,
         use_labels=args.use_labels,
+        responses_only=args.responses_only,
         aligned=args.published is not None,
         seed=args.seed,
         dtype=of.dtype,
@@ -132,7 +138,7 @@ def _default_folder(args: argparse.Namespace, task) -> Path:
     base = DATA_FOLDER if DATA_FOLDER.is_dir() else Path.cwd()
     name = f"{args.task}_{Path(args.model).name}_n{args.max_new_tokens}_len{args.max_new_seq_len}"
     name += f"_{args.guess}" * (args.guess != STARTS[0])
-    name += "_aug" * args.use_aug + "_labels" * args.use_labels
+    name += "_responses" * args.responses_only + "_aug" * args.use_aug + "_labels" * args.use_labels
     name += "".join(f"_{option}" for option, value in task.settings().items() if value is True)
     return base / OUTPUT_FOLDER / name
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import parser
 from cllm.errors import UsageError, check_least
 from cllm.tasks.base import Task
+
+if TYPE_CHECKING:
+    from cllm.evaluation.probe import Probe
 
 ON_COLLAPSE = ("warn", "stop")
 
@@ -30,6 +33,19 @@ class ProbeArguments:
     probe_every: float = field(
         default=0.1, metadata={"help": "steps between two checks, below 1 as a share of all; the first ones come earlier"}
     )
+
+    def __post_init__(self) -> None:
+        check_least(self, {"probe_prompts": 0, "probe_length": 1})
+        if not 0 < self.probe_every < math.inf:
+            raise UsageError(f"probe_every must be a number above 0, got {self.probe_every}")
+        if not self.probe_prompts and any(getattr(self, option.name) != option.default for option in fields(self)):
+            raise UsageError("nothing is checked during training without --probe_prompts, the number of prompts to take")
+
+
+@dataclass
+class CollapseArguments(ProbeArguments):
+    """Those of a training that can spoil the text."""
+
     on_collapse: str = field(
         default="warn",
         metadata={"help": "warn; or stop, when the text shows signs of collapse at two checks in a row, or an extreme one"},
@@ -38,25 +54,39 @@ class ProbeArguments:
     def __post_init__(self) -> None:
         if self.on_collapse not in ON_COLLAPSE:
             raise UsageError(f"on_collapse must be one of {', '.join(ON_COLLAPSE)}, got {self.on_collapse!r}")
-        check_least(self, {"probe_prompts": 0, "probe_length": 1})
-        if not 0 < self.probe_every < math.inf:
-            raise UsageError(f"probe_every must be a number above 0, got {self.probe_every}")
-        if not self.probe_prompts and any(getattr(self, option.name) != option.default for option in fields(self)):
-            raise UsageError("nothing is checked during training without --probe_prompts, the number of prompts to take")
+        super().__post_init__()
 
 
-def watch(trainer: Any, probe: ProbeArguments, target: Any) -> None:
+def watch(trainer: Any, probe: CollapseArguments, target: Any) -> None:
     """Let a trainer check its model, whose record says how it is trained, as ``probe`` says. ``target``: before training.
 
     Raises UsageError where there is no task, no prompt that fits, or a file that cannot be read.
     """
+    from cllm.training.figures import good
+    from cllm.training.watch import Watch
+
+    stop = probe.on_collapse == "stop"
+    trainer.add_callback(Watch(trainer, _probe(trainer, probe, target), target, probe.probe_every, good, stop))
+
+
+def watch_drafts(trainer: Any, probe: ProbeArguments) -> None:
+    """Let a trainer of a consistency adapter check its speed; otherwise as :func:`watch`."""
+    from cllm.evaluation.probe import DraftProbe
+    from cllm.training.figures import unchanged
+    from cllm.training.watch import Watch
+
+    base = trainer.model.get_base_model()
+    measure = DraftProbe(_probe(trainer, probe, base), trainer.model)
+    trainer.add_callback(Watch(trainer, measure, base, probe.probe_every, unchanged, stop=False))
+
+
+def _probe(trainer: Any, probe: ProbeArguments, target: Any) -> Probe:
     from cllm.evaluation.probe import Probe
     from cllm.evaluation.prompt import encode
     from cllm.models import context_length, default_guess, read_record, stop_token_ids
     from cllm.prompts import choose_template
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
-    from cllm.training.watch import Watch
 
     record = read_record(trainer.model.config)
     name = probe.probe_task or record.get("task")
@@ -69,7 +99,7 @@ def watch(trainer: Any, probe: ProbeArguments, target: Any) -> None:
     prompts, too_long = encode(examples, template, tokenizer, context and context - probe.probe_length)
     if not prompts:
         raise UsageError(f"none of the {len(too_long)} prompts leaves room for --probe_length {probe.probe_length}")
-    measure = Probe(
+    return Probe(
         task,
         prompts,
         tokenizer,
@@ -79,7 +109,6 @@ def watch(trainer: Any, probe: ProbeArguments, target: Any) -> None:
         probe.probe_length,
         stop_token_ids(target, tokenizer, template),
     )
-    trainer.add_callback(Watch(trainer, measure, target, probe.probe_every, stop=probe.on_collapse == "stop"))
 
 
 def _scoring(task: Task, filename: str | None) -> Task:

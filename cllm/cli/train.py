@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cllm.cli.command import command
-from cllm.cli.probe import ProbeArguments, watch
-from cllm.cli.training import checkpoint, make_trainer, parse, train, whole_weights
+from cllm.cli.command import Parser, command
+from cllm.cli.probe import CollapseArguments, ProbeArguments, watch
+from cllm.cli.training import checkpoint, data_seed, make_trainer, parse, train, whole_weights
 from cllm.errors import UsageError
 
 if TYPE_CHECKING:
-    from cllm.training.lora import LoraArguments
+    from cllm.training.lora import AdapterArguments
 
 
 @dataclass
@@ -33,6 +33,25 @@ class RunArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager or flex_attention (on a GPU); default: the model's own"}
     )
+    lossless: bool = field(
+        default=False,
+        metadata={
+            "help": "train a consistency adapter, which drafts while the target model, unchanged, decides the text; other "
+            "options then: --lossless --help"
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run trains from, checked to fit together."""
+
+    tokenizer: Any
+    model: Any
+    rows: Any
+    settings: dict[str, Any]  # of the collection
+    record: dict[str, Any]  # what every objective's record says
+    how: dict[str, Any]  # the model is loaded
 
 
 @command
@@ -42,62 +61,78 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, lora, probe, args = arguments(sys.argv[1:] if argv is None else argv, "cllm train")
     resume_from = checkpoint(args)
     trainer = build_trainer(run, lora, probe, args)
-    train(trainer, resume_from, "CLLM", lora, run.dtype)
-    if trainer.is_world_process_zero() and not (lora.lora_r and not lora.merge_lora):
+    train(trainer, resume_from, "consistency adapter" if run.lossless else "CLLM", lora, run.dtype)
+    if trainer.is_world_process_zero() and (lora.merged or not lora.lora_r):
         equip(args.output_dir)
 
 
 def arguments(words: Sequence[str], prog: str) -> tuple[Any, ...]:
     """All that :func:`build_trainer` takes."""
-    from cllm.training.arguments import CllmTrainingArguments
-    from cllm.training.lora import LoraArguments
+    from transformers.hf_argparser import string_to_bool
 
-    return parse(words, prog, __doc__, RunArguments, LoraArguments, ProbeArguments, CllmTrainingArguments)
+    from cllm.training.arguments import CllmTrainingArguments, LosslessTrainingArguments
+    from cllm.training.lora import AdapterArguments, LoraArguments
+
+    early = Parser(prog=prog, add_help=False, allow_abbrev=False)
+    early.add_argument("--lossless", nargs="?", type=string_to_bool, const=True)
+    kinds: tuple[Any, ...] = (LoraArguments, CollapseArguments, CllmTrainingArguments)
+    if early.parse_known_args(words)[0].lossless:
+        kinds = (AdapterArguments, ProbeArguments, LosslessTrainingArguments)
+    return parse(words, prog, __doc__, RunArguments, *kinds)
 
 
-def build_trainer(run: RunArguments, lora: LoraArguments, probe: ProbeArguments, args):
+def build_trainer(run: RunArguments, lora: AdapterArguments, probe: Any, args):
     """Load everything, check that it fits together, and give the trainer. Raises UsageError where it does not."""
-    from cllm.attention import TRAINABLE, check_model
-    from cllm.models import (
-        DEFAULT_GUESS,
-        TRAINED_GUESS,
-        load_model,
-        load_tokenizer,
-        stop_token_ids,
-        vocabulary_stamp,
-        write_record,
-    )
-    from cllm.training.arguments import OBJECTIVE
-    from cllm.training.examples import Collator, ExampleDataset
-    from cllm.training.lora import adapt
-    from cllm.training.trainer import CllmTrainer
+    source = _open(run, lora, args)
+    if run.lossless:
+        from cllm.cli.lossless import lossless_trainer
+
+        return lossless_trainer(source, lora, probe, args)
+    return _cllm_trainer(source, run, lora, probe, args)
+
+
+def _open(run: RunArguments, lora: AdapterArguments, args) -> Source:
+    from cllm.adapter import attached
+    from cllm.attention import MASKABLE, TRAINABLE, check_model
+    from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, load_model, load_tokenizer, stop_token_ids, vocabulary_stamp
     from cllm.trajectory.store import TrajectoryDataset
 
     tokenizer = load_tokenizer(run.model)
     how = {"dtype": run.dtype, "attn_implementation": run.attn_implementation, **lora.loading(str(args.device))}
     model = load_model(run.model, **how)
-    check_model(model, TRAINABLE)
+    if attached(model) is not None:
+        raise UsageError(f"{run.model} holds a consistency adapter; train from its target model")
+    check_model(model, MASKABLE if run.lossless else TRAINABLE)
     rows = TrajectoryDataset(run.trajectories, eos_ids=stop_token_ids(model, tokenizer))
     settings = rows.settings or {}
     block_size = _block_size(run, settings, rows)
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size, vocabulary_stamp(tokenizer))
+    record = {
+        "block_size": block_size,
+        "prompt_template": settings.get("prompt_template"),
+        "task": settings.get("task"),
+        "target_model": run.model,
+        "responses": len(rows),
+        TRAINED_GUESS: settings.get("guess", DEFAULT_GUESS),
+    }
+    return Source(tokenizer, model, rows, settings, record, how)
+
+
+def _cllm_trainer(source: Source, run: RunArguments, lora: AdapterArguments, probe: CollapseArguments, args):
+    from cllm.models import load_model, write_record
+    from cllm.training.arguments import OBJECTIVE
+    from cllm.training.examples import Collator, ExampleDataset
+    from cllm.training.lora import adapt
+    from cllm.training.trainer import CllmTrainer
+
+    if source.settings.get("responses_only"):
+        raise UsageError(f"{run.trajectories} was collected with --responses_only, which is enough for --lossless alone")
+    model, rows, tokenizer = source.model, source.rows, source.tokenizer
     frozen = args.needs_target and not lora.lora_r  # adapters that are off give the target model again
     with whole_weights(args):
-        target = load_model(run.model, **how) if frozen or probe.probe_prompts else None
-    dataset = ExampleDataset(rows, args.sampling, seed=args.seed if args.data_seed is None else args.data_seed)
-    write_record(
-        model.config,
-        {
-            "block_size": block_size,
-            "prompt_template": settings.get("prompt_template"),
-            "task": settings.get("task"),
-            "target_model": run.model,
-            "responses": len(rows),
-            TRAINED_GUESS: settings.get("guess", DEFAULT_GUESS),
-        }
-        | {name: getattr(args, name) for name in OBJECTIVE}
-        | lora.record(),
-    )
+        target = load_model(run.model, **source.how) if frozen or probe.probe_prompts else None
+    dataset = ExampleDataset(rows, args.sampling, data_seed(args))
+    write_record(model.config, source.record | {name: getattr(args, name) for name in OBJECTIVE} | lora.record())
     trainer = make_trainer(
         CllmTrainer,
         args,

@@ -14,7 +14,7 @@ from cllm.cli.command import Parser
 from cllm.errors import UsageError, check_least
 
 if TYPE_CHECKING:
-    from cllm.training.lora import LoraArguments
+    from cllm.training.lora import AdapterArguments
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,11 @@ def parse(words: Sequence[str], prog: str, description: str | None, *types: Any)
             raise UsageError(f"{name} must be a finite number, got {value}")
     check_least(parsed[-1], AT_LEAST)
     return tuple(parsed)
+
+
+def data_seed(args: Any) -> int:
+    """Of what is drawn from the data."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def make_trainer(kind: Any, args: Any, **parts: Any) -> Any:
@@ -100,7 +105,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def train(trainer: Any, resume_from: str | None, made: str, lora: LoraArguments, dtype: str) -> None:
+def train(trainer: Any, resume_from: str | None, made: str, lora: AdapterArguments, dtype: str) -> None:
     """Train, save, and say what was ``made``. Raises UsageError for a full disk."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cllm.adapter import attach
 from cllm.attention import MASKABLE
 from cllm.decoding import JacobiDecoder
 from cllm.evaluation.prompt import Prompt
 from cllm.evaluation.quality import quality, response_entropies, response_nlls, score_replies
 from cllm.tasks.base import Task
 from cllm.training.figures import Figures
+from cllm.training.lora import adapted, live_adapter
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Probe:
     length: int
     stop_ids: Sequence[int]
 
-    def __call__(self, model: PreTrainedModel) -> Figures:
+    def __call__(self, model: Any) -> Figures:
+        if adapted(model):
+            model = model.get_base_model()  # with its adapters
         with maskable(model), maskable(self.target):
             return self._figures(model)
 
@@ -62,6 +66,23 @@ class Probe:
             entropy=sum(response_entropies(model, prompts, responses)) / tokens,
             accuracy=text.score,
         )
+
+
+@dataclass(frozen=True)
+class DraftProbe:
+    """The same of a target model whose drafts come from a consistency adapter in training, or from none."""
+
+    probe: Probe
+    in_training: Any  # the model with the adapter
+
+    def __call__(self, model: Any) -> Figures:
+        base = self.in_training.get_base_model()
+        attach(base, live_adapter(model) if adapted(model) else None)
+        try:
+            with self.in_training.disable_adapter():
+                return self.probe(base)
+        finally:
+            attach(base, None)
 
 
 @contextmanager

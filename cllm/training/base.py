@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Cache, PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import is_liger_kernel_available
 
 from cllm.errors import UsageError
@@ -67,9 +67,12 @@ class TokenMeanTrainer(Trainer):
     def useful_tokens(self, batch: Batch) -> torch.Tensor:
         """How many tokens of a batch are not padding: []."""
 
-    def last_hidden(self, model: torch.nn.Module, head: LanguageHead, **inputs: Any) -> torch.Tensor:
-        """Last hidden states [B, T, H], through the model's public forward."""
-        output = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    def last_hidden(
+        self, model: torch.nn.Module, head: LanguageHead, cache: Cache | None = None, **inputs: Any
+    ) -> torch.Tensor:
+        """Last hidden states [B, T, H], through the model's public forward, behind and into ``cache``."""
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        output = model(**inputs, output_hidden_states=True, logits_to_keep=1)
         hidden = output.hidden_states[-1]
         if not self._verified:
             head.verify(hidden[:, -1:], output.logits[:, -1:])
@@ -184,6 +187,11 @@ class TokenMeanTrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         self.order = LengthGroupedOrder(dataset, self.args.train_batch_size * self.accelerator.num_processes, seed)
         return self.order
+
+
+def at(hidden_BTH: torch.Tensor, pairs_M2: torch.Tensor) -> torch.Tensor:
+    """The hidden states [M, H] of tokens that are given by row and column."""
+    return hidden_BTH[pairs_M2[:, 0], pairs_M2[:, 1]]
 
 
 def _means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

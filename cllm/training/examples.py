@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
 
 from cllm.errors import UsageError
-from cllm.packing import Block, Layout, PackedRow, Place, arrange, pack
+from cllm.packing import CLEAN, Block, Layout, PackedRow, Place, arrange, pack
 from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryDataset
 
@@ -74,9 +74,9 @@ def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) ->
     student: list[int] = []
     teacher: list[int] = []
     distance: list[int] = []
-    for start, state, goal, fixed in _draw_states(row, rng, sampling):
+    for start, state, goal, fixed in draw_states(row, rng, sampling):
         last = len(response) - 1 - start  # the response's final token predicts nothing
-        wrong = _first_wrong(state, fixed)
+        wrong = first_wrong(state, fixed)
         tokens = state[wrong:last]
         if not tokens:
             continue
@@ -88,7 +88,7 @@ def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) ->
         if sampling.consistency == "global":
             teacher += clean
         else:
-            behind = _first_wrong(goal, fixed)
+            behind = first_wrong(goal, fixed)
             column = builder.add(at + behind, goal[behind:last])
             teacher += [c if c < at + behind else column + c - at - behind for c in clean]
     ar_index = list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
@@ -100,7 +100,7 @@ def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) ->
     return Example(PackedRow(builder.clean, builder.blocks), student, teacher, distance, ar_index, ar_target)
 
 
-def _draw_states(
+def draw_states(
     row: TrajectoryRow, rng: random.Random, sampling: Sampling
 ) -> Iterator[tuple[int, State, State, State]]:
     """Of every block: its start, and for each state drawn the state, what it should lead to, and the fixed point.
@@ -142,7 +142,7 @@ def _wrong_share(state: State, fixed: State) -> float:
     return sum(a != b for a, b in zip(state, fixed)) / len(fixed)
 
 
-def _first_wrong(state: Sequence[int], fixed: Sequence[int]) -> int:
+def first_wrong(state: Sequence[int], fixed: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(state, fixed)) if a != b), len(fixed))
 
 
@@ -157,9 +157,11 @@ class ExampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Example:
-        rng = random.Random(f"{self.seed} {self.epoch} {index}")
-        return build_example(self.rows[index], rng, self.sampling)
+    def __getitem__(self, index: int) -> Any:
+        return self.build(self.rows[index], random.Random(f"{self.seed} {self.epoch} {index}"))
+
+    def build(self, row: TrajectoryRow, rng: random.Random) -> Any:
+        return build_example(row, rng, self.sampling)
 
     def length(self, index: int) -> int:
         """About how long a packed row will be, as a measure to compare."""
@@ -182,11 +184,7 @@ class Collator:
         input_ids, layout = pack(rows, self.pad_token_id, places)
         distance = torch.tensor([d for e in examples for d in e.distance], dtype=torch.float32)
         return {
-            "input_ids": input_ids,
-            "position": layout.position_BT,
-            "horizon": layout.horizon_BT,
-            "block": layout.block_BT,
-            "document": layout.document_BT,
+            **laid_out(input_ids, layout),
             "student": _pairs(places, [e.student for e in examples]),
             "teacher": _pairs(places, [e.teacher for e in examples]),
             "weight": self.distance_decay**distance,
@@ -201,6 +199,22 @@ def _pairs(places: Sequence[Place], indices: Sequence[Sequence[int]]) -> torch.T
     return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
 
 
+def laid_out(input_ids: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+    """The part of a collated batch that :func:`batch_layout` reads."""
+    return {
+        "input_ids": input_ids,
+        "position": layout.position_BT,
+        "horizon": layout.horizon_BT,
+        "block": layout.block_BT,
+        "document": layout.document_BT,
+    }
+
+
 def batch_layout(batch: dict[str, torch.Tensor]) -> Layout:
     """The layout of a collated batch."""
     return Layout(batch["position"], batch["horizon"], batch["block"], batch["document"])
+
+
+def clean_columns(batch: dict[str, torch.Tensor]) -> int:
+    """How many columns the clean text of a collated batch takes; it comes first."""
+    return int((batch["block"] == CLEAN).sum(dim=1).max())

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS
+from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS, Adapter
 from cllm.errors import UsageError, check_least
 from cllm.models import load_model
 
@@ -21,10 +21,10 @@ WRITTEN_BY_PEFT = (ADAPTER, ADAPTER_WEIGHTS, "README.md")
 
 
 @dataclass
-class LoraArguments:
-    """Training of adapters in the place of all weights. Raises UsageError for what cannot work here."""
+class AdapterArguments:
+    """The adapter that is trained. Raises UsageError for what cannot work here."""
 
-    lora_r: int = field(default=0, metadata={"help": "rank of LoRA adapters (extra: lora); 0 trains all weights"})
+    lora_r: int = field(default=64, metadata={"help": "rank of the adapter (extra: lora)"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters; default: twice the rank"})
     lora_target_modules: list[str] = field(
         default_factory=list, metadata={"help": "names of the linear layers to adapt; default: all but the output layer"}
@@ -32,14 +32,10 @@ class LoraArguments:
     qlora: bool = field(
         default=False, metadata={"help": "keep the frozen weights in 4 bits; needs --lora_r and a GPU (extra: qlora)"}
     )
-    merge_lora: bool = field(
-        default=True, metadata={"help": "merge the adapter into a plain checkpoint at the end; otherwise it is kept alone"}
-    )
+    least_rank: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_least(self, {"lora_r": 0, "lora_alpha": 1})
-        if not self.lora_r and (self.qlora or self.lora_alpha is not None or self.lora_target_modules or not self.merge_lora):
-            raise UsageError("qlora, lora_alpha, lora_target_modules and merge_lora need lora_r >= 1, the rank of the adapters")
+        check_least(self, {"lora_r": self.least_rank, "lora_alpha": 1})
         if self.lora_r:
             _require("peft", "lora_r", "lora")
         if self.qlora:
@@ -61,12 +57,37 @@ class LoraArguments:
         )
         return {"device": device, "quantization": four_bits}
 
+    @property
+    def merged(self) -> bool:
+        """Whether the result is a plain checkpoint with the adapter in its weights."""
+        return False
+
     def record(self) -> dict[str, Any]:
         """For the record of what is trained."""
         return {"lora_r": self.lora_r, "qlora": self.qlora} if self.lora_r else {}
 
 
-def adapt(model: PreTrainedModel, lora: LoraArguments, seed: int) -> Any:
+@dataclass
+class LoraArguments(AdapterArguments):
+    """Training of adapters in the place of all weights. Raises UsageError for what cannot work here."""
+
+    lora_r: int = field(default=0, metadata={"help": "rank of LoRA adapters (extra: lora); 0 trains all weights"})
+    merge_lora: bool = field(
+        default=True, metadata={"help": "merge the adapter into a plain checkpoint at the end; otherwise it is kept alone"}
+    )
+    least_rank: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if not self.lora_r and (self.qlora or self.lora_alpha is not None or self.lora_target_modules or not self.merge_lora):
+            raise UsageError("qlora, lora_alpha, lora_target_modules and merge_lora need lora_r >= 1, the rank of the adapters")
+        super().__post_init__()
+
+    @property
+    def merged(self) -> bool:
+        return self.lora_r > 0 and self.merge_lora
+
+
+def adapt(model: PreTrainedModel, lora: AdapterArguments, seed: int) -> Any:
     """The model with adapters, started from ``seed``, that alone are trained; the model itself where ``lora_r`` is 0.
 
     Raises UsageError for target modules that it does not have.
@@ -76,6 +97,8 @@ def adapt(model: PreTrainedModel, lora: LoraArguments, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     allowed = _linear_names(model)
+    if not allowed:
+        raise UsageError(f"{model.name_or_path} has no torch.nn.Linear layers, which adapters need (GPT-2's are Conv1D)")
     unknown = sorted(set(lora.lora_target_modules) - set(allowed))
     if unknown:
         got = ", ".join(unknown)
@@ -100,13 +123,27 @@ def adapted(model: torch.nn.Module) -> bool:
     return hasattr(model, "disable_adapter")
 
 
-def finish(model: Any, folder: str, lora: LoraArguments, dtype: str) -> None:
+def live_adapter(model: Any) -> Adapter:
+    """The adapter in training as it is now, its scale in ``up``, for :func:`cllm.adapter.attach`."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    return Adapter(*(dict(zip(layers, weights)) for weights in zip(*map(_pair, layers.values()))))
+
+
+def _pair(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrices of peft's layer, the scale in the second."""
+    (name,) = layer.active_adapters
+    return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach() * layer.scaling[name]
+
+
+def finish(model: Any, folder: str, lora: AdapterArguments, dtype: str) -> None:
     """Make of the adapter that was saved in ``folder`` a plain checkpoint with weights of ``dtype``.
 
-    Without ``merge_lora`` it only gets the model's record, which :func:`cllm.models.load_model` finds there.
+    Where it stays alone it only gets the model's record, which :func:`cllm.models.load_model` finds there.
     """
     model.config.save_pretrained(folder)
-    if lora.merge_lora:
+    if lora.merged:
         load_model(folder, dtype=dtype, device="cpu").save_pretrained(folder)
         remove_adapter(folder)
 

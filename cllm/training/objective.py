@@ -51,10 +51,16 @@ def hard_targets(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Te
     return cross_entropy(student_MV, teacher_MV.argmax(dim=-1), reduction="none")
 
 
+def total_variation(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
+    """Half the sum of the distances between two sets of probabilities, per token [M]: how often a sample would be refused."""
+    return (teacher_MV.detach().softmax(dim=-1) - student_MV.softmax(dim=-1)).abs().sum(dim=-1) / 2
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": kl_divergence,
     "reverse_kl": reverse_kl,
     "hard": hard_targets,
+    "total_variation": total_variation,
 }
 
 
@@ -65,15 +71,36 @@ def distillation_sum(
     teacher_head: Head,
     weight_M: torch.Tensor,
     divergence: Divergence = kl_divergence,
+    goal_M: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weighted sum over tokens of the student's divergence from the teacher, logits computed CHUNK tokens at a time."""
+    """Weighted sum over tokens of the student's divergence from the teacher, logits computed CHUNK tokens at a time.
+
+    ``goal_M``: the row of ``teacher_MH`` that each token learns from, by default its own. Tokens of a chunk that have one in
+    common share its logits.
+    """
+
+    def shared(goal: torch.Tensor) -> torch.Tensor:
+        rows, which = goal.unique(return_inverse=True)
+        return teacher_head(teacher_MH[rows])[which]
+
+    logits, teacher = (teacher_head, teacher_MH.detach()) if goal_M is None else (shared, goal_M)
 
     def part(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            teacher_logits = teacher_head(teacher)
+            teacher_logits = logits(teacher)
         return (divergence(teacher_logits, student_head(student)) * weight).sum()
 
-    return _in_chunks(part, student_head, student_MH, teacher_MH.detach(), weight_M)
+    return _in_chunks(part, student_head, student_MH, teacher, weight_M)
+
+
+@torch.no_grad()
+def choices(hidden_MH: torch.Tensor, head: Head) -> torch.Tensor:
+    """The likeliest next tokens [M], logits computed CHUNK tokens at a time."""
+
+    def part(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([head(chunk).argmax(dim=-1) for chunk in hidden.split(CHUNK)])
+
+    return head.whole(part, hidden_MH)
 
 
 def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from cllm.attention import FLEX, TRAINABLE, check_model
 from cllm.errors import UsageError
-from cllm.packing import CLEAN, PADDING, packed_mask
+from cllm.packing import PADDING, packed_mask
 from cllm.training.arguments import CllmTrainingArguments
-from cllm.training.base import Batch, TokenMeanTrainer
-from cllm.training.examples import batch_layout
+from cllm.training.base import Batch, TokenMeanTrainer, at
+from cllm.training.examples import batch_layout, clean_columns
 from cllm.training.head import LanguageHead
 from cllm.training.lora import adapted
 from cllm.training.objective import DIVERGENCES, cross_entropy_sum, distillation_sum
@@ -65,18 +65,18 @@ class CllmTrainer(TokenMeanTrainer):
                 target_hidden = self._hidden(target, self._target_view(batch), target_head)
         by_target = self.args.teacher == "target"
         consistency = distillation_sum(
-            _at(hidden, batch["student"]),
+            at(hidden, batch["student"]),
             student_head,
-            _at(target_hidden if by_target else hidden, batch["teacher"]),
+            at(target_hidden if by_target else hidden, batch["teacher"]),
             target_head if by_target else student_head,
             batch["weight"],
             DIVERGENCES[self.args.divergence],
         )
-        ar_hidden = _at(hidden, batch["ar_index"])
+        ar_hidden = at(hidden, batch["ar_index"])
         if self.args.ar_loss == "target":
             weight = torch.ones(len(ar_hidden), device=ar_hidden.device)
             ar = distillation_sum(
-                ar_hidden, student_head, _at(target_hidden, batch["ar_index"]), target_head, weight
+                ar_hidden, student_head, at(target_hidden, batch["ar_index"]), target_head, weight
             )
         else:
             ar = cross_entropy_sum(ar_hidden, student_head, batch["ar_target"], self.args.label_smoothing_factor)
@@ -107,9 +107,5 @@ class CllmTrainer(TokenMeanTrainer):
         """What the frozen target has to look at: the clean text, and the blocks only where they teach (local consistency)."""
         if self.args.consistency == "local":
             return batch
-        columns = int((batch["block"] == CLEAN).sum(dim=1).max())  # clean text comes first
+        columns = clean_columns(batch)
         return {name: batch[name][:, :columns] for name in ("input_ids", "position", "horizon", "block", "document")}
-
-
-def _at(hidden_BTH: torch.Tensor, pairs_M2: torch.Tensor) -> torch.Tensor:
-    return hidden_BTH[pairs_M2[:, 0], pairs_M2[:, 1]]

@@ -1,6 +1,6 @@
 """Checks during training: warn of collapse, or stop there, and keep the best model.
 
-The best is the one of highest TPF among the checks whose text is good (:func:`cllm.training.figures.good`).
+The best is the one of highest TPF among the checks that are good by a rule of :mod:`cllm.training.figures`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from cllm.errors import UsageError
 from cllm.files import write_json
 from cllm.training.base import TokenMeanTrainer
-from cllm.training.figures import EXTREME, Figures, good, signs
+from cllm.training.figures import EXTREME, Figures, Rule, signs
 
 EARLY = (0.1, 0.2, 0.4, 0.8)  # of the way to the first regular check: a rate that is too high shows there
 FIGURES = "probe.json"  # beside the weights of the best model
@@ -56,10 +56,13 @@ class Watch(TrainerCallback):
     check: then there is nothing worth saving.
     """
 
-    def __init__(self, trainer: TokenMeanTrainer, measure: Measure, target: PreTrainedModel, every: float, stop: bool) -> None:
+    def __init__(
+        self, trainer: TokenMeanTrainer, measure: Measure, target: PreTrainedModel, every: float, good: Rule, stop: bool
+    ) -> None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UsageError("checks during training need whole weights; leave out --probe_prompts under FSDP and DeepSpeed")
         self.trainer, self.measure, self.target_model, self.every, self.stop = trainer, measure, target, every, stop
+        self.good = good
         self.folder = Path(str(trainer.args.output_dir))
         self.best: Kept | None = None
         self.weak = self.collapsed = False  # were there signs at the last check; was it collapse
@@ -80,7 +83,7 @@ class Watch(TrainerCallback):
         self.collapsed = max(found.values(), default=0) >= EXTREME or (bool(found) and self.weak)
         self.weak = bool(found)
         self._log({**_numbers(figures, "probe_"), SIGNS: len(found)}, control)
-        if good(figures, self.target) and (self.best is None or figures.tpf > self.best.figures.tpf):
+        if self.good(figures, self.target) and (self.best is None or figures.tpf > self.best.figures.tpf):
             self._keep(Kept(state.global_step, figures))
         if found:
             self._warn(f"step {state.global_step}: {self._verdict()}: {'; '.join(found)}")
@@ -121,7 +124,7 @@ class Watch(TrainerCallback):
 
     def _figures(self, model: Any) -> Figures:
         with undisturbed(model), self.trainer.accelerator.autocast():  # model and target alike
-            return self.measure(model.get_base_model() if hasattr(model, "get_base_model") else model)  # with its adapters
+            return self.measure(model)
 
     def _log(self, figures: dict[str, float], control) -> None:
         wanted = control.should_log  # logging answers this wish, which may be for the loss of this very step

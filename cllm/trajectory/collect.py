@@ -10,6 +10,7 @@ import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
 from cllm.trajectory.hygiene import Seen, augment, degenerate
 from cllm.trajectory.record import Dropped, TrajectoryRow
-from cllm.trajectory.states import block_starts, jacobi_states
+from cllm.trajectory.states import States, block_starts, jacobi_states
 from cllm.trajectory.store import TrajectoryWriter
 
 STATE_TOKENS = 1024  # response tokens whose states are iterated together; bounds the logits
@@ -40,6 +41,7 @@ class CollectionSettings:
     guess: str = DEFAULT_GUESS  # what trajectories start from
     use_aug: bool = False
     use_labels: bool = False
+    responses_only: bool = False  # each trajectory holds its fixed point only
     aligned: bool = False  # every first block starts at 0, as in the published form; otherwise its start is drawn per row
     seed: int = 0
     dtype: str = "float32"
@@ -53,6 +55,8 @@ class CollectionSettings:
             raise UsageError(f"block size (--max_new_tokens) must be >= 1, got {self.block_size}")
         if self.guess not in STARTS:
             raise UsageError(f"unknown starting guess {self.guess!r}; choose from {', '.join(STARTS)}")
+        if self.responses_only and self.use_aug:
+            raise UsageError("use_aug adds to the states of trajectories, and responses_only stores none; leave out one")
         if self.max_new_seq_len < self.block_size:
             raise UsageError(
                 f"max_new_seq_len must be at least the block size {self.block_size}, got {self.max_new_seq_len}"
@@ -60,7 +64,7 @@ class CollectionSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values. Options that older collections did not have are there only where they are used."""
-        later = {"task_options": {}, "guess": DEFAULT_GUESS}
+        later = {"task_options": {}, "guess": DEFAULT_GUESS, "responses_only": False}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
@@ -150,7 +154,7 @@ class Collector:
             yield finished
 
     def rows(self, responses: list[Response]) -> tuple[list[TrajectoryRow], list[Dropped]]:
-        """Hygiene, then the states of all blocks."""
+        """Hygiene, then the states of all blocks, or with ``responses_only`` the last ones."""
         good, dropped = [], []
         for prompt, ids in responses:
             reason = "empty response" if len(ids) < 2 else degenerate(ids)
@@ -169,14 +173,7 @@ class Collector:
         for prompt, response in part:
             first = 0 if settings.aligned else draw(settings.seed, prompt.row_id, "start") % settings.block_size
             starts.append(block_starts(len(response), settings.block_size, first))
-        states = jacobi_states(
-            self.model,
-            [prompt.ids for prompt, _ in part],
-            [response for _, response in part],
-            starts,
-            seeds=[draw(settings.seed, prompt.row_id, "guess") for prompt, _ in part],
-            guess=STARTS[settings.guess](self.model.config.get_text_config(decoder=True).vocab_size),
-        )
+        states = _fixed_points(part, starts) if settings.responses_only else self._states(part, starts)
         rows = []
         for (prompt, response), offsets, blocks in zip(part, starts, states):
             rng = random.Random(draw(settings.seed, prompt.row_id, "augment"))
@@ -185,6 +182,16 @@ class Collector:
                 TrajectoryRow(prompt.row_id, prompt.ids, response, offsets, blocks, augmented, prompt.label_ids)
             )
         return rows
+
+    def _states(self, part: list[Response], starts: list[list[int]]) -> list[list[States]]:
+        return jacobi_states(
+            self.model,
+            [prompt.ids for prompt, _ in part],
+            [response for _, response in part],
+            starts,
+            seeds=[draw(self.settings.seed, prompt.row_id, "guess") for prompt, _ in part],
+            guess=STARTS[self.settings.guess](self.model.config.get_text_config(decoder=True).vocab_size),
+        )
 
     def _encode(self, example: Example, seen: Seen) -> Prompt | Dropped:
         try:
@@ -204,6 +211,14 @@ class Collector:
             labels = self.tokenizer(example.reference, add_special_tokens=False).input_ids
             labels = [*labels, self.template.end_id(self.tokenizer)]
         return Prompt(example.id, ids, labels)
+
+
+def _fixed_points(part: list[Response], starts: list[list[int]]) -> list[list[States]]:
+    """Of every block the last state alone."""
+    return [
+        [[response[start:end]] for start, end in pairwise([*offsets, len(response)])]
+        for (_, response), offsets in zip(part, starts, strict=True)
+    ]
 
 
 def _parts(good: list[Response]) -> Iterator[list[Response]]:

@@ -18,7 +18,7 @@ from training.test_trainer import make_trainer
 from transformers import AutoModelForCausalLM
 
 from cllm.errors import UsageError
-from cllm.training.figures import Figures
+from cllm.training.figures import Figures, good
 from cllm.training.watch import Watch, due, undisturbed
 
 TARGET = Figures(prompts=4, tpf=1.1, nll=0.4, repetition=0.2, entropy=0.6)
@@ -41,7 +41,7 @@ class Script:
 def watched(folder: Path, *changes: dict[str, float], stop: bool = False, **options):
     """A trainer of five steps with a check at each of them."""
     trainer = make_trainer(folder, **OPTIONS | options)
-    trainer.add_callback(Watch(trainer, Script(*changes), tiny_model(seed=9, vocab_size=97), every=1, stop=stop))
+    trainer.add_callback(Watch(trainer, Script(*changes), tiny_model(seed=9, vocab_size=97), 1, good, stop))
     return trainer
 
 
@@ -177,7 +177,7 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.is_fsdp_enabled = True
     with pytest.raises(UsageError, match="leave out --probe_prompts under FSDP and DeepSpeed"):
-        Watch(trainer, Script(), trainer.model, every=1, stop=False)
+        Watch(trainer, Script(), trainer.model, 1, good, stop=False)
 
 
 @pytest.mark.slow
