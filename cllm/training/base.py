@@ -15,6 +15,8 @@ from transformers import Cache, PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import is_liger_kernel_available
 
 from cllm.errors import UsageError
+from cllm.packing import packed_mask
+from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
 from cllm.training.meter import Meter
 from cllm.training.order import LengthGroupedOrder
@@ -78,6 +80,14 @@ class TokenMeanTrainer(Trainer):
             head.verify(hidden[:, -1:], output.logits[:, -1:])
             self._verified = True
         return hidden
+
+    def packed_hidden(self, model: torch.nn.Module, batch: Batch, head: LanguageHead) -> torch.Tensor:
+        """Last hidden states [B, T, H] of a packed batch."""
+        layout = batch_layout(batch)
+        mask = packed_mask(head.config, layout, layout, head.layer.weight.dtype)
+        return self.last_hidden(
+            model, head, input_ids=batch["input_ids"], attention_mask=mask, position_ids=layout.position_BT
+        )
 
     # ------------------------------------------------- what the parent calls
 

@@ -185,18 +185,18 @@ class Collator:
         distance = torch.tensor([d for e in examples for d in e.distance], dtype=torch.float32)
         return {
             **laid_out(input_ids, layout),
-            "student": _pairs(places, [e.student for e in examples]),
-            "teacher": _pairs(places, [e.teacher for e in examples]),
+            "student": pairs(places, [e.student for e in examples]),
+            "teacher": pairs(places, [e.teacher for e in examples]),
             "weight": self.distance_decay**distance,
-            "ar_index": _pairs(places, [e.ar_index for e in examples]),
+            "ar_index": pairs(places, [e.ar_index for e in examples]),
             "ar_target": torch.tensor([t for e in examples for t in e.ar_target], dtype=torch.long),
         }
 
 
-def _pairs(places: Sequence[Place], indices: Sequence[Sequence[int]]) -> torch.Tensor:
+def pairs(places: Sequence[Place], indices: Sequence[Sequence[int]]) -> torch.Tensor:
     """(row, column) [M, 2] of tokens that are given by their index in each text."""
-    pairs = [(place.row, place.columns[i]) for place, tokens in zip(places, indices, strict=True) for i in tokens]
-    return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+    found = [(place.row, place.columns[i]) for place, tokens in zip(places, indices, strict=True) for i in tokens]
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 2)
 
 
 def laid_out(input_ids: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:

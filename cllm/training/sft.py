@@ -1,26 +1,33 @@
 """Ordinary fine-tuning on a dataset's answers: what makes a general model the target model of a task.
 
-The paper's targets were made so (arXiv 2403.00835, section 4.1). Shapes: B rows, T tokens of the longest row.
+The paper's targets were made so (arXiv 2403.00835, section 4.1). Prompts that begin alike (one system prompt, one database's
+schema, the same worked examples) are computed once for a whole batch: the shared beginning is the clean text of the packed
+layout, and each example's rest is a block after it.
+Shapes: B rows, T tokens of a packed row, M answer tokens.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from cllm.attention import TRAINABLE, check_model
 from cllm.errors import UsageError
+from cllm.packing import PADDING, Block, PackedRow, arrange, pack
 from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
-from cllm.training.base import Batch, TokenMeanTrainer
+from cllm.training.base import Batch, TokenMeanTrainer, at
+from cllm.training.examples import laid_out, pairs
 from cllm.training.head import LanguageHead
 from cllm.training.objective import cross_entropy_sum
 
-IGNORED = -100  # the label of tokens that no loss is taken at
+LEAST_SHARED = 16  # tokens; a shorter common beginning is not worth a block
 
 
 @dataclass(frozen=True)
@@ -73,17 +80,22 @@ class AnswerDataset(Dataset):
 
 @dataclass(frozen=True)
 class AnswerCollator:
-    """Stacks examples, padded on the right: input_ids, attention_mask and labels [B, T], the loss on answers only."""
+    """Packs examples, the shared beginning of their prompts once. The loss is on answers only."""
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[Answered]) -> dict[str, torch.Tensor]:
-        ids = [row.prompt_ids + row.answer_ids for row in rows]
-        labels = [[IGNORED] * len(row.prompt_ids) + row.answer_ids for row in rows]
+    def __call__(self, rows: Sequence[Answered]) -> Batch:
+        """input_ids and layout [B, T]; ``index`` [M, 2], row and column of the tokens that predict ``target`` [M]."""
+        groups = list(_groups(rows))
+        texts = [_packed(group) for group in groups]
+        places = arrange(texts, max(map(len, texts)))
+        input_ids, layout = pack(texts, self.pad_token_id, places)
+        columns = [list(_before_answers(group, text)) for group, text in zip(groups, texts, strict=True)]
+        targets = [token for group in groups for row in group for token in row.answer_ids]
         return {
-            "input_ids": _stack(ids, self.pad_token_id),
-            "attention_mask": _stack([[1] * len(row) for row in ids], 0),
-            "labels": _stack(labels, IGNORED),
+            **laid_out(input_ids, layout),
+            "index": pairs(places, columns),
+            "target": torch.tensor(targets, dtype=torch.long),
         }
 
 
@@ -92,21 +104,49 @@ class AnswerTrainer(TokenMeanTrainer):
 
     terms = ("answer_loss",)
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        check_model(self.model, TRAINABLE)
+
     def counts(self, batch: Batch) -> torch.Tensor:
-        return (batch["labels"] != IGNORED).sum(dtype=torch.float32)[None]
+        return torch.tensor([float(len(batch["target"]))])
 
     def useful_tokens(self, batch: Batch) -> torch.Tensor:
-        return batch["attention_mask"].sum()
+        return (batch["block"] != PADDING).sum()
 
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         head = LanguageHead(self.accelerator.unwrap_model(model))
-        hidden_BTH = self.last_hidden(model, head, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        goals = batch["labels"][:, 1:]
-        learned = goals != IGNORED
-        smoothing = self.args.label_smoothing_factor
-        return cross_entropy_sum(hidden_BTH[:, :-1][learned], head, goals[learned], smoothing)[None]
+        hidden_MH = at(self.packed_hidden(model, batch, head), batch["index"])
+        return cross_entropy_sum(hidden_MH, head, batch["target"], self.args.label_smoothing_factor)[None]
 
 
-def _stack(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+def _groups(rows: Sequence[Answered]) -> Iterator[list[Answered]]:
+    """Rows whose prompts share at least half of the first one's, which are neighbours once the prompts are sorted."""
+    group: list[Answered] = []
+    for row in sorted(rows, key=lambda row: row.prompt_ids):
+        if group and _shared([group[0], row]) < max(LEAST_SHARED, len(group[0].prompt_ids) // 2):
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def _shared(rows: Sequence[Answered]) -> int:
+    """How many tokens all prompts begin with alike; each keeps one of its own at least."""
+    prompts = [row.prompt_ids for row in rows]
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
+def _packed(group: Sequence[Answered]) -> PackedRow:
+    if len(group) == 1:
+        return PackedRow([*group[0].prompt_ids, *group[0].answer_ids])
+    shared = _shared(group)
+    return PackedRow(
+        group[0].prompt_ids[:shared], [Block(shared, [*row.prompt_ids[shared:], *row.answer_ids]) for row in group]
+    )
+
+
+def _before_answers(group: Sequence[Answered], text: PackedRow) -> Iterator[int]:
+    """Indices in a packed text of the tokens that predict the answers' tokens."""
+    for row, end in zip(group, [*text.offsets()[1:], len(text)], strict=True):
+        yield from range(end - len(row.answer_ids) - 1, end - 1)

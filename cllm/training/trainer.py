@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from cllm.attention import FLEX, TRAINABLE, check_model
 from cllm.errors import UsageError
-from cllm.packing import PADDING, packed_mask
+from cllm.packing import PADDING
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer, at
-from cllm.training.examples import batch_layout, clean_columns
+from cllm.training.examples import clean_columns
 from cllm.training.head import LanguageHead
 from cllm.training.lora import adapted
 from cllm.training.objective import DIVERGENCES, cross_entropy_sum, distillation_sum
@@ -57,12 +57,12 @@ class CllmTrainer(TokenMeanTrainer):
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Consistency and AR loss of a batch as weighted sums over its tokens: [2]."""
         student_head = LanguageHead(self.accelerator.unwrap_model(model))
-        hidden = self._hidden(model, batch, student_head)
+        hidden = self.packed_hidden(model, batch, student_head)
         target_hidden, target_head = hidden.detach(), student_head
         if self.args.needs_target:
             with self._target(model) as target, torch.no_grad():
                 target_head = LanguageHead(target)
-                target_hidden = self._hidden(target, self._target_view(batch), target_head)
+                target_hidden = self.packed_hidden(target, self._target_view(batch), target_head)
         by_target = self.args.teacher == "target"
         consistency = distillation_sum(
             at(hidden, batch["student"]),
@@ -91,17 +91,6 @@ class CllmTrainer(TokenMeanTrainer):
             own = self.accelerator.unwrap_model(model)
             with own.disable_adapter():
                 yield own
-
-    def _hidden(self, model: torch.nn.Module, batch: Batch, head: LanguageHead) -> torch.Tensor:
-        """Last hidden states [B, T, H] of a packed batch, through the model's public forward."""
-        layout = batch_layout(batch)
-        return self.last_hidden(
-            model,
-            head,
-            input_ids=batch["input_ids"],
-            attention_mask=packed_mask(head.config, layout, layout, head.layer.weight.dtype),
-            position_ids=layout.position_BT,
-        )
 
     def _target_view(self, batch: Batch) -> Batch:
         """What the frozen target has to look at: the clean text, and the blocks only where they teach (local consistency)."""

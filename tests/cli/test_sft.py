@@ -14,7 +14,7 @@ from cllm.errors import UsageError
 from cllm.models import read_record
 from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
-from cllm.training.sft import IGNORED, AnswerCollator, AnswerDataset, Answered, AnswerTrainer
+from cllm.training.sft import AnswerCollator, AnswerDataset, Answered, AnswerTrainer
 
 
 @pytest.fixture
@@ -65,24 +65,42 @@ def test_adapters_are_merged_into_a_plain_checkpoint(words: list[str], tmp_path:
     assert changed and all("_proj" in name for name in changed)
 
 
-def test_the_loss_is_on_the_answer_only() -> None:
-    batch = AnswerCollator(7)([Answered([1, 2], [3, 4]), Answered([5], [6])])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 7]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 3, 4], [IGNORED, 6, IGNORED, IGNORED]]
+SHARED = list(range(20, 60))  # what prompts begin with
+ROWS = [
+    Answered([*SHARED, 1, 2], [3, 4, 5]),
+    Answered([5], [6]),
+    Answered([*SHARED, 7], [8]),
+    Answered([*SHARED, 1, 2, 9], [8, 8]),
+    Answered([8, 9, 10, 11], [12]),
+]
 
 
-def test_the_loss_is_that_of_the_models_own_forward(tmp_path: Path) -> None:
-    model, collator = tiny_model(vocab_size=97), AnswerCollator(0)
-    batch = collator([Answered([1, 2], [3, 4, 5]), Answered([5], [6]), Answered([8, 9, 10, 11], [12])])
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    trainer = AnswerTrainer(model=model, args=args, data_collator=collator)
-    own = model(**batch)
-    torch.testing.assert_close(trainer.compute_loss(model, batch), own.loss)
-    args.label_smoothing_factor = 0.1
-    goals = batch["labels"][:, 1:].flatten()
-    smoothed = torch.nn.functional.cross_entropy(own.logits[:, :-1].flatten(0, 1), goals, label_smoothing=0.1)
-    torch.testing.assert_close(trainer.compute_loss(model, batch), smoothed)
+def test_a_shared_beginning_is_packed_once() -> None:
+    batch = AnswerCollator(0)(ROWS)
+    useful = (batch["block"] >= 0).sum()
+    assert useful == len(SHARED) + 5 + 2 + 5 + 2 + 5 < sum(len(row.prompt_ids) + len(row.answer_ids) for row in ROWS)
+    alone = AnswerCollator(0)([ROWS[0]])
+    assert alone["input_ids"].tolist() == [[*SHARED, 1, 2, 3, 4, 5]] and alone["target"].tolist() == [3, 4, 5]
+    assert alone["index"].tolist() == [[0, 41], [0, 42], [0, 43]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_the_loss_is_that_of_plain_padded_rows(kind: str, smoothing: float, tmp_path: Path) -> None:
+    """On the answers alone, with prompts that share their beginning and others, and with sliding windows."""
+    model = tiny_model(kind, vocab_size=97)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=smoothing)
+    trainer = AnswerTrainer(model=model, args=args, data_collator=AnswerCollator(0))
+    loss = trainer.compute_loss(model, AnswerCollator(0)(ROWS))
+    gradient = torch.autograd.grad(loss, model.get_input_embeddings().weight)[0]
+    logits, goals = [], []
+    for row in ROWS:
+        ids = torch.tensor([[*row.prompt_ids, *row.answer_ids]])
+        logits.append(model(ids).logits[0, len(row.prompt_ids) - 1 : -1])
+        goals += row.answer_ids
+    plain = torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(goals), label_smoothing=smoothing)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain, model.get_input_embeddings().weight)[0])
 
 
 def test_examples_that_cannot_be_learned_are_counted() -> None:
