@@ -10,9 +10,10 @@ from itertools import permutations
 from typing import Any
 
 import torch
-from tiny import KINDS, tiny_model
+from tiny import KINDS, random_adapter, tiny_model
 from transformers import PreTrainedModel
 
+from cllm.adapter import Adapter
 from cllm.decoding import JacobiDecoder, Queue, Request
 
 PARTIAL, FILLING = ("prompt_lookup", "pool"), ("context", "uniform", "filler")
@@ -34,6 +35,7 @@ class Case:
     window: Any
     guess: str
     eos: list[int]
+    drafts: int  # draft tokens of a random adapter; 0: none
 
     @property
     def model(self) -> PreTrainedModel:
@@ -42,12 +44,19 @@ class Case:
     @property
     def setting(self) -> dict[str, Any]:
         """What a decoder is made from."""
-        names = ("kind", "seed", "width", "window", "guess", "eos")
+        names = ("kind", "seed", "width", "window", "guess", "eos", "drafts")
         return {name: getattr(self, name) for name in names}
 
     def decoder(self, **options: Any) -> JacobiDecoder:
         return JacobiDecoder(
-            self.model, self.width, eos_token_ids=self.eos, window=self.window, guess=self.guess, **options
+            self.model,
+            self.width,
+            eos_token_ids=self.eos,
+            window=self.window,
+            guess=self.guess,
+            adapter=_adapter(self.kind, self.seed) if self.drafts else None,
+            drafts=self.drafts,
+            **options,
         )
 
     def decode(self, decoder: JacobiDecoder | None = None) -> list[list[int]]:
@@ -77,10 +86,16 @@ def draw_case(name: Any, **fixed: Any) -> Case:
         "guess": draw.choice(GUESSES),
         "eos": draw.choice([[], [], draw.sample(range(VOCABULARY), 6)]),
     } | fixed
+    drawn.setdefault("drafts", draw.choice([0, 1, drawn["width"] - 1, draw.randint(1, 24)]) * (drawn["window"] == "sliding"))
     count = draw.randint(1, 2 * drawn["rows"] + 2) if drawn["queued"] else drawn["rows"]
     lengths = [draw.randint(1, 20) for _ in range(count)] if drawn["queued"] else [draw.randint(1, 24)] * count
     requests = [Request([draw.randrange(1, VOCABULARY) for _ in range(draw.randint(1, 25))], length) for length in lengths]
     return Case(requests=requests, **drawn)
+
+
+def draw_drafts(name: Any) -> dict[str, Any]:
+    """What to fix in :func:`draw_case` for a case with an adapter."""
+    return {"window": "sliding", "drafts": random.Random(f"drafts {name}").randint(1, 24)}
 
 
 def generate(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, eos: list[int]) -> list[int]:
@@ -99,3 +114,8 @@ def generate(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, eos
 @lru_cache(maxsize=len(KINDS) * MODELS)
 def _model(kind: str, seed: int) -> PreTrainedModel:
     return tiny_model(kind, seed, vocab_size=VOCABULARY, eos_token_id=None)
+
+
+@lru_cache(maxsize=len(KINDS) * MODELS)
+def _adapter(kind: str, seed: int) -> Adapter:
+    return random_adapter(_model(kind, seed), seed)

@@ -27,6 +27,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from cllm.adapter import Adapter
+
 PAD_ID, UNK_ID, EOS_ID = 0, 1, 2
 CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
 VOCABULARY = ["<pad>", "<unk>", "<eos>", *CHARACTERS]
@@ -75,6 +77,14 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).eval()
+
+
+def random_adapter(model: PreTrainedModel, seed: int = 0, rank: int = 4, size: float = 0.5) -> Adapter:
+    """An adapter that was never trained, of every linear layer but the output layer."""
+    draw, head = torch.Generator().manual_seed(seed), model.get_output_embeddings()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    down = {name: size * torch.randn(rank, layer.in_features, generator=draw) for name, layer in layers.items()}
+    return Adapter(down, {name: size * torch.randn(layers[name].out_features, rank, generator=draw) for name in layers})
 
 
 class Successor(torch.nn.Module):

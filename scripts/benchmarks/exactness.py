@@ -1,13 +1,14 @@
 """Is the text that of autoregressive decoding? Three parts, each with a result file of its own.
 
 tiny: 1,000 generated cases in float32: six architectures, every guess and combination, both windows, ragged batches, and rows
-that join and leave; against Hugging Face's generate. ``--compile MODE`` decodes with compiled or captured steps; since
+that join and leave; against Hugging Face's generate. ``--lossless``: every case drafts with a random adapter. ``--compile MODE`` decodes with compiled or captured steps; since
 compiling takes longer than a case, ``--share N`` cases that follow one another then have a decoder in common. ``--compile
 rehearsal`` needs no GPU: steps are kept and run again as captured ones are, in buffers of fixed size, but not as CUDA graphs.
 
     python scripts/benchmarks/exactness.py tiny --output docs/results/exactness_tiny.json
     python scripts/benchmarks/exactness.py tiny --compile compile --share 125 --output docs/results/exactness_compiled.json
     python scripts/benchmarks/exactness.py tiny --compile rehearsal --share 10 --output docs/results/exactness_rehearsal.json
+    python scripts/benchmarks/exactness.py tiny --lossless --output docs/results/exactness_lossless.json
 
 real: prompts of several data sets in float32, every guess in a queue and the paper's window, against Hugging Face's generate.
 
@@ -52,6 +53,7 @@ def main() -> None:
     options.add_argument("part", choices=PARTS)
     options.add_argument("--cases", type=int, default=1000, help="tiny: how many")
     options.add_argument("--share", type=int, default=1, help="tiny: cases for each decoder")
+    options.add_argument("--lossless", action="store_true", help="tiny: draft with a random adapter in every case")
     options.add_argument("--compile", default="auto", help="tiny, real: the decoder's way to run steps")
     options.add_argument("--model")
     options.add_argument("--device")
@@ -67,13 +69,13 @@ def main() -> None:
 
 
 def tiny(args: argparse.Namespace) -> None:
-    from cases import draw_case
+    from cases import draw_case, draw_drafts
 
     wrong, rows, tokens, gave_up, model = [], 0, 0, 0, None
     for number in tqdm(range(args.cases)):
         if number % args.share == 0:
             torch.compiler.reset()
-            first = draw_case(number)
+            first = draw_case(number, **(draw_drafts(number) if args.lossless else {}))
             decoder = first.decoder(compile="off" if args.compile == REHEARSAL else args.compile)
             if args.compile == REHEARSAL:
                 decoder.runner = CapturingRunner(decoder.step, lambda step: step)
