@@ -62,7 +62,7 @@ def watch(trainer: Any, probe: ProbeArguments, target: Any) -> None:
     name = probe.probe_task or record.get("task")
     if name is None:
         raise UsageError("the trajectories do not say their task; pass --probe_task")
-    task, tokenizer = _scoring(get_task(name), probe.probe_file), trainer.processing_class
+    task, tokenizer = scoring_task(get_task(name), probe.probe_file), trainer.processing_class
     template = choose_template(None, task.plain_template, tokenizer, record)
     examples = list(load_examples(task, probe.probe_file, "test", probe.probe_prompts))
     context = context_length(target.config)
@@ -82,7 +82,7 @@ def watch(trainer: Any, probe: ProbeArguments, target: Any) -> None:
     trainer.add_callback(Watch(trainer, measure, target, probe.probe_every, stop=probe.on_collapse == "stop"))
 
 
-def _scoring(task: Task, filename: str | None) -> Task:
+def scoring_task(task: Task, filename: str | None) -> Task:
     """The task as ``cllm speedup`` takes it, its own options at their defaults."""
     options = parser("", "cllm train")
     task.add_options(options, "speedup")
