@@ -1,6 +1,6 @@
 """What every option of the training does to speed and quality: one change at a time, equal training tokens, the same prompts.
 
-    python scripts/study.py --model TARGET --trajectories TRAJECTORIES --task arithmetic --filename test.jsonl \\
+    python scripts/study.py --model TARGET --trajectories TRAJECTORIES --task spider --filename QUESTIONS \\
         --runs default paper --seeds 0 1 2 --output FOLDER -- --num_train_epochs 2 --learning_rate 1.5e-4 --use_cpu
     python scripts/study.py --table FOLDER
 
@@ -27,6 +27,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.cli.command import command
+from cllm.cli.probe import scoring_task
 from cllm.cli.train import arguments, build_trainer
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
@@ -133,7 +134,7 @@ class Study:
         self.settings = TrajectoryDataset(args.trajectories).settings
         if "block_size" not in self.settings:
             raise UsageError(f"{args.trajectories} is no folder that `cllm collect` wrote")
-        self.task: Task = get_task(args.task)
+        self.task: Task = scoring_task(get_task(args.task), args.filename)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
         self.target = load_model(args.model, dtype="float32", device=args.device)
         template = PromptTemplate(self.settings["prompt_template"])

@@ -6,18 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import sql_questions
+from commands import question_rows, write_rows
 from tiny import save_tiny_checkpoint
-
-from cllm.tasks.arithmetic import generate
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("problems") / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in generate(2, seed=0)))
-    return path
+    return write_rows(tmp_path_factory.mktemp("problems") / "train.jsonl", question_rows(2))
 
 
 def run(name: str, tiny_model_dir, problems: Path, output: Path, *more: str) -> dict:
@@ -122,13 +120,12 @@ def test_soak(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_collapse(tiny_model_dir, problems, tmp_path):
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text(problems.read_text())
-    words = ["collect", "--task", "arithmetic", "--model", tiny_model_dir, "--filename", problems, "--max_new_seq_len", "12"]
+def test_collapse(tmp_path):
+    sql_questions.main([str(tmp_path), "2", "2"])
+    model = save_tiny_checkpoint(tmp_path / "target", max_position_embeddings=1024)
+    words = ["collect", "--task", "spider", "--model", model, "--filename", tmp_path, "--max_new_seq_len", "12"]
     words += ["--max_new_tokens", "4", "--output", tmp_path / "trajectories", "--device", "cpu"]
     subprocess.run([sys.executable, "-m", "cllm", *map(str, words)], check=True, timeout=200)
-    (tmp_path / "target").symlink_to(tiny_model_dir)
     words = ["--data", tmp_path, "--prompts", "2", "--length", "8", "--output", tmp_path / "result.json"]
     command = [sys.executable, FOLDER / "collapse.py", *words, "--learning_rate", "1e-6"]
     subprocess.run(list(map(str, command)), check=True, timeout=200)

@@ -4,12 +4,12 @@ import os
 
 import pytest
 import torch
+from sql_questions import questions as generated
 
 from cllm.decoding import JacobiDecoder
 from cllm.models import load_model, load_tokenizer, stop_token_ids
 from cllm.prompts import PromptTemplate
 from cllm.tasks import get_task
-from cllm.tasks.arithmetic import generate
 from cllm.tasks.source import load_examples
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
@@ -25,11 +25,11 @@ def smol():
 
 
 def questions(request, count: int) -> list[str]:
-    """GSM8K's test questions where they are, generated problems elsewhere."""
+    """GSM8K's test questions where they are, generated ones elsewhere."""
     try:
         folder = request.getfixturevalue("shared_data")
     except pytest.skip.Exception:
-        return [row["question"] for row in generate(count, seed=5)]
+        return [row["question"] for row in generated(count)]
     examples = load_examples(get_task("gsm8k"), folder / "gsm8k" / "test.jsonl.gz", "test", count)
     return [example.messages[-1]["content"] for example in examples]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import refused, write_rows
+import sql_questions
+from commands import refused
 from tiny import save_tiny_checkpoint
 
 from cllm.cli import collect
-from cllm.tasks.arithmetic import generate
 
 STUDY: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "study.py"))
 
@@ -19,12 +19,13 @@ STUDY: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[1] / "scripts"
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("study")
     model = save_tiny_checkpoint(folder / "m", seed=3, max_position_embeddings=1024)
-    data = write_rows(folder / "d.jsonl", generate(6, seed=0))
+    data = folder / "d"
+    sql_questions.main([str(data), "6", "3"])
     for guess in ("context", "uniform"):
         given = ["--model", model, "--filename", data, "--output", f"{folder}/t{'_uniform' * (guess == 'uniform')}"]
         sizes = ["--max_new_tokens", 4, "--max_new_seq_len", 12, "--guess", guess, "--device", "cpu"]
-        collect.main([*map(str, given + sizes)], task="arithmetic")
-    given = ["--model", model, "--trajectories", folder / "t", "--task", "arithmetic", "--filename", data]
+        collect.main([*map(str, given + sizes)], task="spider")
+    given = ["--model", model, "--trajectories", folder / "t", "--task", "spider", "--filename", data]
     return [*map(str, given), "--prompts", "3", "--length", "12", "--device", "cpu", "--output", str(folder / "out")]
 
 

@@ -92,7 +92,7 @@ def _probe(trainer: Any, probe: ProbeArguments, target: Any) -> Probe:
     name = probe.probe_task or record.get("task")
     if name is None:
         raise UsageError("the trajectories do not say their task; pass --probe_task")
-    task, tokenizer = _scoring(get_task(name), probe.probe_file), trainer.processing_class
+    task, tokenizer = scoring_task(get_task(name), probe.probe_file), trainer.processing_class
     template = choose_template(None, task.plain_template, tokenizer, record)
     examples = list(load_examples(task, probe.probe_file, "test", probe.probe_prompts))
     context = context_length(target.config)
@@ -111,7 +111,7 @@ def _probe(trainer: Any, probe: ProbeArguments, target: Any) -> Probe:
     )
 
 
-def _scoring(task: Task, filename: str | None) -> Task:
+def scoring_task(task: Task, filename: str | None) -> Task:
     """The task as ``cllm speedup`` takes it, its own options at their defaults."""
     options = parser("", "cllm train")
     task.add_options(options, "speedup")

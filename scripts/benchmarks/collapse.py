@@ -25,7 +25,7 @@ QUICKSTART = (
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, required=True, help="the quick start's folder: target, trajectories, test.jsonl")
+    options.add_argument("--data", type=Path, required=True, help="the quick start's folder: target, trajectories, questions")
     options.add_argument("--learning_rate", type=float, default=1.5e-3)
     options.add_argument("--prompts", type=int, default=16)
     options.add_argument("--length", type=int, default=64, help="new tokens per response")
@@ -45,7 +45,7 @@ def _words(args: argparse.Namespace) -> list[str]:
         f"--model={args.data / 'target'}",
         f"--trajectories={args.data / 'trajectories'}",
         f"--learning_rate={args.learning_rate}",
-        f"--probe_file={args.data / 'test.jsonl'}",
+        f"--probe_file={args.data}",
         f"--probe_prompts={args.prompts}",
         f"--probe_length={args.length}",
         "--on_collapse=stop",

@@ -21,7 +21,6 @@ from cllm.files import write_json
 from cllm.models import DTYPES, load_model, load_tokenizer, read_record
 from cllm.prompts import choose_template
 from cllm.tasks import get_task
-from cllm.tasks.arithmetic import generate
 from cllm.tasks.source import load_examples
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.examples import Collator, ExampleDataset
@@ -31,6 +30,7 @@ from cllm.trajectory.record import Dropped, TrajectoryRow
 
 PATHS = ("output", "filename", "model", "data")  # options that say nothing of a result
 COPYING = "copying"  # a --task: prompts whose answers repeat them
+QUESTIONS = 4  # in a text to copy
 
 
 def add_options(options: argparse.ArgumentParser, prompts: int) -> None:
@@ -54,7 +54,7 @@ def load(args: argparse.Namespace):
 
 def encode(model: PreTrainedModel, tokenizer, task_name: str, filename: str | None, count: int) -> list[list[int]]:
     """The first prompts of a task, or of :func:`copying`, in the form that the model was trained with."""
-    task = get_task("arithmetic" if task_name == COPYING else task_name)
+    task = get_task("gsm8k" if task_name == COPYING else task_name)
     template = choose_template(None, task.plain_template, tokenizer, read_record(model.config))
     if task_name == COPYING:
         asked = [[{"role": "user", "content": text}] for text in copying(count)]
@@ -66,9 +66,12 @@ def encode(model: PreTrainedModel, tokenizer, task_name: str, filename: str | No
 
 def copying(count: int) -> list[str]:
     """Requests whose answer is mostly a copy of what stands in them: a text again, with one word replaced."""
-    changes = [("and", "plus"), ("has", "owns"), ("many", "few"), ("each", "every")]
-    rows = generate(2 * count, seed=0)
-    texts = [" ".join(row["question"] for row in rows[at : at + 2]) for at in range(0, 2 * count, 2)]
+    sys.path.append(str(Path(__file__).parents[1]))
+    from sql_questions import questions
+
+    changes = [("and", "plus"), ("the", "those"), ("who", "that"), ("of", "among")]
+    rows = questions(QUESTIONS * count)
+    texts = [" ".join(row["question"] for row in rows[at : at + QUESTIONS]) for at in range(0, len(rows), QUESTIONS)]
     wanted = [changes[at % len(changes)] for at in range(count)]
     return [
         f'Repeat this text word for word, but write "{new}" in the place of "{old}".\n\n{text}'

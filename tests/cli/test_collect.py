@@ -152,9 +152,9 @@ def test_the_folder_is_named_after_the_settings(model_dir: Path, data: Path, tmp
 
 
 def test_the_task_as_an_option(model_dir: Path, data: Path, tmp_path: Path) -> None:
-    words = ["collect", "--task", "arithmetic", "--model", str(model_dir), "--filename", str(data), "--device", "cpu"]
+    words = ["collect", "--task", "gsm8k", "--model", str(model_dir), "--filename", str(data), "--device", "cpu"]
     cllm([*words, "--output", str(tmp_path / "t"), "--max_new_seq_len", "16", "--data_size", "1"])
-    assert settings(tmp_path / "t")["task"] == "arithmetic"
+    assert settings(tmp_path / "t")["task"] == "gsm8k"
 
 
 @pytest.mark.slow

@@ -319,7 +319,7 @@ def test_unknown_command(refuse) -> None:
 
 @ON_DATA
 def test_unknown_task(words: Build, refuse, command) -> None:
-    assert "unknown task 'zork'; choose from arithmetic" in refuse(words(command, task="zork"))
+    assert "unknown task 'zork'; choose from code_search_net" in refuse(words(command, task="zork"))
 
 
 def test_unknown_cllm_type(words: Build, refuse) -> None:
