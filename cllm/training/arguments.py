@@ -30,6 +30,10 @@ OBJECTIVE = (  # what a checkpoint's record says of how it was trained
     "distance_decay",
     "label_smoothing_factor",
 )
+NO_CHECKPOINTING = (  # why
+    "it forwards blocks a second time without the cache that lossless training keeps the clean text in; leave it out, "
+    "activations are kept of the blocks alone"
+)
 LOSSLESS_OBJECTIVE = ("divergence", "states_per_block", "distance_decay", "on_policy")
 
 
@@ -152,7 +156,4 @@ class LosslessTrainingArguments(ConsistencyArguments):
         if self.label_smoothing_factor:
             raise UsageError("label_smoothing_factor needs labels, and lossless training has none; leave it out")
         if self.gradient_checkpointing:
-            raise UsageError(
-                "gradient_checkpointing turns caches off, and lossless training keeps the clean text in one; leave it out: "
-                "activations are kept of the blocks alone"
-            )
+            raise UsageError(f"gradient_checkpointing is on: {NO_CHECKPOINTING}")

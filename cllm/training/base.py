@@ -198,6 +198,9 @@ class TokenMeanTrainer(Trainer):
         self.order = LengthGroupedOrder(dataset, self.args.train_batch_size * self.accelerator.num_processes, seed)
         return self.order
 
+    def _get_eval_sampler(self, eval_dataset: Dataset):
+        return None  # as they come: to group them by length, the parent would have to know what an example is
+
 
 def at(hidden_BTH: torch.Tensor, pairs_M2: torch.Tensor) -> torch.Tensor:
     """The hidden states [M, H] of tokens that are given by row and column."""

@@ -15,8 +15,9 @@ import torch
 from transformers import DynamicCache
 
 from cllm.attention import MASKABLE, check_model
+from cllm.errors import UsageError
 from cllm.packing import PADDING, Layout, packed_mask
-from cllm.training.arguments import LosslessTrainingArguments
+from cllm.training.arguments import NO_CHECKPOINTING, LosslessTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer, at
 from cllm.training.examples import batch_layout, clean_columns
 from cllm.training.head import LanguageHead
@@ -50,6 +51,8 @@ class LosslessTrainer(TokenMeanTrainer):
         check_model(self.model, MASKABLE)
         if not adapted(self.model):
             raise ValueError("lossless training needs a model with an adapter, see cllm.training.lora.adapt")
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing:
+            raise UsageError(f"fsdp_activation_checkpointing is on: {NO_CHECKPOINTING}")
 
     def counts(self, batch: Batch) -> torch.Tensor:
         return self._weight(batch).sum()[None]

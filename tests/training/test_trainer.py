@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from cllm import reference
 from cllm.errors import UsageError
 from cllm.training.arguments import CllmTrainingArguments
+from cllm.training.base import TokenMeanTrainer
 from cllm.training.examples import Collator, ExampleDataset, Sampling, build_example
 from cllm.training.lora import LoraArguments, adapt
 from cllm.training.objective import DIVERGENCES
@@ -47,23 +48,25 @@ class Rows(list):
     settings = None
 
 
+SHOWN = dict(  # the optimizer step shows the gradient: plain SGD without momentum at learning rate 1
+    per_device_train_batch_size=4,
+    optim="sgd",
+    learning_rate=1.0,
+    lr_scheduler_type="constant",
+    warmup_steps=0,
+    max_grad_norm=0.0,
+    max_steps=1,
+    use_cpu=True,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+    seed=3,
+)
+
+
 def make_trainer(folder, model=None, rows: int = ROWS, **options) -> CllmTrainer:
-    """One whose optimizer step shows the gradient: plain SGD without momentum at learning rate 1."""
-    settings = dict(
-        per_device_train_batch_size=4,
-        optim="sgd",
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        max_steps=1,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=3,
-    )
     model, target = model or tiny_model(vocab_size=97), tiny_model(seed=9, vocab_size=97)  # whole: before ZeRO-3 is known
-    args = CllmTrainingArguments(output_dir=str(folder), **settings | options)
+    args = CllmTrainingArguments(output_dir=str(folder), **SHOWN | options)
     return CllmTrainer(
         model=model,
         args=args,
@@ -140,16 +143,21 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, kind):
     model = tiny_model(vocab_size=97)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     make_trainer(tmp_path, model, per_device_train_batch_size=8).train()
-    config = ["--config_file", str(CONFIGS / SHARDED[kind])] if SHARDED[kind] else ["--multi_gpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes=2", "--main_process_port=0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    subprocess.run([*command, __file__, str(tmp_path)], check=True, env=environment, timeout=500)
+    in_two_processes(__file__, tmp_path, kind)
     together = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(together[name] - before[name], weight - before[name], atol=1e-5, rtol=1e-4)
 
 
-def loss_sums(trainer: CllmTrainer, examples) -> list[float]:
+def in_two_processes(script: str, folder: Path, kind: str) -> None:
+    """Let accelerate run ``script folder`` as one of SHARDED."""
+    config = ["--config_file", str(CONFIGS / SHARDED[kind])] if SHARDED[kind] else ["--multi_gpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes=2", "--main_process_port=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    subprocess.run([*command, script, str(folder)], check=True, env=environment, timeout=500)
+
+
+def loss_sums(trainer: TokenMeanTrainer, examples) -> list[float]:
     batch = trainer.data_collator(examples)
     return trainer.loss_sums(trainer.model, batch).tolist()
 
@@ -324,15 +332,20 @@ def test_resumed_training_equals_uninterrupted(tmp_path, strategy, objective):
             assert torch.equal(a, b)
 
 
-def shard_without_gpu(trainer: CllmTrainer) -> None:
+def shard_without_gpu(trainer: TokenMeanTrainer) -> None:
     """Let accelerate shard by FSDP2 on CPUs, which torch can do: it looks for FSDP on kinds of GPU only."""
     PartialState().distributed_type = DistributedType.MULTI_GPU
     Trainer.create_accelerator_and_postprocess(trainer)
 
 
-if __name__ == "__main__":  # one of two processes of test_two_processes_give_the_gradient_of_one
+def prepare(kind: type[TokenMeanTrainer]) -> None:
+    """Make trainers fit for what :func:`in_two_processes` started."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        CllmTrainer.create_accelerator_and_postprocess = shard_without_gpu
+        kind.create_accelerator_and_postprocess = shard_without_gpu
+
+
+if __name__ == "__main__":  # one of two processes of test_two_processes_give_the_gradient_of_one
+    prepare(CllmTrainer)
     together = make_trainer(sys.argv[1], per_device_train_batch_size=2, gradient_accumulation_steps=2)
     together.train()
     assert together.args.world_size == 2

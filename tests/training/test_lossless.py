@@ -1,0 +1,307 @@
+"""The training of a consistency adapter: its loss, its gradient however the batch is split, and what it leaves alone."""
+
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch.nn import Module
+from training.test_trainer import ROWS, SHOWN, Rows, in_two_processes, loss_sums, prepare, random_row
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from cllm.adapter import attached, read_adapter
+from cllm.decoding.guess import STARTS
+from cllm.errors import UsageError
+from cllm.evaluation.probe import DraftProbe
+from cllm.training.arguments import LosslessTrainingArguments
+from cllm.training.drafts import DraftCollator, DraftDataset, DraftExample
+from cllm.training.lora import AdapterArguments, adapt, live_adapter
+from cllm.training.lossless import LosslessTrainer
+from cllm.training.objective import DIVERGENCES
+from cllm.trajectory.record import TrajectoryRow
+
+pytest.importorskip("peft")
+IDS = torch.arange(3, 20)[None]
+SPLITS = [(4, 2), (2, 4), (1, 8)]  # batch size and accumulation
+
+
+def draft_model(kind: str = "llama", **changes):
+    """A tiny model with an adapter that does something."""
+    model = adapt(tiny_model(kind, vocab_size=97, **changes), AdapterArguments(lora_r=4), seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def dataset(rows: list[TrajectoryRow], states_per_block: int = 2, guess: str = "context") -> DraftDataset:
+    return DraftDataset(Rows(rows), states_per_block, STARTS[guess](97))
+
+
+def make_trainer(folder: Path, model=None, rows: list[TrajectoryRow] | None = None, **options) -> LosslessTrainer:
+    args = LosslessTrainingArguments(output_dir=str(folder), **SHOWN | options)
+    return LosslessTrainer(
+        model=model or draft_model(),
+        args=args,
+        train_dataset=dataset(rows or list(map(random_row, range(ROWS))), args.states_per_block),
+        data_collator=DraftCollator(0),
+    )
+
+
+def learned(model: Module) -> torch.Tensor:
+    return torch.cat([weight.detach().flatten() for weight in model.parameters() if weight.requires_grad])
+
+
+def step(folder: Path, **options) -> torch.Tensor:
+    """The change of the adapter after one optimizer step over all rows."""
+    model = draft_model()
+    before = learned(model)
+    make_trainer(folder, model, **options).train()
+    return learned(model) - before
+
+
+def merged(kind: str, model: Module) -> Module:
+    """A plain model with the adapter in its weights."""
+    copy, adapter = tiny_model(kind, vocab_size=97), live_adapter(model)
+    layers = dict(copy.named_modules())
+    for name, down in adapter.down.items():
+        layers[name].weight.data += adapter.up[name] @ down
+    return copy
+
+
+def plain_loss(
+    base: Module, draft: Module, example: DraftExample, decay: float, divergence: Callable, on_policy: bool = False
+) -> float:
+    """Block by block over the base's own keys and values, without a packed layout."""
+    teacher, loss = base(torch.tensor([example.row.clean])).logits[0], 0.0
+    for block, wrong in zip(example.row.blocks, example.wrong, strict=True):
+
+        def drafted(tokens: torch.Tensor, start: int = block.start) -> torch.Tensor:
+            cache = DynamicCache()
+            base(torch.tensor([example.row.clean[:start]]), past_key_values=cache)
+            return draft(tokens[None], past_key_values=cache).logits[0]
+
+        tokens = torch.tensor(block.tokens)
+        if on_policy:
+            tokens[wrong + 1 :] = drafted(tokens).argmax(dim=-1)[wrong:-1]
+        goal = teacher[block.start + wrong : block.start + len(tokens)]
+        distances = torch.arange(len(goal))
+        loss += (divergence(goal, drafted(tokens)[wrong:]) * decay**distances).sum().item()
+    return loss
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral"])
+@torch.no_grad()
+def test_equals_plain_forwards(tmp_path, kind: str, on_policy: float) -> None:
+    model = draft_model(kind)
+    trainer = make_trainer(tmp_path, model, on_policy=on_policy)
+    examples = [trainer.train_dataset[index] for index in range(ROWS)]
+    model.train()
+    base, draft = tiny_model(kind, vocab_size=97), merged(kind, model)
+    found = [loss_sums(trainer, [example])[0] for example in examples]
+    expected = [plain_loss(base, draft, example, 0.8, DIVERGENCES["forward_kl"], bool(on_policy)) for example in examples]
+    assert found == pytest.approx(expected, rel=1e-3) and min(found) > 0
+    assert loss_sums(trainer, examples) == pytest.approx([sum(expected)], rel=1e-3)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@torch.no_grad()
+def test_every_divergence_equals_plain_forwards(tmp_path, divergence: str) -> None:
+    trainer = make_trainer(tmp_path, divergence=divergence, distance_decay=0.5)
+    example, base = trainer.train_dataset[0], tiny_model(vocab_size=97)
+    trainer.model.eval()
+    expected = plain_loss(base, merged("llama", trainer.model), example, 0.5, DIVERGENCES[divergence])
+    assert loss_sums(trainer, [example]) == pytest.approx([expected], rel=1e-3)
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+def test_accumulation_and_batch_size_do_not_change_the_gradient(tmp_path, on_policy: float) -> None:
+    whole = step(tmp_path, per_device_train_batch_size=8, on_policy=on_policy)
+    assert whole.abs().max() > 1e-3
+    for size, accumulation in SPLITS:
+        split = step(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, on_policy=on_policy
+        )
+        torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_is_near_float32(tmp_path) -> None:
+    exact, rounded = (step(tmp_path, per_device_train_batch_size=8, on_policy=0, bf16=bf16) for bf16 in (False, True))
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2"])
+def test_two_processes_give_the_gradient_of_one(tmp_path, kind: str) -> None:
+    if kind == "zero2":
+        pytest.importorskip("deepspeed")
+    model = draft_model()
+    make_trainer(tmp_path, model, per_device_train_batch_size=8, on_policy=1.0).train()
+    in_two_processes(__file__, tmp_path, kind)
+    alone, together = live_adapter(model), read_adapter(tmp_path)
+    for name in alone.down:
+        torch.testing.assert_close(together.down[name], alone.down[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together.up[name], alone.up[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_resumed_training_equals_uninterrupted(tmp_path, strategy: str) -> None:
+    options = dict(optim="adamw_torch", learning_rate=1e-3, max_steps=7, save_strategy="steps", save_steps=1)
+    options |= dict(per_device_train_batch_size=2, train_sampling_strategy=strategy)
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    for at in (3, 5):
+        resumed = make_trainer(tmp_path / "resumed", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
+        assert torch.equal(learned(whole.model), learned(resumed.model))
+
+
+def test_which_steps_are_on_policy_depends_on_seed_and_step_alone(tmp_path) -> None:
+    def drawn(**options) -> list[bool]:
+        trainer = make_trainer(tmp_path, **options)
+        result = []
+        for trainer.state.global_step in range(200):
+            torch.rand(1), random.random()
+            result.append(trainer.on_policy)
+        return result
+
+    assert drawn() == drawn(per_device_train_batch_size=2) != drawn(seed=4)
+    assert 70 < sum(drawn()) < 130 and not any(drawn(on_policy=0.0)) and all(drawn(on_policy=1.0))
+
+
+def test_the_target_model_stays_as_it_is(tmp_path) -> None:
+    """Bit for bit, its weights and what it makes of a text."""
+    base, model = tiny_model(vocab_size=97), draft_model()
+    make_trainer(tmp_path, model, max_steps=3, learning_rate=0.1).train()
+    trained = {name.replace(".base_layer", ""): weight for name, weight in model.get_base_model().named_parameters()}
+    assert all(torch.equal(trained[name], weight) for name, weight in base.named_parameters())
+    with model.disable_adapter():
+        assert torch.equal(model.eval()(IDS).logits, base(IDS).logits)
+    assert not torch.equal(learned(model), learned(draft_model()))
+
+
+def test_it_teaches_without_dropout(tmp_path) -> None:
+    model = draft_model(attention_dropout=0.5)
+    trainer = make_trainer(tmp_path, model, divergence="hard")
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    seen: list[torch.Tensor] = []
+    model.get_base_model().model.norm.register_forward_hook(lambda layer, args, output: seen.append(output))
+    model.train()
+    for _ in range(2):
+        loss_sums(trainer, [trainer.train_dataset[0]])
+    clean = [hidden for hidden in seen if hidden.shape[1] == int((batch["block"] == 0).sum())]
+    assert torch.equal(*clean) and model.training
+
+
+def test_training_lowers_the_loss(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, optim="adamw_torch", learning_rate=1e-2, max_steps=30, logging_steps=10)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    assert 0 < trainer.evaluate(trainer.train_dataset)["eval_loss"] < losses[0]
+
+
+def bare(row: TrajectoryRow) -> TrajectoryRow:
+    """As ``cllm collect --responses_only`` stores it."""
+    return replace(row, trajectories=[states[-1:] for states in row.trajectories])
+
+
+@pytest.mark.parametrize("guess", STARTS)
+def test_responses_alone_give_random_starts(guess: str) -> None:
+    rows = [bare(random_row(index)) for index in range(ROWS)]
+    drafts, again = dataset(rows, guess=guess), dataset(rows, guess=guess)
+    again.epoch = 1
+    for index, row in enumerate(rows):
+        example = drafts[index]
+        assert example == drafts[index] and (guess == "filler" or example != again[index])
+        for block, wrong in zip(example.row.blocks, example.wrong, strict=True):
+            fixed = row.response_ids[block.start - len(row.prompt_ids) :]
+            assert list(block.tokens[:wrong]) == fixed[:wrong] and block.tokens[wrong] != fixed[wrong]
+            known = set((row.prompt_ids + row.response_ids)[: block.start])
+            allowed = {"context": known, "uniform": set(range(97)), "filler": {0}}[guess]
+            assert set(block.tokens) <= allowed
+    starts = {block.start for block in example.row.blocks}
+    assert len(example.row.blocks) == 2 * len(starts) and len(starts) >= len(row.block_starts) - 1
+
+
+def test_responses_alone_train(tmp_path) -> None:
+    rows = [bare(random_row(index)) for index in range(ROWS)]
+    trainer = make_trainer(tmp_path, rows=rows, optim="adamw_torch", learning_rate=1e-2, max_steps=20, logging_steps=10)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_row_without_anything_to_learn(tmp_path) -> None:
+    row = TrajectoryRow("a", [5, 6], [7, 8, 9], [0, 2], [[[7, 3], [7, 8]], [[4], [9]]])
+    still = replace(row, trajectories=[[[7, 8]], [[9]]])
+    trainer = make_trainer(tmp_path, rows=[replace(still, block_starts=[2], trajectories=[[[4], [9]]])])
+    example = trainer.train_dataset[0]
+    assert (example.wrong, list(example.row.blocks[0].tokens)) == ([1], [7])
+    assert loss_sums(trainer, [example]) == [0.0]
+    trainer.train()
+    assert trainer.state.global_step == 1
+    (block,) = dataset([row])[0].row.blocks  # the last token predicts nothing, so its wrong guess does not count
+    assert (block.start, list(block.tokens)) == (2, [7, 3])
+
+
+def test_the_log_counts_clean_text_and_blocks(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=8, logging_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(ROWS)])
+    trainer.train()
+    share = float((batch["block"] >= 0).float().mean())
+    assert trainer.state.log_history[0]["useful_tokens"] == pytest.approx(share, abs=1e-4)
+
+
+def test_checks_measure_the_target_with_the_adapter_as_it_is() -> None:
+    model = draft_model()
+    base, plain = model.get_base_model(), tiny_model(vocab_size=97)
+    seen = []
+
+    def measure(measured):
+        assert measured is base and torch.equal(measured(IDS).logits, plain(IDS).logits)
+        seen.append(attached(measured))
+
+    check = DraftProbe(measure, model)
+    check(model)
+    check(base)
+    adapter = live_adapter(model)
+    assert seen[1] is None and attached(base) is None
+    assert all(torch.equal(seen[0].up[name], up) for name, up in adapter.up.items()) and len(adapter.up) == 3 * 7
+    assert learned(model).numel() == adapter.parameters
+
+
+def test_what_cannot_work_is_refused(tmp_path) -> None:
+    for options, message in [
+        ({"gradient_checkpointing": True}, "gradient_checkpointing is on: .* leave it out"),
+        ({"label_smoothing_factor": 0.1}, "lossless training has none"),
+        ({"on_policy": 1.5}, "on_policy must be a share of 0 .. 1, got 1.5"),
+        ({"divergence": "kl"}, "divergence must be one of forward_kl, .*, got 'kl'"),
+        ({"states_per_block": 0}, "states_per_block must be >= 1, got 0"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            make_trainer(tmp_path, **options)
+    with pytest.raises(UsageError, match="flex_attention.*explicit masks need one of sdpa, eager"):
+        make_trainer(tmp_path, draft_model(attn_implementation="flex_attention"))
+    with pytest.raises(ValueError, match="needs a model with an adapter"):
+        make_trainer(tmp_path, tiny_model())
+    with pytest.raises(UsageError, match="lora_r must be >= 1, got 0"):
+        AdapterArguments(lora_r=0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(UsageError, match="no torch.nn.Linear layers, which adapters need"):
+        adapt(gpt2, AdapterArguments(), seed=0)
+
+
+if __name__ == "__main__":  # one of two processes of test_two_processes_give_the_gradient_of_one
+    prepare(LosslessTrainer)
+    together = make_trainer(sys.argv[1], per_device_train_batch_size=2, gradient_accumulation_steps=2, on_policy=1.0)
+    together.train()
+    assert together.args.world_size == 2
+    together.save_model()
