@@ -201,12 +201,12 @@ def default_guess(record: Mapping[str, Any]) -> str:
     return str(record.get(GUESS) or record.get(TRAINED_GUESS) or DEFAULT_GUESS)
 
 
-def store_choice(path: str, width: int, guess: str) -> None:
-    """Let a checkpoint say what :func:`default_width` and :func:`default_guess` then find.
+def store_choice(path: str, width: int, guess: str, drafts: int = 0) -> None:
+    """Let a checkpoint say what :func:`default_width`, :func:`default_guess` and :func:`default_drafts` then find.
 
     Raises UsageError for what is no local checkpoint.
     """
-    add_to_record(path, {WIDTH: width, GUESS: guess})
+    add_to_record(path, {WIDTH: width, DRAFTS: drafts, GUESS: guess})
 
 
 def add_to_record(path: StrPath, facts: Mapping[str, Any]) -> None:

@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# The main job end to end on a small real model, on a CPU: SmolLM2-135M-Instruct first learns to solve generated word problems,
-# which makes it a target model, as the paper's targets were made; then it learns to decode several tokens per forward pass.
+# The main job end to end on a small real model, on a CPU: SmolLM2-135M-Instruct first learns to answer questions about two small
+# SQLite databases, which makes it a target model; then a consistency adapter learns to draft for it, so that it decodes several
+# tokens per forward pass and still writes its own text, token for token.
 # About a quarter of an hour on two cores; memory under 8 GB.
 #
 #   bash scripts/quickstart.sh            # results in quickstart/
+#   bash scripts/quickstart.sh --paper    # and beside it the paper's way: all weights trained on the same trajectories
 #
 # The full-size recipe is the same commands with GSM8K, a 7B target, block 16 and 8 GPUs; see the end of the output.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "$0")/environment.sh"
+case "$*" in
+  "") paper= ;;
+  --paper) paper=yes ;;
+  *) echo "error: unknown arguments $*; the only one is --paper" >&2; exit 2 ;;
+esac
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 TRAIN=256 COLLECT=112 TEST=24
+BLOCK=8 LENGTH=80 TRAIN=256 TEST=40
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -26,29 +33,37 @@ stage() { # NAME TEXT COMMAND...
 measure() { # RESULT FLAGS...
   local result=$1
   shift
-  cllm speedup --task arithmetic --filename "$out/test.jsonl" --max_new_tokens $BLOCK --max_new_seq_len $LENGTH \
-    --output "$result" "$@" > "${result%.json}.txt"
+  cllm speedup --task spider --filename "$out/data" --max_new_seq_len $LENGTH --output "$result" "$@" > "${result%.json}.txt"
 }
 
-training=(--train_sampling_strategy group_by_length --lr_scheduler_type cosine --warmup_steps 0.05 --logging_steps 8
-  --save_strategy no --use_cpu --report_to none)
+training=(--train_sampling_strategy group_by_length --logging_steps 8 --save_strategy no --use_cpu --report_to none)
 
 get_model() { model=$(python scripts/small_model.py); }
 stage model "the small model (once; kept in the user's cache)" get_model
-stage problems "writing $TRAIN word problems to learn from and $TEST held out" \
-  python scripts/word_problems.py "$out" "$TRAIN" "$TEST"
+stage questions "writing two databases, $TRAIN questions to learn from and $TEST held out" \
+  python scripts/sql_questions.py "$out/data" "$TRAIN" "$TEST"
 stage target "fine-tuning the small model on their answers: the target model" \
-  cllm sft --model "$model" --task arithmetic --filename "$out/train.jsonl" --output_dir "$out/target" \
-  --num_train_epochs 2 --per_device_train_batch_size 8 --learning_rate 1e-4 "${training[@]}"
+  cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" --num_train_epochs 2 \
+  --per_device_train_batch_size 16 --learning_rate 3e-4 --lr_scheduler_type cosine --warmup_steps 0.05 "${training[@]}"
 stage collect "collecting Jacobi trajectories of the target model" \
-  cllm collect --task arithmetic --model "$out/target" --filename "$out/train.jsonl" --data_size $COLLECT \
-  --output "$out/trajectories" --no-resume --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 32
-stage train "training the CLLM" \
-  bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/cllm" $BLOCK \
-  --num_train_epochs 2 --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 --ar_weight 10 \
-  "${training[@]}"
-stage before "measuring the target model on the held-out problems" \
-  measure "$out/before.json" --test_model "$out/target"
-stage after "measuring the CLLM on the same problems" \
-  measure "$out/after.json" --test_model "$out/cllm" --target_model "$out/target"
+  cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$out/trajectories" --no-resume \
+  --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 32
+stage train "training the consistency adapter" \
+  bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/cllm" $BLOCK --lossless \
+  --num_train_epochs 3 --per_device_train_batch_size 4 "${training[@]}"
+stage tune "finding the window that is fastest on this machine, on questions to learn from" \
+  cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
+  --widths 6 8 12 --drafts 11 15 --output "$out/tune.json" --save
+stage measure "measuring target model and CLLM on the held-out questions" \
+  measure "$out/cllm.json" --test_model "$out/cllm" --baseline target generate
+if [ "$paper" ]; then
+  stage train_all "the paper's way: training all weights on the same trajectories" \
+    bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/paper" $BLOCK --num_train_epochs 2 \
+    --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 --lr_scheduler_type cosine \
+    --warmup_steps 0.05 "${training[@]}"
+  stage measure_all "measuring it on the same questions" \
+    measure "$out/paper.json" --test_model "$out/paper" --target_model "$out/target"
+else
+  rm -f "$out/paper.json"
+fi
 python scripts/quickstart_report.py "$out"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 
+from cllm.adapter import attached
 from cllm.cli.command import AUTO
 from cllm.cli.model import OpenModel
 from cllm.decoding import GREEDY, Sampling, make_guess
 from cllm.decoding.engine import Prompts
-from cllm.evaluation.choice import CANDIDATES, fastest, measure_choices
+from cllm.evaluation.choice import CANDIDATES, fastest, lossless_candidates, measure_choices
 from cllm.models import context_length, default_guess
 
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 48  # what `auto` measures with
@@ -46,7 +47,7 @@ def pick_guess(
         of.model,
         samples[:SAMPLE_PROMPTS],
         [width],
-        CANDIDATES,
+        CANDIDATES if attached(of.model) is None else lossless_candidates(of.record),
         [batch_size],
         max_new_tokens=SAMPLE_TOKENS,
         eos_ids=of.stops,

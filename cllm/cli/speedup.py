@@ -34,6 +34,9 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     add_model_options(result, "--test_model")
     result.add_argument("--max_new_tokens", type=positive, help="block size; default: the checkpoint's own, else 16")
     result.add_argument(
+        "--drafts", type=int, help="draft tokens of a consistency adapter; default: what `cllm tune` stored, else one less"
+    )
+    result.add_argument(
         "--filename", help="rows to take prompts from; default: ./test.jsonl or ./test.jsonl.gz if there, else the hub"
     )
     result.add_argument("--data_size", type=positive, default=500, help="prompts at most")
@@ -45,7 +48,8 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
         nargs="+",
         choices=BASELINES,
         default=[],
-        help="more to compare with, may be repeated; generate and prompt_lookup are Hugging Face's, ar is always there",
+        help="more to compare with, may be repeated; no_adapter: the same window without the model's consistency adapter; "
+        "generate and prompt_lookup are Hugging Face's; ar is always there",
     )
     result.add_argument(
         "--window", choices=("sliding", "block"), default="sliding", help="block: the paper's procedure"
@@ -154,12 +158,14 @@ def _methods(
         of.model,
         args.baseline,
         block_size=block_size,
+        drafts=args.drafts,
         window=args.window,
         guesses=guesses,
         eos_ids=of.stops,
         seed=args.seed,
     )
-    return methods, {"block_size": block_size, "guess": [guess.name for guess in guesses]}
+    drafts = methods[0].decoder.step.drafts  # type: ignore[attr-defined]
+    return methods, {"block_size": block_size, "drafts": drafts, "guess": [guess.name for guess in guesses]}
 
 
 def _qualities(

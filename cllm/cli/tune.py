@@ -1,4 +1,4 @@
-"""``cllm tune``: find the window width and the fresh guesses that are fastest on this device."""
+"""``cllm tune``: find the window, the draft and the fresh guesses that are fastest on this device."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cllm.evaluation.choice import Choice
 
 WIDTHS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+LOSSLESS_WIDTHS, DRAFTS = (1, 4, 6, 8, 12), (7, 11, 15, 23)  # of a model with a consistency adapter
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
@@ -29,7 +30,14 @@ def options(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     result.add_argument("--filename", help="rows to take sample prompts from; default: the hub's test split")
     result.add_argument("--data_size", type=positive, default=16, help="sample prompts")
     result.add_argument("--max_new_seq_len", type=positive, default=64, help="new tokens per sample response at most")
-    result.add_argument("--widths", type=positive, nargs="+", default=WIDTHS, help="widths to measure")
+    result.add_argument("--widths", type=positive, nargs="+", help="widths to measure; default: 1 to 32, or 12 with an adapter")
+    result.add_argument(
+        "--drafts",
+        type=positive,
+        nargs="+",
+        default=DRAFTS,
+        help="draft tokens to measure for each width, where the model has a consistency adapter",
+    )
     result.add_argument(
         "--guess",
         metavar="NAME",
@@ -72,35 +80,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings": vars(args),
         "environment": environment(of.model.device),
         "choices": [asdict(m) for m in measured],
-        "best": {size: {"width": m.width, "guess": m.guess} for size, m in best.items()},
+        "best": {size: {"width": m.width, "drafts": m.drafts, "guess": m.guess} for size, m in best.items()},
     }
     write_json(args.output, report)
     print(render(measured, best))
     if args.save:
         first = best[args.batch_size[0]]
-        store_choice(args.model, first.width, first.guess)
-        print(f"Width {first.width} and guess {first.guess} stored in {Path(args.model, 'config.json')}")
+        store_choice(args.model, first.width, first.guess, first.drafts)
+        drafts = f", {first.drafts} draft tokens" * (first.drafts > 0)
+        print(f"Width {first.width}{drafts} and guess {first.guess} stored in {Path(args.model, 'config.json')}")
     print(f"All figures: {args.output}")
 
 
 def _measure(args: argparse.Namespace, of: OpenModel, task: Any) -> list[Choice]:
     from tqdm import tqdm
 
+    from cllm.adapter import attached
     from cllm.evaluation import prompt
-    from cllm.evaluation.choice import CANDIDATES, measure_choices
+    from cllm.evaluation.choice import CANDIDATES, lossless_candidates, measure_choices
     from cllm.models import context_length
     from cllm.tasks.source import load_examples
 
     examples = load_examples(task, prompt.default_file(args.filename, Path.cwd()), "test", args.data_size)
     prompts, _ = prompt.encode(examples, of.template, of.tokenizer, context_length(of.model.config))
-    guesses = CANDIDATES if AUTO in args.guess else args.guess
+    lossless = attached(of.model) is not None
+    guesses = args.guess
+    if AUTO in guesses:
+        guesses = lossless_candidates(of.record) if lossless else CANDIDATES
     return measure_choices(
         of.model,
         [p.ids for p in prompts],
-        sorted(set(args.widths)),
+        sorted(set(args.widths or (LOSSLESS_WIDTHS if lossless else WIDTHS))),
         list(dict.fromkeys(guesses)),
         list(dict.fromkeys(args.batch_size)),
         max_new_tokens=args.max_new_seq_len,
+        drafts=sorted(set(args.drafts)),
         eos_ids=of.stops,
         seed=args.seed,
         progress=lambda items: tqdm(items, desc="tune", file=sys.stderr, disable=None),
@@ -115,6 +129,7 @@ def render(measured: Sequence[Choice], best: Mapping[int, Choice]) -> str:
         [
             m.guess,
             str(m.width),
+            str(m.drafts),
             str(m.batch_size),
             str(m.batch_size * m.batches),
             number(1000 * m.seconds, 1),
@@ -123,5 +138,5 @@ def render(measured: Sequence[Choice], best: Mapping[int, Choice]) -> str:
         ]
         for m in measured
     ]
-    header = ["guess", "width", "batch", "prompts", "milliseconds\nper iteration", "tokens per\nforward", "tokens/s  "]
-    return format_table(header, rows)
+    names = ["guess", "width", "drafts", "batch", "prompts"]
+    return format_table([*names, "milliseconds\nper iteration", "tokens per\nforward", "tokens/s  "], rows)

@@ -1,38 +1,57 @@
-"""Which window width and which fresh guesses are fastest on this device: what an iteration costs, and what it gains.
+"""Which window, draft and fresh guesses are fastest on this device: what an iteration costs, and what it gains.
 
-A wider window gains more tokens per forward (TPF) and costs more time, a cleverer guess likewise; where the best lies depends
-on device, batch and model. Some guesses make iterations narrower where they know little, so whole texts are timed.
-Many choices lie close together, so prompts are spent on those that are still in the race: after an eighth, a quarter and half
-of them the slower half drops out (successive halving: Karnin, Koren and Somekh, ICML 2013, section 4).
+A wider window gains more tokens per forward (TPF) and costs more time, more draft tokens and a cleverer guess likewise; where
+the best lies depends on device, batch and model. Some guesses make iterations narrower where they know little, so whole texts
+are timed. Many choices lie close together, so prompts are spent on those that are still in the race: after an eighth, a quarter
+and half of them the slower half drops out (successive halving: Karnin, Koren and Somekh, ICML 2013, section 4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from cllm.adapter import attached
 from cllm.decoding import GREEDY, JacobiDecoder, Sampling
 from cllm.decoding.engine import Prompts
 from cllm.errors import UsageError
 from cllm.evaluation.method import Engine
 from cllm.evaluation.speed import Run, budget, measure
-from cllm.models import context_length
+from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, context_length
 
 # What --guess auto chooses from. The last keeps all that an iteration refined, which on a CPU the three before it drop.
 CANDIDATES = ("context", "prompt_lookup", "pool", "prompt_lookup+pool", "prompt_lookup+pool+context")
-Pair = tuple[int, str]  # width and guess
 LEAST = 3  # batches that there are
 FINALISTS = 4  # choices that decode all batches, at least
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One width with one strategy for fresh guesses, at one batch size."""
+def lossless_candidates(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The same for a model with a consistency adapter: it was trained with one way to start, and what it refined is kept."""
+    start = str(record.get(TRAINED_GUESS) or DEFAULT_GUESS)
+    return start, f"prompt_lookup+{start}"
+
+
+class Setting(NamedTuple):
+    """What a decoder can be told."""
 
     width: int
+    drafts: int  # draft tokens of a consistency adapter
+    guess: str
+
+    def __str__(self) -> str:
+        return f"{self.width} {self.drafts} {self.guess}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One width with so many draft tokens and one strategy for fresh guesses, at one batch size."""
+
+    width: int
+    drafts: int
     guess: str
     batch_size: int
     seconds: float  # per iteration behind the prefill
@@ -49,12 +68,16 @@ def measure_choices(
     batch_sizes: Sequence[int],
     *,
     max_new_tokens: int,
+    drafts: Sequence[int] = (),
     eos_ids: Sequence[int] = (),
     sampling: Sampling = GREEDY,
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Choice]:
     """Every width with every guess at every batch size; at width 1 nothing is guessed, so the first stands for all.
+
+    A model with a consistency adapter is measured with all of the ``drafts`` that are no fewer than a width's guesses; by
+    default, and where there is none, with as many.
 
     Those that stay in the race decode all prompts, which are taken again where a batch needs more, and three batches at least.
     The choices take turns, batch by batch, so that a machine that slows down slows all of them (on a GPU, those of one
@@ -67,41 +90,56 @@ def measure_choices(
         raise UsageError(f"measuring needs at least two new tokens, got {max_new_tokens}")
     if budget(prompts, max_new_tokens, context) < 2:
         raise UsageError("the prompts leave no room in the model's context to measure in; take shorter ones")
-    pairs = [(width, guess) for width in widths for guess in (guesses if width > 1 else guesses[:1])]
+    settings = list(_settings(model, widths, drafts, guesses))
 
-    def run(racing: Sequence[Pair], batches: Sequence[Prompts]) -> Iterator[list[Run]]:
+    def run(racing: Sequence[Setting], batches: Sequence[Prompts]) -> Iterator[list[Run]]:
         for together in _together(racing, model.device.type):
             methods = []
-            for width, guess in together:
-                decoder = JacobiDecoder(model, width, eos_token_ids=eos_ids, guess=guess, seed=seed)
-                methods.append(Engine(decoder, f"{width} {guess}", guess, sampling))
+            for setting in together:
+                width, count, guess = setting
+                decoder = JacobiDecoder(model, width, eos_token_ids=eos_ids, guess=guess, drafts=count, seed=seed)
+                methods.append(Engine(decoder, str(setting), guess, sampling))
             yield from measure(methods, batches, max_new_tokens, context=context, progress=progress).runs.values()
 
-    races = ((size, _race(pairs, _batches(prompts, size), run)) for size in batch_sizes)
-    return [_choice(*pair, size, runs) for size, race in races for pair, runs in race.items()]
+    races = ((size, _race(settings, _batches(prompts, size), run)) for size in batch_sizes)
+    return [_choice(setting, size, runs) for size, race in races for setting, runs in race.items()]
+
+
+def _settings(
+    model: PreTrainedModel, widths: Sequence[int], drafts: Sequence[int], guesses: Sequence[str]
+) -> Iterator[Setting]:
+    for width in widths:
+        if width == 1:
+            yield Setting(1, 0, guesses[0])
+            continue
+        counts = [0] if attached(model) is None else [n for n in drafts if n >= width - 1] or [width - 1]
+        yield from (Setting(width, count, guess) for count in counts for guess in guesses)
 
 
 def _race(
-    pairs: Sequence[Pair], batches: Sequence[Prompts], run: Callable[[Sequence[Pair], Sequence[Prompts]], Iterable[list[Run]]]
-) -> dict[Pair, list[Run]]:
-    """What ``run`` made of each pair; the slower half drops out after an eighth, a quarter and half of the batches."""
-    runs: dict[Pair, list[Run]] = {pair: [] for pair in pairs}
-    racing, done = list(pairs), 0
+    settings: Sequence[Setting],
+    batches: Sequence[Prompts],
+    run: Callable[[Sequence[Setting], Sequence[Prompts]], Iterable[list[Run]]],
+) -> dict[Setting, list[Run]]:
+    """What ``run`` made of each setting; the slower half drops out after an eighth, a quarter and half of the batches."""
+    runs: dict[Setting, list[Run]] = {setting: [] for setting in settings}
+    racing, done = list(settings), 0
     for end in sorted({len(batches) // share for share in (8, 4, 2, 1)} - {0}):
         if done:
-            best = sorted(racing, key=lambda pair: _rate(runs[pair]), reverse=True)[: max(FINALISTS, -(-len(racing) // 2))]
-            racing = [pair for pair in racing if pair in best]
-        for pair, more in zip(racing, run(racing, batches[done:end]), strict=True):
-            runs[pair] += more
+            left = max(FINALISTS, -(-len(racing) // 2))
+            best = sorted(racing, key=lambda setting: _rate(runs[setting]), reverse=True)[:left]
+            racing = [setting for setting in racing if setting in best]
+        for setting, more in zip(racing, run(racing, batches[done:end]), strict=True):
+            runs[setting] += more
         done = end
     return runs
 
 
-def _together(pairs: Sequence[Pair], device: str) -> list[list[Pair]]:
-    """Which pairs of width and guess take turns: on a GPU, where decoders keep buffers and captured steps, those of a width."""
+def _together(settings: Sequence[Setting], device: str) -> list[list[Setting]]:
+    """Which settings take turns: on a GPU, where decoders keep buffers and captured steps, those of a width."""
     if device == "cpu":
-        return [list(pairs)]
-    return [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0])]
+        return [list(settings)]
+    return [list(group) for _, group in groupby(settings, key=lambda setting: setting.width)]
 
 
 def fastest(measured: Sequence[Choice], batch_size: int) -> Choice:
@@ -115,13 +153,12 @@ def _batches(prompts: Prompts, size: int) -> list[Prompts]:
     return [[prompts[(at * size + row) % len(prompts)] for row in range(size)] for at in range(count)]
 
 
-def _choice(width: int, guess: str, size: int, runs: Sequence[Run]) -> Choice:
+def _choice(setting: Setting, size: int, runs: Sequence[Run]) -> Choice:
     responses = [response for run in runs for response in run.responses]
     tokens, forwards = sum(len(r.token_ids) for r in responses), sum(r.forwards for r in responses)
     iterations = sum(max(r.forwards for r in run.responses) - 1 for run in runs)
     return Choice(
-        width,
-        guess,
+        *setting,
         size,
         seconds=sum(run.seconds - run.prefill_seconds for run in runs) / max(iterations, 1),
         tokens_per_forward=tokens / forwards,

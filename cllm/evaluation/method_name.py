@@ -1,7 +1,8 @@
 """Names of the ways to decode, as they stand in the files of ``speedup``."""
 
 JACOBI, AR, GENERATE, PROMPT_LOOKUP = "jacobi", "ar", "generate", "prompt_lookup"
-BASELINES = (AR, GENERATE, PROMPT_LOOKUP)
+NO_ADAPTER = "no_adapter"  # Jacobi decoding of a target model without its consistency adapter
+BASELINES = (AR, NO_ADAPTER, GENERATE, PROMPT_LOOKUP)
 
 
 def is_jacobi(method: str) -> bool:

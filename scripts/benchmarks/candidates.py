@@ -137,7 +137,7 @@ def costs(model: Any, prompts: list[list[int]], widths: tuple[int, int], guess: 
     times: dict[int, list[float]] = {width: [] for width in widths}
     for prompt in prompts:
         for width in widths:
-            times[width] += [ours for ours, _ in race(JacobiDecoder(model, width, guess=guess), prompt, 1, 12)]
+            times[width] += [ours for ours, *_ in race(JacobiDecoder(model, width, guess=guess), prompt, 1, 12)]
     return {width: statistics.median(of) for width, of in times.items()}
 
 

@@ -140,29 +140,58 @@ def iterations(decoder: JacobiDecoder, prompts: list[list[int]], count: int) -> 
 
 
 @torch.inference_mode()
-def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int) -> list[tuple[float, float]]:
-    """Seconds of the engine and of a bare forward of the same window, iteration by iteration in turn.
+def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int) -> list[tuple[float, ...]]:
+    """Seconds of the engine and of a bare forward of the same tokens, iteration by iteration in turn; with an adapter, also of
+    the same forward without it.
 
     The bare one is ``model(...)`` over transformers' own DynamicCache, which is cropped afterwards (not timed), with the
     decoder's way to compute linear layers and attention. The prefill and the next two iterations are left out.
     """
-    model, pairs = decoder.model, []
+    model, step, times = decoder.model, decoder.step, []
     cache = DynamicCache(config=model.config)
     model(torch.tensor([prompt[:-1]] * batch, device=model.device), past_key_values=cache, logits_to_keep=1)
     running = decoder.iterate([prompt] * batch, max_new_tokens=(iterations + 3) * decoder.width)
+
+    def bare(inputs: dict[str, torch.Tensor], drafts: int) -> float:
+        start = now(model.device)
+        with step.linears.drafting(step.adapter, inputs["input_ids"].shape[1], drafts), step.attention:
+            model(**inputs, past_key_values=cache)
+        return now(model.device) - start
+
     for _ in range(iterations + 3):
         start = now(model.device)
         iteration = next(running, None)
         engine = now(model.device) - start
         if iteration is None:
             break
-        start = now(model.device)
-        with decoder.step.linears, decoder.step.attention:
-            model(iteration.window_BW, past_key_values=cache)
-        pairs.append((engine, now(model.device) - start))
-        if wrong := iteration.window_BW.shape[1] - int(iteration.emitted_B[0]):
+        inputs = bare_inputs(iteration.window_BW, step.drafts, cache.get_seq_length(), model.dtype)
+        tokens = inputs["input_ids"].shape[1]
+        seconds = [bare(inputs, step.drafts)]
+        if step.drafts:
+            cache.crop(-tokens)
+            seconds.append(bare(inputs, 0))
+        times.append((engine, *seconds))
+        if wrong := tokens - int(iteration.emitted_B[0]):
             cache.crop(-wrong)
-    return pairs[3:]
+    return times[3:]
+
+
+def bare_inputs(window_BW: torch.Tensor, drafts: int, past: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What a model needs for a window, and after it for its guesses as draft tokens, over a cache of ``past`` tokens."""
+    if not drafts:
+        return {"input_ids": window_BW}
+    B, W = window_BW.shape
+    order = torch.cat([torch.arange(W), torch.arange(1, 1 + drafts)]).to(window_BW.device)
+    side = torch.arange(W + drafts, device=window_BW.device) >= W
+    sees = (order[None, :] <= order[:, None]) & (side[None, :] == side[:, None])
+    sees[:, 0] = True
+    sees = torch.cat([sees.new_ones(W + drafts, past), sees], dim=1)
+    mask = torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+    return {
+        "input_ids": window_BW[:, order.clamp(max=W - 1)],
+        "position_ids": (past + order).expand(B, -1),
+        "attention_mask": mask.expand(B, 1, -1, -1),
+    }
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Is the text that of autoregressive decoding? Three parts, each with a result file of its own.
 
 tiny: 1,000 generated cases in float32: six architectures, every guess and combination, both windows, ragged batches, and rows
-that join and leave; against Hugging Face's generate. ``--lossless``: every case drafts with a random adapter. ``--compile MODE`` decodes with compiled or captured steps; since
-compiling takes longer than a case, ``--share N`` cases that follow one another then have a decoder in common. ``--compile
-rehearsal`` needs no GPU: steps are kept and run again as captured ones are, in buffers of fixed size, but not as CUDA graphs.
+that join and leave; against Hugging Face's generate. ``--lossless``: every case drafts with a random adapter.
+``--compile MODE`` decodes with compiled or captured steps; since compiling takes longer than a case, ``--share N`` cases that
+follow one another then have a decoder in common. ``--compile rehearsal`` needs no GPU: steps are kept and run again as
+captured ones are, in buffers of fixed size, but not as CUDA graphs.
 
     python scripts/benchmarks/exactness.py tiny --output docs/results/exactness_tiny.json
     python scripts/benchmarks/exactness.py tiny --compile compile --share 125 --output docs/results/exactness_compiled.json

@@ -1,37 +1,53 @@
 """The engine's time per iteration over that of a bare forward of the same tokens over a cache of the same length.
 
-The two take turns, iteration by iteration, see ``common.race``.
+The two take turns, iteration by iteration, see ``common.race``. With ``--rank`` a random adapter of that rank drafts on all of
+the window's guesses, and a third forward, without the adapter, says what the adapter adds.
 
     python scripts/benchmarks/iteration.py --model MODEL --filename gsm8k_train.jsonl --output iteration.json
+    python scripts/benchmarks/iteration.py --model MODEL --filename gsm8k_train.jsonl --rank 64 --widths 4 8 16 \\
+        --output lossless_iteration.json
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+from pathlib import Path
 
 from common import add_options, add_shapes, each_shape, load, publish, race
 
+from cllm.adapter import attach
 from cllm.decoding import JacobiDecoder
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the tests' random adapter
 
 
 def main() -> None:
+    from tiny import random_adapter
+
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(options, prompts=3)
     add_shapes(options, widths=[1, 8, 16, 32], batches=[1, 4])
+    options.add_argument("--rank", type=int, default=0, help="of a random adapter; 0: none")
     args = options.parse_args()
     model, _, prompts = load(args)
+    if args.rank:
+        attach(model, random_adapter(model, rank=args.rank, size=0.01))
 
     def figures(batch: int, width: int) -> dict[str, float]:
-        pairs = [pair for prompt in prompts for pair in race(JacobiDecoder(model, width), prompt, batch, args.length)]
-        ours, bare = (statistics.median(times) for times in zip(*pairs))
-        return {
-            "iterations": len(pairs),
+        raced = [times for prompt in prompts for times in race(JacobiDecoder(model, width), prompt, batch, args.length)]
+        ours, bare, *plain = (statistics.median(times) for times in zip(*raced))
+        result = {
+            "iterations": len(raced),
             "milliseconds, engine": 1000 * ours,
             "milliseconds, bare forward": 1000 * bare,
             "ratio of medians": ours / bare,
-            "ratio of sums": sum(a for a, _ in pairs) / sum(b for _, b in pairs),
+            "ratio of sums": sum(times[0] for times in raced) / sum(times[1] for times in raced),
         }
+        if plain:
+            result |= {"milliseconds, without the adapter": 1000 * plain[0], "ratio with it": bare / plain[0]}
+        return result
 
     publish(args, model, each_shape(args, figures))
 

@@ -58,7 +58,9 @@ def main() -> None:
             measured.append(turn(side))
     default, lossless = (middle(measured) for measured in turns.values())
     result = {
-        "responses per second": {side: args.batch_size / middle(measured)["seconds per step"] for side, measured in turns.items()},
+        "responses per second": {
+            side: args.batch_size / middle(measured)["seconds per step"] for side, measured in turns.items()
+        },
         "peak bytes": {side: middle(measured)["peak bytes"] for side, measured in turns.items()},
         "times faster": default["seconds per step"] / lossless["seconds per step"],
         "times faster, by round": [a["seconds per step"] / b["seconds per step"] for a, b in zip(*turns.values())],

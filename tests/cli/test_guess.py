@@ -26,7 +26,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     def measure(model, prompts, widths, guesses, batch_sizes, *, max_new_tokens, eos_ids, sampling) -> list[Choice]:
         asked.append((prompts, widths, batch_sizes, eos_ids, sampling))
-        return [Choice(widths[0], g, batch_sizes[0], 0.1, 1.0, 20.0 + (g == "pool"), 4) for g in guesses]
+        return [Choice(widths[0], 0, g, batch_sizes[0], 0.1, 1.0, 20.0 + (g == "pool"), 4) for g in guesses]
 
     monkeypatch.setattr(chosen, "measure_choices", measure)
     return asked

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 from commands import question_rows, refused, write_rows
-from tiny import save_tiny_checkpoint, tiny_model
+from tiny import random_adapter, save_tiny_checkpoint, tiny_model
 from transformers import AutoConfig
 
+from cllm.adapter import attach
 from cllm.cli import tune
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
-from cllm.evaluation.choice import CANDIDATES, Choice, _race, _together, fastest, measure_choices
+from cllm.evaluation.choice import CANDIDATES, Choice, Setting, _race, _together, fastest, measure_choices
 from cllm.evaluation.method import Response
 from cllm.evaluation.speed import Run
-from cllm.models import default_guess, default_width, read_record
+from cllm.models import default_drafts, default_guess, default_width, read_record
 
 
 @pytest.fixture
@@ -69,8 +70,8 @@ def test_whole_texts_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_fastest_is_that_of_its_batch_size() -> None:
-    slow, quick = Choice(1, "context", 1, 0.1, 1.0, 10.0, 8), Choice(8, "pool", 1, 0.12, 2.0, 16.0, 8)
-    other, out = Choice(4, "context", 2, 0.01, 9.0, 900.0, 8), Choice(8, "context", 1, 0.1, 2.0, 20.0, 2)
+    slow, quick = Choice(1, 0, "context", 1, 0.1, 1.0, 10.0, 8), Choice(8, 0, "pool", 1, 0.12, 2.0, 16.0, 8)
+    other, out = Choice(4, 0, "context", 2, 0.01, 9.0, 900.0, 8), Choice(8, 0, "context", 1, 0.1, 2.0, 20.0, 2)
     assert fastest([slow, quick, other, out], 1) is quick and fastest([slow, quick, other], 2) is other
 
 
@@ -96,6 +97,15 @@ def test_few_batches_are_enough() -> None:
     one = Run(1.0, 0.5, [Response([7], forwards=1)])
     runs = _race(pairs, [[[1]], [[2]], [[3]]], lambda racing, batches: [[one] * len(batches) for _ in racing])
     assert sorted(map(len, runs.values())) == [1, 1, 3, 3, 3, 3]
+
+
+def test_draft_tokens_of_a_model_with_an_adapter() -> None:
+    model = tiny_model(eos_token_id=None)
+    attach(model, random_adapter(model))
+    measured = measure_choices(model, [[5, 6, 7]], [1, 4], ["context"], [1], max_new_tokens=12, drafts=[2, 3, 8])
+    assert [(m.width, m.drafts) for m in measured] == [(1, 0), (4, 3), (4, 8)]
+    record = {"decoding_width": 4, "decoding_drafts": 8}
+    assert [default_drafts(record, width) for width in (4, 6, 1)] == [8, 5, 0]
 
 
 def test_what_is_trained_counts_where_nothing_was_measured() -> None:
@@ -124,5 +134,5 @@ def test_bad_input(words: list[str], more: list[str], message: str, capsys: pyte
 
 
 def test_on_a_gpu_the_choices_of_one_width_are_in_memory_at_a_time():
-    pairs = [(1, "context"), (4, "context"), (4, "pool")]
-    assert _together(pairs, "cpu") == [pairs] and _together(pairs, "cuda") == [pairs[:1], pairs[1:]]
+    settings = [Setting(1, 0, "context"), Setting(4, 0, "context"), Setting(4, 0, "pool")]
+    assert _together(settings, "cpu") == [settings] and _together(settings, "cuda") == [settings[:1], settings[1:]]
