@@ -55,7 +55,7 @@ stage tune "finding the window that is fastest on this machine, on questions to 
   cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
   --widths 6 8 12 --drafts 11 15 --output "$out/tune.json" --save
 stage measure "measuring target model and CLLM on the held-out questions" \
-  measure "$out/cllm.json" --test_model "$out/cllm" --baseline target generate
+  measure "$out/cllm.json" --test_model "$out/cllm" --baseline no_adapter generate
 if [ "$paper" ]; then
   stage train_all "the paper's way: training all weights on the same trajectories" \
     bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/paper" $BLOCK --num_train_epochs 2 \

@@ -3,52 +3,75 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from cllm.evaluation import plot
 from cllm.evaluation.table import format_table, number, percent, with_interval
 
 FULL_SIZE = """The full-size recipe (paper: GSM8K, Abel-7B, which is a target model already; 8 GPUs; not run by this script):
-  cd data && accelerate launch generate_trajectory_gsm8k.py --model GAIR/Abel-7B-001 --use_aug --use_labels \\
-      --max_new_tokens 16 --max_new_seq_len 512
+  cd data && accelerate launch generate_trajectory_gsm8k.py --model GAIR/Abel-7B-001 --max_new_tokens 16 --max_new_seq_len 512
   cd ../cllm && NUM_PROCESSES=8 bash train_cllm.sh GAIR/Abel-7B-001 ../data/collected_jacobi_trajectory/FOLDER OUTPUT 16 \\
-      --bf16 --learning_rate 2e-5 --gradient_checkpointing
+      --lossless --bf16
   cd ../eval/gsm8k && python speedup.py --test_model OUTPUT && python acc.py --model_dir OUTPUT --use_consistency_decoding"""
+NO_ADAPTER = "jacobi:no_adapter"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model's figures: a method of a result file, and the quality of its text."""
+
+    title: str
+    method: dict[str, Any]
+    score: float
+    same_text: float
 
 
 def main(folder: Path) -> None:
-    before, after = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after"))
+    lossless = json.loads((folder / "cllm.json").read_text())
+    paper = json.loads((folder / "paper.json").read_text()) if (folder / "paper.json").exists() else None
     print()
-    print(table(before, after))
+    print(table(lossless, paper))
     seconds = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
     print("\nseconds per stage: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     picture = folder / "accepted.png"
-    draw(before, after, picture)
+    draw(lossless, paper, picture)
     print(f"picture of where tokens were accepted: {picture}")
-    print(f"details: {folder}/before.txt, {folder}/after.txt; talk to it: bash scripts/chat.sh {folder}/cllm arithmetic")
-    activate = Path(os.path.relpath(sys.prefix)) / "bin" / "activate"
-    print(f"width and guesses that are fastest on this machine: source {activate}; cllm tune --model {folder}/cllm \\")
-    print(f"  --task arithmetic --filename {folder}/test.jsonl --save\n")
+    print(f"details: {folder}/cllm.txt, {folder}/tune.json; talk to it: bash scripts/chat.sh {folder}/cllm spider\n")
     print(FULL_SIZE)
 
 
-def table(before: dict, after: dict) -> str:
-    methods = [run["methods"] for run in (before, after)]
-    quality = [after["quality"]["target"], after["quality"]["jacobi"]]
+def columns(lossless: dict, paper: dict | None) -> list[Column]:
+    """Target model and CLLM; the target's text is what Hugging Face's ``generate`` writes."""
+    methods, score = lossless["methods"], lossless["quality"]["jacobi"]["score"]
+    same = share_equal_to_generate(lossless)
+    found = [Column("target model", methods[NO_ADAPTER], score, 1.0), Column("CLLM", methods["jacobi"], score, same)]
+    if paper:
+        quality = paper["quality"]["jacobi"]
+        found.append(Column("all weights (paper)", paper["methods"]["jacobi"], quality["score"], quality["same_as_target"]))
+    return found
+
+
+def share_equal_to_generate(run: dict) -> float:
+    rows = [prompt["methods"] for prompt in run["prompts"]]
+    return sum(row["jacobi"]["same_as_ar"] and row["generate"]["same_as_ar"] for row in rows) / len(rows)
+
+
+def table(lossless: dict, paper: dict | None) -> str:
+    shown = columns(lossless, paper)
+    ar = [run["methods"]["ar"] for run in [lossless, lossless, paper or {}] if run][: len(shown)]
     rows = [
-        ("tokens per forward, Jacobi", *(tpf(run["jacobi"]) for run in methods)),
-        ("tokens/s, Jacobi", *(number(run["jacobi"]["tokens_per_second"], 1) for run in methods)),
-        ("tokens/s, AR", *(number(run["ar"]["tokens_per_second"], 1) for run in methods)),
-        ("speedup over AR", *(speedup(run["jacobi"]) for run in methods)),
-        ("Jacobi text equals AR text", *(percent(run["jacobi"]["same_as_ar"]) for run in methods)),
-        ("tokens in repeated 4-grams", *(percent(one["repetition"]) for one in quality)),
-        ("NLL under the target, nats/token", *(number(one["nll_per_token"]) for one in quality)),
-        ("accuracy", *(percent(one["score"]) for one in quality)),
+        ("tokens per forward, Jacobi", *(tpf(column.method) for column in shown)),
+        ("tokens/s, Jacobi", *(number(column.method["tokens_per_second"], 1) for column in shown)),
+        ("tokens/s, AR", *(number(one["tokens_per_second"], 1) for one in ar)),
+        ("speedup over AR", *(speedup(column.method) for column in shown)),
+        ("execution accuracy", *(percent(column.score) for column in shown)),
+        ("text equals the target's", *(percent(column.same_text) for column in shown)),
     ]
-    return format_table((f"{before['data']['prompts']} held-out problems", "target model", "CLLM"), rows)
+    return format_table((f"{lossless['data']['prompts']} held-out questions", *(column.title for column in shown)), rows)
 
 
 def tpf(jacobi: dict) -> str:
@@ -59,16 +82,18 @@ def speedup(jacobi: dict) -> str:
     return with_interval(jacobi["speedup"], jacobi["speedup_interval"])
 
 
-def draw(before: dict, after: dict, path: Path) -> None:
+def draw(lossless: dict, paper: dict | None, path: Path) -> None:
     """Above: how far each response had come after each forward. Below: how many tokens the forwards gained."""
+    runs = {"target model": (lossless, NO_ADAPTER), "CLLM": (lossless, "jacobi")}
+    if paper:
+        runs["all weights (paper)"] = (paper, "jacobi")
     accepted = {
-        name: [prompt["methods"]["jacobi"]["accepted"] for prompt in run["prompts"]]
-        for name, run in (("target model", before), ("CLLM", after))
+        title: [prompt["methods"][method]["accepted"] for prompt in run["prompts"]] for title, (run, method) in runs.items()
     }
     figure, (top, bottom) = plot.new_figure(2, 1, size=(8, 8))
     plot.progress(top, accepted)
     top.set(title="Every held-out response, forward by forward")
-    plot.histogram(bottom, {name: list(chain.from_iterable(responses)) for name, responses in accepted.items()})
+    plot.histogram(bottom, {title: list(chain.from_iterable(responses)) for title, responses in accepted.items()})
     path.write_bytes(plot.png(figure))
 
 

@@ -5,6 +5,8 @@ Shapes: B rows, T tokens of a forward, N draft tokens of each row, which come la
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from transformers import PreTrainedModel
 
@@ -12,7 +14,11 @@ from cllm.adapter import Adapter
 
 
 class Deltas:
-    """An adapter's matrices, each on its layer's device and in the model's dtype."""
+    """An adapter's matrices, each on its layer's device and in the model's dtype.
+
+    Layers that were given the same input in the first forward, such as the projections of one attention, share a product from
+    then on: that with their matrices side by side.
+    """
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
         adapter.check(model)
@@ -22,6 +28,7 @@ class Deltas:
             name: (adapter.down[name].to(device, dtype).T.contiguous(), adapter.up[name].to(device, dtype).T.contiguous())
             for name, device, dtype in self.place
         }
+        self.groups: dict[str, Group] | None = None  # by the first of its layers; None until a forward has shown them
 
     def fit(self, model: PreTrainedModel) -> bool:
         """Whether the layers are where they were."""
@@ -31,12 +38,33 @@ class Deltas:
             for name, device, dtype in self.place
         )
 
+    def group(self, inputs: list[tuple[str, torch.Tensor]]) -> None:
+        """Find the layers that share an input, from the layers of a forward in their order, each with what it was given."""
+        alike = [[name for name, _ in run] for _, run in groupby(inputs, key=lambda item: id(item[1]))]
+        self.groups = {names[0]: Group(names, self.pairs) for names in alike if len(names) > 1}
+
+
+class Group:
+    """The first matrices of layers with one input, side by side."""
+
+    def __init__(self, names: list[str], pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.names, downs = names, [pairs[name][0] for name in names]
+        self.ranks = [down.shape[1] for down in downs]
+        self.down_IR = torch.cat(downs, dim=1)
+
 
 class Drafting:
-    """Deltas on the last ``tokens`` of ``length`` tokens of each row."""
+    """One forward with deltas on the last ``tokens`` of the ``length`` tokens of each row."""
 
     def __init__(self, deltas: Deltas, length: int, tokens: int) -> None:
-        self.pairs, self.length, self.tokens = deltas.pairs, length, tokens
+        self.deltas, self.pairs, self.length, self.tokens = deltas, deltas.pairs, length, tokens
+        self.inputs: list[tuple[str, torch.Tensor]] = []  # of the layers so far, while groups are not known
+        self.shared: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None  # a group's input, and its layers' products
+
+    def finish(self) -> None:
+        """The forward has ended."""
+        if self.deltas.groups is None and self.inputs:
+            self.deltas.group(self.inputs)
 
     def add(self, name: str, input_BTI: torch.Tensor, output_BTO: torch.Tensor) -> None:
         """Add the layer's delta to its output, in place.
@@ -47,13 +75,28 @@ class Drafting:
         pair = self.pairs.get(name)
         if pair is None:
             return
+        own = input_BTI
         if input_BTI.dim() == 2 and len(input_BTI) % self.length == 0:
             input_BTI, output_BTO = (of.unflatten(0, (-1, self.length)) for of in (input_BTI, output_BTO))
         if input_BTI.dim() != 3 or input_BTI.shape[1] != self.length:
             return
-        down_IR, up_RO = pair
         drafts_BNI, sums_BNO = input_BTI[:, -self.tokens :], output_BTO[:, -self.tokens :]
-        if len(input_BTI) == 1:
-            sums_BNO[0].addmm_(drafts_BNI[0] @ down_IR, up_RO)
+        product_BNR = self._product(name, own, drafts_BNI)
+        if len(sums_BNO) == 1:
+            sums_BNO[0].addmm_(product_BNR[0], pair[1])
         else:
-            sums_BNO += drafts_BNI @ down_IR @ up_RO
+            sums_BNO += product_BNR @ pair[1]
+
+    def _product(self, name: str, own: torch.Tensor, drafts_BNI: torch.Tensor) -> torch.Tensor:
+        """The draft tokens [B, N, R] after the layer's first matrix; ``own``: the layer's input as it was given."""
+        groups = self.deltas.groups
+        if torch.compiler.is_compiling():
+            return drafts_BNI @ self.pairs[name][0]
+        if groups is None:
+            self.inputs.append((name, own))
+        elif name in groups:
+            group = groups[name]
+            self.shared = own, dict(zip(group.names, (drafts_BNI @ group.down_IR).split(group.ranks, dim=-1)))
+        if self.shared is not None and self.shared[0] is own and name in self.shared[1]:
+            return self.shared[1][name]
+        return drafts_BNI @ self.pairs[name][0]

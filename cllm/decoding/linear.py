@@ -89,13 +89,17 @@ class Linears(Lending):
     @contextmanager
     def drafting(self, adapter: Adapter | None, length: int, tokens: int) -> Iterator[None]:
         """Entered, with ``adapter`` on the last ``tokens`` of the ``length`` tokens that each row has in a forward."""
-        if adapter is not None and tokens:
-            self._active.drafting[get_ident()] = Drafting(self._deltas[adapter], length, tokens)
+        if adapter is None or not tokens:
+            with self:
+                yield
+            return
+        drafting = self._active.drafting[get_ident()] = Drafting(self._deltas[adapter], length, tokens)
         try:
             with self:
                 yield
+            drafting.finish()
         finally:
-            self._active.drafting.pop(get_ident(), None)
+            del self._active.drafting[get_ident()]
 
     @contextmanager
     def traced(self, adapter: Adapter, length: int, tokens: int) -> Iterator[None]:
