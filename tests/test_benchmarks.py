@@ -7,15 +7,25 @@ from pathlib import Path
 
 import pytest
 import sql_questions
-from commands import question_rows, write_rows
+from commands import write_rows
 from tiny import save_tiny_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "benchmarks"
+PROBLEMS = [
+    {
+        "question": "Mina has 12 shells and finds 9 more. How many shells does she have now?",
+        "answer": "Mina now has 12 + 9 = 21 shells.\n#### 21",
+    },
+    {
+        "question": "A ticket costs $7. How many dollars do 6 tickets cost?",
+        "answer": "Six tickets cost 6 * 7 = $42.\n#### 42",
+    },
+]
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("problems") / "train.jsonl", question_rows(2))
+    return write_rows(tmp_path_factory.mktemp("problems") / "train.jsonl", PROBLEMS)
 
 
 def run(name: str, tiny_model_dir, problems: Path, output: Path, *more: str) -> dict:
