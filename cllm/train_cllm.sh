@@ -3,7 +3,8 @@
 #
 #   bash train_cllm.sh MODEL TRAJECTORIES OUTPUT BLOCK_SIZE [more flags]
 #
-# More flags are those of `cllm train --help`: all of transformers.TrainingArguments and the objective's own.
+# More flags are those of `cllm train --help`: all of transformers.TrainingArguments and the objective's own. With --lossless
+# the target model stays as it is, and OUTPUT gets an adapter that drafts for it (`cllm train --lossless --help`).
 # NUM_PROCESSES=8 trains on eight GPUs through `accelerate launch`; ACCELERATE_ARGS is passed on to it: a configuration from
 # cllm/configs, and on several hosts, on each of them (NUM_PROCESSES counts the GPUs of all),
 #   ACCELERATE_ARGS="--num_machines 2 --machine_rank 0 --main_process_ip HOST --main_process_port 29500"

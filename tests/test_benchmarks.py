@@ -142,3 +142,18 @@ def test_collapse(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())["result"]
     assert result["stopped at step"] == result["planned steps"] and result["step of the last good model"]
     assert str(tmp_path) not in (tmp_path / "result.json").read_text()
+
+
+@pytest.mark.slow
+def test_lossless_training(tiny_model_dir, problems, tmp_path):
+    pytest.importorskip("peft")
+    words = ["collect", "--task", "gsm8k", "--model", tiny_model_dir, "--filename", problems, "--max_new_seq_len", "12"]
+    words += ["--max_new_tokens", "4", "--output", tmp_path / "trajectories", "--device", "cpu"]
+    subprocess.run([sys.executable, "-m", "cllm", *map(str, words)], check=True, timeout=200)
+    words = ["--model", tiny_model_dir, "--trajectories", tmp_path / "trajectories", "--batch_size", "2", "--steps", "2"]
+    command = [sys.executable, FOLDER / "lossless_training.py", *words, "--rounds", "1", "--output", tmp_path / "result.json"]
+    subprocess.run(list(map(str, command)), check=True, timeout=200)
+    result = json.loads((tmp_path / "result.json").read_text())["result"]
+    assert result["times faster"] == result["times faster, by round"][0] > 0
+    assert set(result["responses per second"]) == {"default objective", "lossless"}
+    assert str(tmp_path) not in (tmp_path / "result.json").read_text()

@@ -74,7 +74,9 @@ class TokenMeanTrainer(Trainer):
     ) -> torch.Tensor:
         """Last hidden states [B, T, H], through the model's public forward, behind and into ``cache``."""
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-        output = model(**inputs, output_hidden_states=True, logits_to_keep=1)
+        asked: list[int] = [] if self._verified else [-1]  # places whose logits the model itself makes
+        inputs["logits_to_keep"] = torch.tensor(asked, dtype=torch.long, device=inputs["input_ids"].device)
+        output = model(**inputs, output_hidden_states=True)
         hidden = output.hidden_states[-1]
         if not self._verified:
             head.verify(hidden[:, -1:], output.logits[:, -1:])

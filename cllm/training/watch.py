@@ -46,8 +46,9 @@ class Watch(TrainerCallback):
     """Measures the model in training, logs the figures as ``probe_...``, and keeps the best weights in ``best-STEP``.
 
     ``every``: a check each so many steps, below 1 as a share of the planned ones; the first ones come earlier (EARLY), the
-    last at the end. Collapse is one extreme sign, or any at two checks in a row. It is logged as a warning; with ``stop``
-    training ends. Training itself is not disturbed: the weights are those of a run without checks, bit for bit.
+    last at the end. ``good``: which of them the best is chosen from. Collapse is one extreme sign, or any at two checks in a
+    row. It is logged as a warning; with ``stop`` training ends. Training itself is not disturbed: the weights are those of a
+    run without checks, bit for bit.
 
     At the end the trainer's model has the best weights; without a good check it stays as it is, with a warning. A resumed
     run goes on with the best that lies in the folder. One process measures, the others wait.

@@ -28,7 +28,7 @@ from cllm.training.trainer import CllmTrainer
 from cllm.trajectory.collect import Collector, Prompt
 from cllm.trajectory.record import Dropped, TrajectoryRow
 
-PATHS = ("output", "filename", "model", "data")  # options that say nothing of a result
+PATHS = ("output", "filename", "model", "data", "trajectories", "side")  # options that say nothing of a result
 COPYING = "copying"  # a --task: prompts whose answers repeat them
 QUESTIONS = 4  # in a text to copy
 

@@ -56,12 +56,11 @@ def main() -> None:
     for _ in range(args.rounds):
         for side, measured in turns.items():
             measured.append(turn(side))
-    default, lossless = (middle(measured) for measured in turns.values())
+    middles = {side: middle(measured) for side, measured in turns.items()}
+    default, lossless = middles.values()
     result = {
-        "responses per second": {
-            side: args.batch_size / middle(measured)["seconds per step"] for side, measured in turns.items()
-        },
-        "peak bytes": {side: middle(measured)["peak bytes"] for side, measured in turns.items()},
+        "responses per second": {side: args.batch_size / of["seconds per step"] for side, of in middles.items()},
+        "peak bytes": {side: of["peak bytes"] for side, of in middles.items()},
         "times faster": default["seconds per step"] / lossless["seconds per step"],
         "times faster, by round": [a["seconds per step"] / b["seconds per step"] for a, b in zip(*turns.values())],
         "peak memory over the default objective's": lossless["peak bytes"] / default["peak bytes"],

@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,15 @@ def test_the_papers_command(model_dir: Path, data: Path, tmp_path: Path) -> None
     bar, *others = reversed(done.stderr.strip().splitlines())
     assert "8/8" in bar
     assert all(line.startswith("collecting into") or "example" in line or not line for line in others)
+
+
+def test_responses_only(model_dir: Path, data: Path, tmp_path: Path, capsys) -> None:
+    """The same responses in the same blocks, each trajectory cut down to its fixed point."""
+    whole, bare = run(model_dir, data, tmp_path / "t"), run(model_dir, data, tmp_path / "r", "--responses_only")
+    assert settings(tmp_path / "r") == settings(tmp_path / "t") | {"responses_only": True}
+    for name, row in whole.items():
+        assert bare[name] == replace(row, trajectories=[states[-1:] for states in row.trajectories])
+    for more, word in ((["--use_aug"], "use_aug"), (["--published", str(tmp_path / "p.json")], "--published")):
+        with pytest.raises(SystemExit):
+            run(model_dir, data, tmp_path / "x", "--responses_only", *more)
+        assert word in capsys.readouterr().err

@@ -15,6 +15,8 @@ from commands import question_rows, refused, write_rows
 from tiny import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cllm.adapter import LOSSLESS as LOSSLESS_KEY
+from cllm.adapter import attached, fingerprint
 from cllm.cli import collect, train
 from cllm.errors import UsageError
 from cllm.models import default_guess, load_model, read_record, vocabulary_stamp
@@ -376,3 +378,78 @@ def test_checks_that_cannot_be(run, held_out: Path, change: dict[str, object], m
         run(**PROBE | {"probe_file": held_out} | change)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+LOSSLESS = {"lossless": "true", "lora_r": 4, "learning_rate": 1e-2}
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """What the folder's model drafts with."""
+    found = attached(load_model(str(folder)))
+    return {f"{kind} {name}": weight for kind in ("down", "up") for name, weight in getattr(found, kind).items()}
+
+
+def test_lossless_gives_an_adapter_of_the_model_as_it_is(run, model_dir: Path, capsys) -> None:
+    pytest.importorskip("peft")
+    out = run(**LOSSLESS, on_policy=0.25)
+    assert f"consistency adapter saved in {out}" in capsys.readouterr().out
+    model = load_model(str(out))
+    assert equal(model.state_dict(), weights(model_dir)) and max(up.abs().max() for up in adapter(out).values()) > 0
+    record = read_record(model.config)
+    assert record[LOSSLESS_KEY] and record["base_weights"] == fingerprint(load_model(str(model_dir)))
+    names = ("block_size", "prompt_template", "task", "responses", "lora_r", "on_policy", "distance_decay", "guess")
+    assert [record[name] for name in names] == [4, "chat", "gsm8k", 8, 4, 0.25, 0.8, "context"]
+    assert Path(record["target_model"]) == model_dir and AutoTokenizer.from_pretrained(out).chat_template
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json"} <= {path.name for path in out.iterdir()}
+    assert not (out / "model.safetensors").exists()
+
+
+def test_lossless_resumes_bit_for_bit(run, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    options = LOSSLESS | {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    out = run(**options)
+    resumed = run(**options, output_dir=tmp_path / "resumed", resume_from_checkpoint=out / "checkpoint-1")
+    assert equal(adapter(out), adapter(resumed))
+
+
+def test_responses_alone_are_enough_for_lossless_training(run, model_dir: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("peft")
+    data, folder = write_rows(tmp_path / "d.jsonl", question_rows(4)), tmp_path / "t"
+    words = ["--model", model_dir, "--filename", data, "--output", folder, "--max_new_tokens", 4, "--max_new_seq_len", 12]
+    collect.main([*map(str, words), "--responses_only", "--device", "cpu"], task="gsm8k")
+    assert run(**LOSSLESS, trajectories=folder).is_dir()
+    with pytest.raises(SystemExit):
+        run(trajectories=folder)
+    assert "was collected with --responses_only, which is enough for --lossless alone" in capsys.readouterr().err
+
+
+def test_checks_during_lossless_training(run, held_out: Path) -> None:
+    """There is no collapse to look for, and the fastest adapter is the best."""
+    pytest.importorskip("peft")
+    out = run(**PROBE | LOSSLESS, probe_file=held_out)
+    state = json.loads((out / "trainer_state.json").read_text())
+    target, *checks = [entry for entry in state["log_history"] if any(name.startswith("probe") for name in entry)]
+    assert [entry["step"] for entry in checks] == [1, 2, 3]
+    assert {entry["probe_nll"] for entry in checks} == {target["probe_target_nll"]}  # the text is the target's
+    best = max(checks, key=lambda entry: entry["probe_tpf"])
+    assert state["best_global_step"] == best["step"] and (out / f"best-{best['step']}" / "adapter_config.json").is_file()
+
+
+def test_what_lossless_training_refuses(model_dir: Path, collected: Path, run, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("peft")
+
+    def message(*more: object, **changes: object) -> str:
+        given = {"model": model_dir, "trajectories": collected / "t", "output_dir": tmp_path / "x"} | changes
+        return refused(capsys, train.main, *(f"--{name}={value}" for name, value in given.items()), "--lossless", *more)
+
+    assert "unrecognized arguments: --ar_weight" in message("--ar_weight=1")
+    assert "unrecognized arguments: --on_collapse" in message("--on_collapse=stop")
+    assert "lora_r must be >= 1, got 0" in message("--lora_r=0")
+    assert "gradient_checkpointing is on" in message("--gradient_checkpointing")
+    again = message("--use_cpu", model=run(**LOSSLESS))
+    assert f"holds a consistency adapter; train from its target model, {model_dir}" in again
+    folder = shutil.copytree(collected / "t", tmp_path / "t")
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | {"block_size": 256}))
+    assert "block_size must be below the model's context of 256, got 256" in message("--use_cpu", trajectories=folder)
+    assert not (tmp_path / "x").exists()

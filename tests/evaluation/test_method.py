@@ -1,12 +1,13 @@
 """All methods decode greedily, so in float32 they write the same text."""
 
 import pytest
-from tiny import EOS_ID, tiny_model
+from tiny import EOS_ID, random_adapter, tiny_model
 from transformers import GenerationConfig
 
+from cllm.adapter import attach
 from cllm.errors import UsageError
 from cllm.evaluation.method import HuggingFace, build_methods, count_forwards, pad_left
-from cllm.evaluation.method_name import AR, GENERATE, JACOBI, PROMPT_LOOKUP
+from cllm.evaluation.method_name import AR, GENERATE, JACOBI, NO_ADAPTER, PROMPT_LOOKUP
 
 PROMPTS = [[5, 9, 13, 5, 9], [40, 41, 42, 43, 44, 45, 46, 40, 41], [7]]
 
@@ -29,6 +30,19 @@ def test_all_methods_agree(kind, window):
         texts = {name: [r.token_ids for r in each] for name, each in responses.items()}
         assert texts[JACOBI] == texts[GENERATE] == texts[PROMPT_LOOKUP] == texts[AR]
     assert texts[AR][0][-1] == eos and eos not in texts[AR][0][:-1]
+
+
+def test_the_same_window_without_the_adapter():
+    model = tiny_model()
+    with pytest.raises(UsageError, match="no_adapter needs a model with a consistency adapter"):
+        build_methods(model, [NO_ADAPTER], block_size=6, eos_ids=[])
+    attach(model, random_adapter(model))
+    with_it, without, ar = build_methods(model, [NO_ADAPTER], block_size=6, drafts=9, eos_ids=[EOS_ID])
+    assert (with_it.name, without.name, ar.name) == (JACOBI, "jacobi:no_adapter", AR)
+    assert (with_it.label, without.label) == ("Jacobi 6+9 sliding, context", "Jacobi 6 sliding, context, without the adapter")
+    assert [method.decoder.step.drafts for method in (with_it, without, ar)] == [9, 0, 0]
+    texts = [[r.token_ids for r in method.decode(PROMPTS, 20)] for method in (with_it, without, ar)]
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_forwards():

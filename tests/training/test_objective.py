@@ -7,11 +7,13 @@ import torch
 from cllm.training.objective import (
     CHUNK,
     DIVERGENCES,
+    choices,
     cross_entropy_sum,
     distillation_sum,
     hard_targets,
     kl_divergence,
     reverse_kl,
+    total_variation,
 )
 
 
@@ -45,6 +47,31 @@ def test_reverse_kl_is_kl_the_other_way_round_and_the_student_learns_from_it():
     torch.testing.assert_close(reverse_kl(teacher, student), kl_divergence(student, teacher))
     reverse_kl(teacher, student).sum().backward()
     assert (student.grad.abs().sum(dim=-1) > 0).all()
+
+
+def test_total_variation_is_the_largest_difference_of_any_event():
+    teacher, student = torch.randn(7, 13), torch.randn(7, 13, requires_grad=True)
+    gained = (student.softmax(dim=-1) - teacher.softmax(dim=-1)).clamp(min=0).sum(dim=-1)
+    torch.testing.assert_close(total_variation(teacher, student), gained)
+    assert (total_variation(teacher, teacher) == 0).all()
+    total_variation(teacher, student).sum().backward()
+    assert (student.grad.abs().sum(dim=-1) > 0).all()
+
+
+def test_tokens_that_share_a_goal_have_the_gradient_of_a_teacher_for_each():
+    count, head = 2 * CHUNK + 5, Linear(torch.randn(8, 17))
+    student, teacher, weight = torch.randn(count, 8, requires_grad=True), torch.randn(40, 8), torch.rand(count)
+    goal = torch.randint(40, (count,))
+    sums = [distillation_sum(student, head, teacher[goal], head, weight)]
+    sums.append(distillation_sum(student, head, teacher, head, weight, goal_M=goal))
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in sums]
+    torch.testing.assert_close(*sums)
+    torch.testing.assert_close(*gradients)
+
+
+def test_choices_are_the_likeliest_tokens():
+    hidden, head = torch.randn(CHUNK + 3, 8), Linear(torch.randn(8, 17))
+    assert torch.equal(choices(hidden, head), head(hidden).argmax(dim=-1))
 
 
 def test_hard_targets_are_cross_entropy_on_the_teachers_choice():
