@@ -5,7 +5,7 @@ text goes on behind the one that gained more. Every token is counted as it falls
 with the window alone the count is the engine's own, which is checked. Time: two windows of W cost an iteration what one of 2W
 does, without the copying of keys and values that the winner would need, so the gain in tokens/s is an upper bound.
 
-    python scripts/benchmarks/candidates.py --model CLLM --task spider --filename quickstart --block_size 8
+    python scripts/benchmarks/candidates.py --model CLLM --task spider --filename quickstart/data --block_size 8
 """
 
 from __future__ import annotations

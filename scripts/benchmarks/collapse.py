@@ -45,7 +45,7 @@ def _words(args: argparse.Namespace) -> list[str]:
         f"--model={args.data / 'target'}",
         f"--trajectories={args.data / 'trajectories'}",
         f"--learning_rate={args.learning_rate}",
-        f"--probe_file={args.data}",
+        f"--probe_file={args.data}/data",
         f"--probe_prompts={args.prompts}",
         f"--probe_length={args.length}",
         "--on_collapse=stop",

@@ -5,7 +5,7 @@ a GPU, or with --compile); its prompt lookup and plain Jacobi decoding as in the
 Hugging Face's also with our way to compute linear layers and attention, so that the algorithm alone is compared. For ours also:
 the time of an iteration over that of a bare forward of the same shape. A table of every cell, one JSON, one picture.
 
-    python scripts/benchmarks/decode.py --model CLLM --task spider --filename quickstart --prompts 48 --widths 4 8 16 \\
+    python scripts/benchmarks/decode.py --model CLLM --task spider --filename quickstart/data --prompts 48 --widths 4 8 16 \\
         --batches 1 2 4 8 16 --most_tokens 2048 --rounds 3 --guess context prompt_lookup+pool --output docs/results/decode.json
     python scripts/benchmarks/decode.py --model MODEL --task copying --contexts 0 --output docs/results/decode_copying.json
     python scripts/benchmarks/decode.py --model MODEL --filename gsm8k_train.jsonl --dtype bfloat16 --batches 1 2 4 8 16 \\

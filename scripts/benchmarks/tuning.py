@@ -3,7 +3,7 @@
 The pick is made on the first prompts. Then every width with every guess decodes the others end to end, in turn, round by round;
 the ratio is the tokens/s of the pick over those of the fastest.
 
-    python scripts/benchmarks/tuning.py --model CLLM --task spider --filename quickstart --output docs/results/tuning.json
+    python scripts/benchmarks/tuning.py --model CLLM --task spider --filename quickstart/data --output docs/results/tuning.json
 """
 
 from __future__ import annotations
