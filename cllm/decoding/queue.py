@@ -88,11 +88,18 @@ class Queue:
         yield from results()
 
     def shrink(self, error: Exception) -> bool:
-        """Halve the batch if ``error`` says that memory ran out; False where it does not, or one row was too many."""
-        if not out_of_memory(error) or self.batch_size == 1:
+        """Halve the batch if ``error`` says that memory ran out, and where one row was too many, the window.
+
+        False where it says something else, or nothing is left to halve.
+        """
+        if not out_of_memory(error) or self.batch_size == self.decoder.step.width == 1:
             return False
-        self.batch_size //= 2
-        logger.warning("out of memory; going on with batch size %d", self.batch_size)
+        if self.batch_size > 1:
+            self.batch_size //= 2
+            logger.warning("out of memory; going on with batch size %d", self.batch_size)
+        else:
+            self.decoder = self.decoder.narrower()
+            logger.warning("out of memory; going on with width %d", self.decoder.block_size)
         return True
 
     def check(self, request: Request, name: str = "the prompt") -> None:

@@ -5,9 +5,10 @@ from itertools import count
 
 import pytest
 import torch
-from tiny import KINDS, tiny_model
+from tiny import KINDS, random_adapter, tiny_model
 
 from cllm.decoding import JacobiDecoder, Queue, Request
+from cllm.decoding.step import Step
 from cllm.errors import UsageError
 
 
@@ -104,8 +105,28 @@ def test_out_of_memory_half_the_batch_is_tried(error: RuntimeError, caplog: pyte
     assert [r.getMessage() for r in caplog.records] == ["out of memory; going on with batch size 3"]
 
 
-def test_out_of_memory_alone_and_defects_are_errors() -> None:
-    decoder = JacobiDecoder(tiny_model(), 4)
+def test_a_row_that_is_too_wide(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where one row runs out of memory, window and draft become narrower, and the text stays the same."""
+    model = tiny_model(vocab_size=97, eos_token_id=None)
+    forward, most = Step.forward, 9
+
+    def short(self, tokens, *arguments):
+        if tokens.shape[1] > most:
+            raise torch.OutOfMemoryError
+        return forward(self, tokens, *arguments)
+
+    wanted = requests(1, 2)
+    expected = [r.token_ids for r in alone(JacobiDecoder(model, 1), wanted)]
+    monkeypatch.setattr(Step, "forward", short)
+    queue = Queue(JacobiDecoder(model, 8, adapter=random_adapter(model), drafts=12, prefill_chunk=2), 1)
+    found = dict(queue.run(wanted))
+    assert [found[number].token_ids for number in range(2)] == expected
+    assert (queue.decoder.block_size, queue.decoder.step.drafts) == (2, 3)
+    assert [r.getMessage() for r in caplog.records] == [f"out of memory; going on with width {width}" for width in (4, 2)]
+
+
+def test_out_of_memory_at_last_and_defects_are_errors() -> None:
+    decoder = JacobiDecoder(tiny_model(), 1)
     for error, batch_size in ((torch.OutOfMemoryError(), 1), (RuntimeError("a defect"), 4)):
 
         def broken(feed, error=error):
