@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import KINDS, tiny_model
+from tiny import KINDS, random_adapter, tiny_model
 
 from cllm.decoding import JacobiDecoder, Queue, Request, Sampling
 from cllm.decoding.guess import STRATEGIES
@@ -27,6 +27,17 @@ def test_captured_steps_give_the_same_texts(mode: str, guess: str) -> None:
         decoder = JacobiDecoder(model, 6, guess=guess, compile=mode)
         found = dict(Queue(decoder, 3).run(wanted))
         assert {n: r.token_ids for n, r in found.items()} == {n: r.token_ids for n, r in plain.items()}, kind
+
+
+@pytest.mark.parametrize("mode", ["graph", "compile"])
+def test_captured_steps_with_an_adapter(mode: str) -> None:
+    for kind in KINDS:
+        model = tiny_model(kind, vocab_size=97, eos_token_id=None).cuda()
+        wanted = [Request([1 + n, 2, 3][: 1 + n % 3], 10 + 3 * n) for n in range(8)]
+        expected = dict(Queue(JacobiDecoder(model, 1, compile="off"), 3).run(wanted))
+        decoder = JacobiDecoder(model, 6, adapter=random_adapter(model), drafts=9, compile=mode)
+        found = dict(Queue(decoder, 3).run(wanted))
+        assert {n: r.token_ids for n, r in found.items()} == {n: r.token_ids for n, r in expected.items()}, kind
 
 
 def test_graphs_are_what_a_gpu_gets() -> None:
