@@ -17,9 +17,6 @@ FULL_SIZE = """The full-size recipe (paper: GSM8K, Abel-7B, which is a target mo
   cd ../cllm && NUM_PROCESSES=8 bash train_cllm.sh GAIR/Abel-7B-001 ../data/collected_jacobi_trajectory/FOLDER OUTPUT 16 \\
       --lossless --bf16
   cd ../eval/gsm8k && python speedup.py --test_model OUTPUT && python acc.py --model_dir OUTPUT --use_consistency_decoding"""
-NO_ADAPTER = "jacobi:no_adapter"
-
-
 @dataclass(frozen=True)
 class Column:
     """One model's figures: a method of a result file, and the quality of its text."""
@@ -45,10 +42,10 @@ def main(folder: Path) -> None:
 
 
 def columns(lossless: dict, paper: dict | None) -> list[Column]:
-    """Target model and CLLM; the target's text is what Hugging Face's ``generate`` writes."""
+    """Target model, decoded token by token, and CLLM; the target's text is what Hugging Face's ``generate`` writes."""
     methods, score = lossless["methods"], lossless["quality"]["jacobi"]["score"]
     same = share_equal_to_generate(lossless)
-    found = [Column("target model", methods[NO_ADAPTER], score, 1.0), Column("CLLM", methods["jacobi"], score, same)]
+    found = [Column("target model", methods["ar"], score, 1.0), Column("CLLM", methods["jacobi"], score, same)]
     if paper:
         quality = paper["quality"]["jacobi"]
         found.append(Column("all weights (paper)", paper["methods"]["jacobi"], quality["score"], quality["same_as_target"]))
@@ -62,11 +59,9 @@ def share_equal_to_generate(run: dict) -> float:
 
 def table(lossless: dict, paper: dict | None) -> str:
     shown = columns(lossless, paper)
-    ar = [run["methods"]["ar"] for run in [lossless, lossless, paper or {}] if run][: len(shown)]
     rows = [
-        ("tokens per forward, Jacobi", *(tpf(column.method) for column in shown)),
-        ("tokens/s, Jacobi", *(number(column.method["tokens_per_second"], 1) for column in shown)),
-        ("tokens/s, AR", *(number(one["tokens_per_second"], 1) for one in ar)),
+        ("tokens per forward", *(tpf(column.method) for column in shown)),
+        ("tokens/s", *(number(column.method["tokens_per_second"], 1) for column in shown)),
         ("speedup over AR", *(speedup(column.method) for column in shown)),
         ("execution accuracy", *(percent(column.score) for column in shown)),
         ("text equals the target's", *(percent(column.same_text) for column in shown)),
@@ -79,12 +74,13 @@ def tpf(jacobi: dict) -> str:
 
 
 def speedup(jacobi: dict) -> str:
+    """Over AR decoding of the same model in the same run."""
     return with_interval(jacobi["speedup"], jacobi["speedup_interval"])
 
 
 def draw(lossless: dict, paper: dict | None, path: Path) -> None:
     """Above: how far each response had come after each forward. Below: how many tokens the forwards gained."""
-    runs = {"target model": (lossless, NO_ADAPTER), "CLLM": (lossless, "jacobi")}
+    runs = {"target model": (lossless, "ar"), "CLLM": (lossless, "jacobi")}
     if paper:
         runs["all weights (paper)"] = (paper, "jacobi")
     accepted = {

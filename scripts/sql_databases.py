@@ -87,8 +87,6 @@ SHOP = Database(
         ),
     },
     joins={
-        "buyers": "orders JOIN customers ON orders.customer_id = customers.id",
-        "goods": "orders JOIN products ON orders.product_id = products.id",
         "sales": "orders JOIN customers ON orders.customer_id = customers.id JOIN products ON orders.product_id = products.id",
     },
     values={
@@ -155,17 +153,17 @@ SHOP = Database(
             "How many orders of {category} products came from {city}?",
             "Count the orders of {category} products by customers from {city}.",
         ],
-        "SELECT sum(orders.quantity) FROM {goods} WHERE products.name = '{product}' AND orders.day LIKE '2025-{month}-%'": [
+        "SELECT sum(orders.quantity) FROM {sales} WHERE products.name = '{product}' AND orders.day LIKE '2025-{month}-%'": [
             "How many pieces of the {product} were sold in {month} 2025?",
             "What quantity of the {product} was sold in {month} 2025?",
         ],
-        "SELECT customers.name, sum(orders.quantity) FROM {buyers} WHERE customers.city = '{city}' "
+        "SELECT customers.name, sum(orders.quantity) FROM {sales} WHERE customers.city = '{city}' "
         "GROUP BY customers.id ORDER BY sum(orders.quantity) {most} LIMIT {n}": [
             "Which {n} customers from {city} bought the {most} pieces? Show name and quantity.",
             "Show the {n} customers from {city} who bought the {most} pieces, and how many.",
         ],
         "SELECT name FROM customers WHERE city = '{city}' AND id NOT IN "
-        "(SELECT orders.customer_id FROM {goods} WHERE products.category = '{category}')": [
+        "(SELECT orders.customer_id FROM {sales} WHERE products.category = '{category}')": [
             "Which customers from {city} never ordered a {category} product?",
             "Who in {city} has not ordered any {category} product?",
         ],
@@ -201,7 +199,6 @@ CLINIC = Database(
         ),
     },
     joins={
-        "seen": "visits JOIN doctors ON visits.doctor_id = doctors.id",
         "care": "visits JOIN doctors ON visits.doctor_id = doctors.id JOIN patients ON visits.patient_id = patients.id",
     },
     values={
@@ -267,17 +264,17 @@ CLINIC = Database(
             "How many visits to {field} doctors came from {town}?",
             "Count the visits to {field} doctors by patients from {town}.",
         ],
-        "SELECT count(*) FROM {seen} WHERE doctors.name = '{doctor}' AND visits.minutes {more} {length}": [
+        "SELECT count(*) FROM {care} WHERE doctors.name = '{doctor}' AND visits.minutes {more} {length}": [
             "How many visits to Dr {doctor} took {more} {length} minutes?",
             "Count the visits to Dr {doctor} that took {more} {length} minutes.",
         ],
-        "SELECT doctors.name, sum(visits.minutes) FROM {seen} WHERE visits.day LIKE '2025-{month}-%' "
+        "SELECT doctors.name, sum(visits.minutes) FROM {care} WHERE visits.day LIKE '2025-{month}-%' "
         "GROUP BY doctors.id ORDER BY sum(visits.minutes) {most} LIMIT {n}": [
             "Which {n} doctors spent the {most} minutes on visits in {month} 2025? Show name and minutes.",
             "Show the {n} doctors with the {most} minutes of visits in {month} 2025, and how many.",
         ],
         "SELECT name FROM patients WHERE town = '{town}' AND id NOT IN "
-        "(SELECT visits.patient_id FROM {seen} WHERE doctors.field = '{field}')": [
+        "(SELECT visits.patient_id FROM {care} WHERE doctors.field = '{field}')": [
             "Which patients from {town} never visited a {field} doctor?",
             "Who in {town} has not visited any {field} doctor?",
         ],

@@ -12,6 +12,7 @@ captured ones are, in buffers of fixed size, but not as CUDA graphs.
     python scripts/benchmarks/exactness.py tiny --lossless --output docs/results/exactness_lossless.json
 
 real: prompts of several data sets in float32, every guess in a queue and the paper's window, against Hugging Face's generate.
+A model with a consistency adapter drafts with it, in the windows that ``cllm tune`` stored or of --width.
 
     python scripts/benchmarks/exactness.py real --model MODEL --data gsm8k=FILE code_search_net=FILE sharegpt=FILE \\
         --prompts 34 --length 64 --output docs/results/exactness_real.json
@@ -36,12 +37,13 @@ import torch
 from common import encode, publish
 from tqdm import tqdm
 
+from cllm.adapter import attached
 from cllm.decoding import JacobiDecoder, Queue, Request
 from cllm.decoding.runner import CapturingRunner, CompiledStep
-from cllm.evaluation.choice import CANDIDATES
+from cllm.evaluation.choice import CANDIDATES, lossless_candidates
 from cllm.evaluation.method import HuggingFace
 from cllm.evaluation.speed import divergence
-from cllm.models import load_model, load_tokenizer, stop_token_ids
+from cllm.models import load_model, load_tokenizer, read_record, stop_token_ids
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the tests' tiny models and cases
 
@@ -95,7 +97,9 @@ def tiny(args: argparse.Namespace) -> None:
 def real(args: argparse.Namespace) -> None:
     model, stops, prompts = load(args, "float32")
     expected = hugging_face(model, stops, prompts, args.length, 1)
-    ways = [(guess, "sliding") for guess in CANDIDATES] + [("context", "block")]
+    lossless = attached(model) is not None
+    guesses = lossless_candidates(read_record(model.config)) if lossless else CANDIDATES
+    ways = [(guess, "sliding") for guess in guesses] + [("context", "block")] * (not lossless)
     result: dict[str, Any] = {"prompts": len(prompts), "tokens": sum(map(len, expected)), "ways": {}}
     for guess, window in ways:
         way = {"guess": guess, "window": window, "compile": args.compile}
