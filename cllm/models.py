@@ -99,7 +99,7 @@ def attach_own(model: PreTrainedModel) -> None:
         return
     where: dict[str, Any] = {"subfolder": ADAPTER_FOLDER, "revision": getattr(model.config, "_commit_hash", None)}
     try:
-        files = [cached_file(model.name_or_path, name, **where) for name in (ADAPTER, ADAPTER_WEIGHTS)]
+        files = [cached_file(str(model.name_or_path), name, **where) for name in (ADAPTER, ADAPTER_WEIGHTS)]
     except OSError as error:
         log: Any = transformers_logging.get_logger(__name__)
         log.warning_once(f"decoding without the consistency adapter of {model.name_or_path!r}: {first_line(error)}")

@@ -58,7 +58,7 @@ class LosslessTrainer(TokenMeanTrainer):
         """The parent's, with the record beside the adapter: without it, the adapter of a checkpoint would be merged."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.model.config.save_pretrained(output_dir or self.args.output_dir)
+            self.model.config.save_pretrained(str(output_dir or self.args.output_dir))
 
     def counts(self, batch: Batch) -> torch.Tensor:
         return self._weight(batch).sum()[None]
