@@ -24,8 +24,10 @@ from cllm.errors import UsageError
 
 ADAPTER = "adapter_config.json"  # what makes a folder a LoRA adapter's
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FOLDER = "adapter"  # of an exported target model, where its adapter is
 LOSSLESS = "lossless"  # the key of the record that tells a consistency adapter from one to be merged
 BASE = "base_weights"  # the key of the record with the base model's fingerprint
+BASE_REVISION = "base_revision"  # and with its commit, where it came from the hub
 PREFIX = "base_model.model."  # before every name that peft writes
 SAMPLES = 64  # numbers of each weight that a fingerprint looks at
 
@@ -109,6 +111,12 @@ def attach(model: PreTrainedModel, adapter: Adapter | None) -> None:
     else:
         adapter.check(model)
         _attached[model] = adapter
+
+
+def attach_from(folder: str | Path, model: PreTrainedModel, record: Mapping[str, Any]) -> None:
+    """Attach the adapter that is in ``folder``. Raises UsageError unless ``model`` has the weights that its record names."""
+    check_base(model, record)
+    attach(model, read_adapter(folder))
 
 
 def attached(model: PreTrainedModel) -> Adapter | None:

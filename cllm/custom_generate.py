@@ -31,6 +31,7 @@ from cllm.decoding.engine import JacobiDecoder, Streamer, unpad
 from cllm.decoding.result import Iteration
 from cllm.decoding.sampling import ProcessedSampling, Sampling
 from cllm.errors import UsageError
+from cllm.models import attach_own
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 NO_OUTPUT = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -64,7 +65,9 @@ def generate(
 ) -> torch.Tensor | JacobiOutput:
     """What an exported checkpoint has in the place of ``model.generate``: the same arguments, and those of :func:`jacobi`.
 
-    Raises UsageError, which is a ValueError, for what :func:`jacobi` refuses and for stop strings without a ``tokenizer``.
+    A consistency adapter that the checkpoint has is attached to the model with the first call.
+    Raises UsageError, which is a ValueError, for what :func:`jacobi` refuses, for stop strings without a ``tokenizer`` and for
+    an adapter of another model.
     """
     if "custom_generate" in kwargs:  # another loop is wanted
         more = {"streamer": streamer, "tokenizer": tokenizer}
@@ -79,6 +82,7 @@ def generate(
             criteria.append(StopStringCriteria(tokenizer, strings))
             kwargs["stop_strings"] = None
         stopping_criteria = StoppingCriteriaList(criteria)
+        attach_own(model)
         more = {"custom_generate": jacobi, "stream_to": streamer}
     kind: Any = type(model)
     return kind.generate(model, inputs, generation_config, logits_processor, stopping_criteria, **more, **kwargs)
@@ -93,6 +97,7 @@ def jacobi(
     *,
     block_size: int | None = None,
     guess: str | None = None,
+    drafts: int | None = None,
     seed: int | None = None,
     stream_to: Streamer | None = None,
     **model_kwargs: Any,
@@ -102,8 +107,9 @@ def jacobi(
     ``input_ids`` [B, P]: padded prompts. Returns [B, S]: the prompts with their responses, padded on the right, as
     ``generate`` gives them. Greedy responses are those of AR decoding; sampled ones are distributed as AR's.
 
-    ``block_size`` and ``guess``: as for JacobiDecoder; default, what the checkpoint's config.json says. ``seed``: of the draws,
-    one for each row being made of it; default, drawn from torch's generator, which ``set_seed`` seeds.
+    ``block_size``, ``guess`` and ``drafts``: as for JacobiDecoder; default, what the checkpoint's config.json says. Drafts need
+    a consistency adapter, by default the one that is attached to the model. ``seed``: of the draws, one for each row being
+    made of it; default, drawn from torch's generator, which ``set_seed`` seeds.
     ``stream_to``: a streamer. (``generate`` keeps its own ``streamer`` from a loop that is given as a function.)
 
     Logits processors are called once for every token of a row, in their order, with the text so far, as in AR decoding; in a
@@ -121,6 +127,7 @@ def jacobi(
         block_size,
         eos_token_ids=[int(i) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id],
         guess=guess,
+        drafts=drafts,
     )
     most = generation_config.max_length - input_ids.shape[1]
     room = [min(most, (decoder.context or most + len(prompt)) - len(prompt)) for prompt in prompts]

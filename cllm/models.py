@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import enable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from cllm.adapter import ADAPTER, LOSSLESS, attach, check_base, read_adapter
+from cllm.adapter import ADAPTER, ADAPTER_FOLDER, ADAPTER_WEIGHTS, BASE_REVISION, LOSSLESS, attach_from, attached
 from cllm.checkpoints import published_record
 from cllm.errors import UsageError
 from cllm.files import StrPath, write_json
@@ -44,26 +46,29 @@ def load_model(
     device: str | None = None,
     attn_implementation: str | None = None,
     quantization: Any = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for decoding or training.
 
-    A folder with a consistency adapter gives its base model, which decoders then draft for with the adapter; one with another
-    LoRA adapter gives base and adapter merged.
+    A consistency adapter, alone or exported with its base model, gives the base model, which decoders then draft for with the
+    adapter; another LoRA adapter gives base and adapter merged.
 
     Defaults: CUDA where there is a GPU, bfloat16 on it and float32 elsewhere, the model's own choice of SDPA or eager
-    attention. ``quantization``: a configuration of transformers. Raises UsageError where nothing can be loaded from
-    ``path``, or where weights are missing or of another shape than config.json says.
+    attention. ``quantization``: a configuration of transformers. ``revision``: of a hub name. Raises UsageError where nothing
+    can be loaded from ``path``, or where weights are missing or of another shape than config.json says.
     """
     check_path(path)
-    if (Path(path) / ADAPTER).is_file():
+    if (folder := _adapter_folder(path)) is not None:
         return _load_adapted(
-            path, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
+            path, folder, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
         )
     device = device or default_device()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     kind = DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if revision is not None:
+        extra["revision"] = revision
     if quantization is not None:
         extra |= {"quantization_config": quantization, "device_map": {"": device}}
     try:
@@ -79,19 +84,50 @@ def load_model(
     if unfit:
         some = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
         raise UsageError(f"the weights in {path!r} do not fit its config.json, missing or of another shape: {some}")
+    attach_own(model)
     return model
 
 
-def _load_adapted(path: str, *, quantization: Any = None, **how: str | None) -> PreTrainedModel:
+def attach_own(model: PreTrainedModel) -> None:
+    """Attach the consistency adapter of an exported checkpoint, found in ADAPTER_FOLDER beside the weights.
+
+    A model that is no such export, or that has an adapter already, stays as it is; without the files it decodes as ever, and
+    a warning says so. Raises UsageError for an adapter of another model.
+    """
+    record = read_record(model.config)
+    if not record.get(LOSSLESS) or attached(model) is not None:
+        return
+    where: dict[str, Any] = {"subfolder": ADAPTER_FOLDER, "revision": getattr(model.config, "_commit_hash", None)}
+    try:
+        files = [cached_file(str(model.name_or_path), name, **where) for name in (ADAPTER, ADAPTER_WEIGHTS)]
+    except OSError as error:
+        log: Any = transformers_logging.get_logger(__name__)
+        log.warning_once(f"decoding without the consistency adapter of {model.name_or_path!r}: {first_line(error)}")
+        return
+    attach_from(Path(str(files[0])).parent, model, record)
+
+
+def _adapter_folder(path: str) -> Path | None:
+    """Where the files of an adapter are, fetched where ``path`` is a hub name; None for a checkpoint with its own weights."""
+    if Path(path).is_dir():
+        return Path(path) if (Path(path) / ADAPTER).is_file() else None
+    try:
+        cached_file(path, ADAPTER)
+    except OSError:  # there is none, or no such name, which loading then says
+        return None
+    return Path(snapshot_download(path, allow_patterns=[ADAPTER, ADAPTER_WEIGHTS, "config.json"]))
+
+
+def _load_adapted(path: str, folder: Path, *, quantization: Any = None, **how: str | None) -> PreTrainedModel:
     """The base model that an adapter's folder names, with the folder's record: with a consistency adapter attached, its
     weights untouched, or with an ordinary adapter merged into them."""
-    config = Path(path) / "config.json"
-    record = (json.loads(config.read_text(encoding="utf-8")).get(RECORD) or {}) if config.is_file() else {}
+    record = folder_record(folder)
     if quantization is not None and not record.get(LOSSLESS):
         raise UsageError(f"{path!r} holds a LoRA adapter, which cannot be merged into weights in 4 bits; merge it first")
     try:
-        base = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = load_model(base, quantization=quantization, **how)
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        revision = record.get(BASE_REVISION) if base and not Path(base).is_dir() else None
+        model = load_model(base, quantization=quantization, revision=revision, **how)
     except UsageError as error:
         raise UsageError(
             f"the base model of the adapter in {path!r}: {error}; {ADAPTER} names it as base_model_name_or_path"
@@ -99,12 +135,11 @@ def _load_adapted(path: str, *, quantization: Any = None, **how: str | None) -> 
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"cannot load the adapter in {path!r}: {first_line(error)}") from error
     if record.get(LOSSLESS):
-        check_base(model, record)
-        attach(model, read_adapter(path))
+        attach_from(folder, model, record)
     else:
         model = _merged(model, path)
     model.name_or_path = path  # it is not the base model any more
-    if config.is_file():
+    if (folder / "config.json").is_file():
         write_record(model.config, record)
     return model
 
@@ -181,6 +216,17 @@ def read_record(config: PretrainedConfig) -> dict[str, Any]:
     return dict(getattr(config, RECORD, None) or published_record(getattr(config, "_name_or_path", None)))
 
 
+def folder_record(folder: StrPath) -> dict[str, Any]:
+    """The record in a folder's config.json; {} where there is none. Raises UsageError for a damaged file."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")).get(RECORD) or {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"not a valid JSON file: {file} ({first_line(error)})") from error
+
+
 def write_record(config: PretrainedConfig, record: Mapping[str, Any]) -> None:
     setattr(config, RECORD, dict(record))
 
@@ -231,7 +277,7 @@ def weights_stamp(path: StrPath) -> str | None:
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    for file in (*sorted(folder.iterdir()), *sorted((folder / ADAPTER_FOLDER).glob("*"))):
         if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
             facts = file.stat()
             digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())

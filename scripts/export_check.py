@@ -40,6 +40,8 @@ def main() -> None:
         shown = f"{', '.join(map(str, counts))} tokens in {', '.join(map(str, forwards))} forwards"
         compare(f"batch {size}: {shown}", torch.equal(output.sequences, expected), "the text without trust_remote_code (AR)")
     inputs = encode(tokenizer, QUESTIONS[:1])
+    if getattr(model.config, "cllm", {}).get("lossless"):
+        check_adapter(model, inputs)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     whole = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False, streamer=streamer)
     pieces = list(filter(None, streamer))
@@ -47,6 +49,14 @@ def main() -> None:
     compare(f"streamed: {len(pieces)} pieces", "".join(pieces) == text, "the whole text")
     print(f"\n{text}")
     sys.exit(failed)
+
+
+def check_adapter(model, inputs) -> None:
+    """Decode with the consistency adapter and without: the same text, in other numbers of forwards."""
+    options = {"max_new_tokens": LENGTH, "do_sample": False, "return_dict_in_generate": True}
+    drafted, plain = model.generate(**inputs, **options), model.generate(**inputs, **options, drafts=0)
+    shown = f"{int(drafted.forwards)} forwards with the adapter, {int(plain.forwards)} without"
+    compare(shown, torch.equal(drafted.sequences, plain.sequences), "each other")
 
 
 def encode(tokenizer, questions: list[str]):

@@ -2,7 +2,7 @@
 # Try an exported checkpoint where nothing but torch and transformers is installed: in a new virtual environment, outside of the
 # project, which is removed again. Exit status 1 where a text differs from AR's.
 #
-#   bash scripts/export_check.sh CHECKPOINT         # what `cllm export` or `cllm train` wrote
+#   bash scripts/export_check.sh CHECKPOINT   # what `cllm export`, also of a consistency adapter, or `cllm train` wrote
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: bash scripts/export_check.sh CHECKPOINT" >&2; exit 2; }
 [ -f "$1/custom_generate/generate.py" ] || { echo "error: $1 is no exported checkpoint; run cllm export" >&2; exit 2; }

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EOS_ID, KINDS, PAD_ID, tiny_model, tiny_tokenizer
+from tiny import EOS_ID, KINDS, PAD_ID, random_adapter, tiny_model, tiny_tokenizer
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import cllm
+from cllm.adapter import attach
 from cllm.custom_generate import JacobiOutput, generate
 from cllm.decoding import JacobiDecoder, Sampling
 from cllm.errors import UsageError
@@ -191,6 +192,24 @@ def test_the_dictionary_and_the_width(model: PreTrainedModel) -> None:
     assert isinstance(output, JacobiOutput) and torch.equal(output.sequences, single.sequences)
     lengths = [row.index(EOS_ID) + 1 if EOS_ID in row else 20 for row in single.sequences[:, 5:].tolist()]
     assert single.forwards.tolist() == lengths and sum(output.forwards) < sum(lengths)
+
+
+def test_an_attached_adapter_drafts() -> None:
+    """By default with all guesses of the window, and without a change of the text."""
+    model = ready(seed=4)
+    lengths: list[int] = []
+    hook = {"with_kwargs": True}
+    model.register_forward_pre_hook(lambda model, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), **hook)
+    inputs = padded() | {"max_new_tokens": 30}
+    plain = model.generate(**inputs)
+    attach(model, random_adapter(model))
+    for more, most in (({}, 4 + 3), ({"drafts": 2}, 4 + 2), ({"drafts": 0}, 4)):
+        lengths.clear()
+        assert torch.equal(model.generate(**inputs, block_size=4, custom_generate=cllm.jacobi, **more), plain)
+        assert max(lengths[1:]) == most
+    attach(model, None)
+    with pytest.raises(UsageError, match="drafts need an adapter, and the model has none, got drafts=2"):
+        model.generate(**inputs, drafts=2, custom_generate=cllm.jacobi)
 
 
 def test_a_row_ends_at_the_end_of_the_context() -> None:

@@ -1,10 +1,11 @@
 """Tiny random models and a tokenizer of single characters, for tests that need a real checkpoint but no real text.
 
-    from tiny import Successor, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+    from tiny import Successor, save_tiny_adapter, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 
 The weights have a standard deviation of 0.3, so that greedy outputs vary. Sliding windows are 12 tokens.
 """
 
+import json
 import string
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
     GenerationConfig,
@@ -27,7 +30,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from cllm.adapter import Adapter
+from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS, BASE, LOSSLESS, PREFIX, Adapter, fingerprint
+from cllm.models import write_record
 
 PAD_ID, UNK_ID, EOS_ID = 0, 1, 2
 CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
@@ -85,6 +89,24 @@ def random_adapter(model: PreTrainedModel, seed: int = 0, rank: int = 4, size: f
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     down = {name: size * torch.randn(rank, layer.in_features, generator=draw) for name, layer in layers.items()}
     return Adapter(down, {name: size * torch.randn(layers[name].out_features, rank, generator=draw) for name in layers})
+
+
+def save_tiny_adapter(folder: str | Path, base: str | Path, seed: int = 0, **record: Any) -> Path:
+    """Save a random adapter of the checkpoint ``base`` as `cllm train --lossless` does; returns the folder."""
+    folder = Path(folder)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapter = random_adapter(model, seed)
+    made = {LOSSLESS: True, BASE: fingerprint(model), "block_size": 4, "target_model": str(base)}
+    write_record(model.config, made | record)
+    model.config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": adapter.rank, "lora_alpha": adapter.rank}
+    config |= {"base_model_name_or_path": str(base), "target_modules": sorted({n.split(".")[-1] for n in adapter.down})}
+    (folder / ADAPTER).write_text(json.dumps(config))
+    pairs = {"lora_A": adapter.down, "lora_B": adapter.up}
+    tensors = {f"{PREFIX}{name}.{kind}.weight": of[name] for kind, of in pairs.items() for name in of}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    return folder
 
 
 class Successor(torch.nn.Module):

@@ -12,10 +12,11 @@ from cllm.cli.command import command, parser
 def options() -> argparse.ArgumentParser:
     result = parser(
         "Write a checkpoint that decodes by Jacobi iteration in plain transformers (trust_remote_code=True), and as an "
-        "ordinary model everywhere else; with a model card.",
+        "ordinary model everywhere else; with a model card. A consistency adapter (`cllm train --lossless`) is written "
+        "together with its target model, which then drafts with it.",
         "cllm export",
     )
-    result.add_argument("model", metavar="MODEL", help="checkpoint folder or hub name")
+    result.add_argument("model", metavar="MODEL", help="folder of a checkpoint or a consistency adapter, or hub name")
     result.add_argument("output", metavar="OUTPUT", help="folder to write: new, empty, or an earlier export")
     result.add_argument(
         "--results",
@@ -23,6 +24,11 @@ def options() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="JSON files of `cllm speedup` and `cllm acc` on this model, for the model card",
+    )
+    result.add_argument(
+        "--adapter_only",
+        action="store_true",
+        help="leave the target model out: a small folder that needs this toolkit and, where it is used, the target model",
     )
     result.add_argument(
         "--push",
@@ -42,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.push is not None:
         owner = hub.account()  # before gigabytes are copied
-    export(args.model, args.output, args.results)
-    print(f"Checkpoint exported to {args.output}")
+    export(args.model, args.output, args.results, adapter_only=args.adapter_only)
+    print(f"{'Adapter' if args.adapter_only else 'Checkpoint'} exported to {args.output}")
     if args.push is not None:
         print(f"Pushed to {hub.push(Path(args.output), args.push or f'{owner}/{Path(args.output).resolve().name}')}")

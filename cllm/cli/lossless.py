@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.cli.probe import ProbeArguments, watch_drafts
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArguments, args: Any):
     """The trainer of a consistency adapter. Raises UsageError for what does not fit together."""
-    from cllm.adapter import BASE, LOSSLESS, fingerprint
+    from cllm.adapter import BASE, BASE_REVISION, LOSSLESS, fingerprint
     from cllm.decoding.guess import STARTS
     from cllm.models import TRAINED_GUESS, context_length, write_record
     from cllm.training.arguments import LOSSLESS_OBJECTIVE
@@ -29,8 +30,9 @@ def lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArgumen
         raise UsageError(f"block_size must be below the model's context of {context}, got {record['block_size']}")
     guess = STARTS[record[TRAINED_GUESS]](model.config.get_text_config(decoder=True).vocab_size)
     made = {LOSSLESS: True, BASE: fingerprint(model)}
-    if revision := getattr(model.config, "_commit_hash", None):
-        made["base_revision"] = revision
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision and not Path(record["target_model"]).is_dir():
+        made[BASE_REVISION] = revision
     objective = {name: getattr(args, name) for name in LOSSLESS_OBJECTIVE}
     write_record(model.config, record | made | objective | lora.record())
     trainer = make_trainer(

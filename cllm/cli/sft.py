@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cllm.cli.command import command
-from cllm.cli.training import checkpoint, make_trainer, parse, train
+from cllm.cli.training import checkpoint, make_trainer, open_weights, parse, train
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RunArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     from transformers import IntervalStrategy, TrainingArguments
 
-    from cllm.models import context_length, load_model, load_tokenizer, read_record, write_record
+    from cllm.models import context_length, load_tokenizer, read_record, write_record
     from cllm.prompts import choose_template
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = get_task(run.task)
     examples = load_examples(task, run.filename, "train", run.data_size)
     tokenizer = load_tokenizer(run.model)
-    model = load_model(run.model, dtype=run.dtype, **lora.loading(str(args.device)))
+    model = open_weights(run.model, dtype=run.dtype, **lora.loading(str(args.device)))
     template = choose_template(run.prompt_template, task.plain_template, tokenizer, read_record(model.config))
     context = context_length(model.config)
     rows = AnswerDataset(examples, template, tokenizer, context)

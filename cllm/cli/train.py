@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import Parser, command
 from cllm.cli.probe import CollapseArguments, ProbeArguments, watch
-from cllm.cli.training import checkpoint, data_seed, make_trainer, parse, train, whole_weights
+from cllm.cli.training import checkpoint, data_seed, make_trainer, open_weights, parse, train, whole_weights
 from cllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,25 +92,13 @@ def build_trainer(run: RunArguments, lora: AdapterArguments, probe: Any, args):
 
 
 def _open(run: RunArguments, lora: AdapterArguments, args) -> Source:
-    from cllm.adapter import attached
     from cllm.attention import MASKABLE, TRAINABLE, check_model
-    from cllm.models import (
-        DEFAULT_GUESS,
-        TRAINED_GUESS,
-        load_model,
-        load_tokenizer,
-        read_record,
-        stop_token_ids,
-        vocabulary_stamp,
-    )
+    from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, load_tokenizer, stop_token_ids, vocabulary_stamp
     from cllm.trajectory.store import TrajectoryDataset
 
     tokenizer = load_tokenizer(run.model)
     how = {"dtype": run.dtype, "attn_implementation": run.attn_implementation, **lora.loading(str(args.device))}
-    model = load_model(run.model, **how)
-    if attached(model) is not None:
-        target = read_record(model.config).get("target_model")
-        raise UsageError(f"{run.model} holds a consistency adapter; train from its target model, {target}")
+    model = open_weights(run.model, **how)
     check_model(model, MASKABLE if run.lossless else TRAINABLE)
     rows = TrajectoryDataset(run.trajectories, eos_ids=stop_token_ids(model, tokenizer))
     settings = rows.settings or {}

@@ -68,6 +68,18 @@ def make_trainer(kind: Any, args: Any, **parts: Any) -> Any:
         raise UsageError(f"cannot write to {args.output_dir}: {error.strerror}") from error
 
 
+def open_weights(path: str, **how: Any) -> Any:
+    """The model to train, from :func:`cllm.models.load_model`. Raises UsageError for one with a consistency adapter."""
+    from cllm.adapter import attached
+    from cllm.models import load_model, read_record
+
+    model = load_model(path, **how)
+    if attached(model) is not None:
+        target = read_record(model.config).get("target_model")
+        raise UsageError(f"{path} holds a consistency adapter, which is not trained on; pass its target model, {target}")
+    return model
+
+
 @contextmanager
 def whole_weights(args: Any) -> Iterator[None]:
     """Models loaded in here have all their weights, where DeepSpeed ZeRO-3 would give each process a part."""

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from cllm.adapter import ADAPTER, ADAPTER_FOLDER, BASE_REVISION
 from cllm.attention import check_model
 from cllm.checkpoints import published_record
 from cllm.errors import UsageError
-from cllm.files import StrPath, write_text
+from cllm.files import StrPath, write_json, write_text
 from cllm.models import (
     HUB_NAME,
     ORIGINS,
+    RECORD,
     add_to_record,
-    check_path,
     first_line,
     load_tokenizer,
     read_record,
@@ -30,45 +30,48 @@ from cllm.models import (
 )
 from cllm.prompts import PLACE, choose_template
 from cllm.serving.bundle import HEAD, bundle
-from cllm.serving.model_card import MARK, model_card, read_reports
+from cllm.serving.contents import FILES, contents, fetched, matches
+from cllm.serving.model_card import MARK, Report, model_card, read_reports
 
 CODE = "custom_generate/generate.py"  # where transformers looks for it
 CARD = "README.md"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
-FILES = (
-    *WEIGHTS,
-    *("config.json", "generation_config.json", "*tokenizer*", "*token*.json", "vocab.*", "merges.txt", "*.model"),
-    *("chat_template*", "LICENSE*", "NOTICE*"),
-)  # of a checkpoint; what a training run leaves beside them is not copied
+FOLDERS = (ADAPTER_FOLDER, Path(CODE).parts[0])
 
 logger = logging.getLogger(__name__)
 
 
-def export(model: str, output: StrPath, results: Sequence[StrPath] = ()) -> None:
+def export(model: str, output: StrPath, results: Sequence[StrPath] = (), *, adapter_only: bool = False) -> None:
     """Write the checkpoint ``model``, a folder or a hub name, to the folder ``output`` and :func:`equip` it.
 
+    A consistency adapter is written with its target model, in a folder of its own, so that transformers opens the target as it
+    is: an adapter beside the weights would be on for every token there. ``adapter_only`` leaves the target model out.
     ``output`` must be new, empty, or an earlier export, which is overwritten. ``model`` is only read. Raises UsageError
-    for any other folder, and for a checkpoint that cannot be loaded or decoded.
+    for any other folder, for a checkpoint that cannot be loaded or decoded, and for an adapter that does not fit its target.
     """
-    source, target = _fetched(model), Path(output)
-    if target.exists() and not target.is_dir() or source.resolve() == target.resolve():
-        raise UsageError(f"OUTPUT must be another folder than MODEL, got {target}")
-    if target.is_dir() and any(target.iterdir()) and not _is_export(target):
-        raise UsageError(f"OUTPUT must be new, empty, or an earlier export, but {target} has other files in it")
-    names = sorted(path.name for path in source.iterdir() if path.is_file() and _matches(path.name, FILES))
-    if not any(_matches(name, WEIGHTS) for name in names):
-        raise UsageError(f"no weights in {model}; expected one of {', '.join(WEIGHTS)}")
-    published = published_record(model)  # what the paper's checkpoints do not say themselves
-    read_reports(results, Skeleton(source).record or published)
-    write_text(target / CODE, code())  # first, so that an interrupted export can be run again
-    for path in target.iterdir():
-        if path.name not in names and _matches(path.name, FILES):
-            path.unlink()
-    for name in names:
-        _copy(source / name, target / name)
+    source, target = fetched(model), Path(output)
+    _check_output(source, target)
+    files = contents(source, model, adapter_only)
+    for folder in {path.parent for path in files.values()}:  # of the target model, too
+        _check_output(folder, target)
+    adapted = (source / ADAPTER).is_file()
+    skeleton, published = Skeleton(source), published_record(model)  # what the paper's checkpoints do not say themselves
+    reports = read_reports(results, skeleton.record or published)
+    if adapter_only:  # the card first, or the code, so that an interrupted export can be run again
+        _write_card(target, skeleton.card(target, reports, alone=True))
+    else:
+        write_text(target / CODE, code())
+    _remove_strays(target, files, adapter_only)
+    for name, path in files.items():
+        if adapted and name == "config.json":
+            _write_with_record(path, target / name, skeleton.passed_on)
+        else:
+            _copy(path, target / name)
     if published:
         add_to_record(target, published)
-    equip(target, results)
+    if not adapter_only:
+        equip(target, results)
+        if adapted:
+            _add_adapter_config(source, target, skeleton.record)
 
 
 def equip(folder: StrPath, results: Sequence[StrPath] = ()) -> None:
@@ -80,21 +83,16 @@ def equip(folder: StrPath, results: Sequence[StrPath] = ()) -> None:
     """
     folder = Path(folder)
     skeleton = Skeleton(folder)
-    reports = read_reports(results, skeleton.record)
-    origins = _origins(skeleton.record)
-    card = model_card(folder.resolve().name, skeleton.record | origins, skeleton.template.text, reports)
+    card = skeleton.card(folder, read_reports(results, skeleton.record))
     write_text(folder / CODE, code())
-    if origins != {key: skeleton.record[key] for key in origins}:
-        add_to_record(folder, origins)
+    if skeleton.passed_on != skeleton.record:
+        add_to_record(folder, skeleton.passed_on)
     write_text(folder / "generation_config.json", skeleton.generation_config().to_json_string())
-    if (folder / CARD).exists() and MARK not in (folder / CARD).read_text(encoding="utf-8"):
-        logger.warning("%s is kept as it is: it was not written by cllm export", folder / CARD)
-    else:
-        write_text(folder / CARD, card)
+    _write_card(folder, card)
 
 
 def code() -> str:
-    """The text of ``custom_generate/generate.py``: standard library, torch and transformers are all that it imports."""
+    """The text of ``custom_generate/generate.py``: it imports no more than torch, transformers and what these need."""
     return bundle("cllm.custom_generate", "generate")
 
 
@@ -113,6 +111,15 @@ class Skeleton:
         self.folder, self.record, self.tokenizer = folder, read_record(config), load_tokenizer(str(folder))
         self.template = choose_template(None, PLACE, self.tokenizer, self.record)
 
+    @property
+    def passed_on(self) -> dict[str, Any]:
+        """The record as an export has it."""
+        return self.record | _origins(self.record)
+
+    def card(self, folder: Path, reports: Sequence[Report], alone: bool = False) -> str:
+        """The text of the card in ``folder``. ``alone``: of an adapter without its target model."""
+        return model_card(folder.resolve().name, self.passed_on, self.template.text, reports, alone=alone)
+
     def generation_config(self) -> GenerationConfig:
         """The checkpoint's own, with every id that ends a response and with a padding id."""
         if (self.folder / "generation_config.json").is_file():
@@ -125,17 +132,6 @@ class Skeleton:
         return config
 
 
-def _fetched(model: str) -> Path:
-    """The checkpoint's folder, downloaded where ``model`` is a hub name. Raises UsageError where there is none."""
-    check_path(model)
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(FILES)))
-    except Exception as error:  # of the network, of the hub, of the library: no common base
-        raise UsageError(f"cannot fetch {model!r} from the Hugging Face hub: {first_line(error)}") from error
-
-
 def _origins(record: Mapping[str, Any]) -> dict[str, str]:
     """What the checkpoint was made of, in words that mean something elsewhere: hub names, of folders their last parts."""
     paths = {key: str(record[key]) for key in ORIGINS if record.get(key)}
@@ -143,20 +139,54 @@ def _origins(record: Mapping[str, Any]) -> dict[str, str]:
     return {key: path if key in on_hub else Path(os.path.abspath(path)).name for key, path in paths.items()}
 
 
+def _check_output(source: Path, target: Path) -> None:
+    """Raise UsageError for a folder that must not be written to."""
+    if target.exists() and not target.is_dir() or source.resolve() == target.resolve():
+        raise UsageError(f"OUTPUT must be another folder than MODEL's and its target model's, got {target}")
+    if target.is_dir() and any(target.iterdir()) and not _is_export(target):
+        raise UsageError(f"OUTPUT must be new, empty, or an earlier export, but {target} has other files in it")
+
+
 def _is_export(folder: Path) -> bool:
     """Whether an export wrote all that is there. A training run has left more; its weights must not be overwritten."""
-    ours = (CARD, Path(CODE).parts[0], ".*")
-    if any(not _matches(path.name, (*FILES, *ours)) for path in folder.iterdir()):
+    if any(not matches(path.name, (*FILES, ADAPTER, CARD, *FOLDERS, ".*")) for path in folder.iterdir()):
         return False
-    return (folder / CODE).is_file() and (folder / CODE).read_text(encoding="utf-8").startswith(HEAD)
+    marks = ((CODE, HEAD), (CARD, MARK))
+    return any((folder / name).is_file() and mark in (folder / name).read_text(encoding="utf-8") for name, mark in marks)
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+def _remove_strays(target: Path, files: Mapping[str, Path], adapter_only: bool) -> None:
+    """Remove what an earlier export left and this one does not write: it would be loaded."""
+    for path in target.iterdir():
+        if path.name not in files and matches(path.name, (*FILES, ADAPTER)):
+            path.unlink()
+    for name in FOLDERS if adapter_only else (ADAPTER_FOLDER,):
+        shutil.rmtree(target / name, ignore_errors=True)
+
+
+def _add_adapter_config(source: Path, target: Path, record: Mapping[str, Any]) -> None:
+    """Finish the adapter beside its target model: with the record, which keeps it from being merged, and without a path."""
+    folder = target / ADAPTER_FOLDER
+    _copy(target / "config.json", folder / "config.json")
+    config = json.loads((source / ADAPTER).read_text(encoding="utf-8"))
+    on_hub = record["target_model"] if record.get(BASE_REVISION) else None
+    write_json(folder / ADAPTER, config | {"base_model_name_or_path": on_hub})
+
+
+def _write_with_record(source: Path, target: Path, record: Mapping[str, Any]) -> None:
+    write_json(target, json.loads(source.read_text(encoding="utf-8")) | {RECORD: record})
+
+
+def _write_card(folder: Path, card: str) -> None:
+    if (folder / CARD).exists() and MARK not in (folder / CARD).read_text(encoding="utf-8"):
+        logger.warning("%s is kept as it is: it was not written by cllm export", folder / CARD)
+    else:
+        write_text(folder / CARD, card)
 
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a file; what is at ``target`` is replaced by the whole of it or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     try:
         shutil.copyfile(source, part)

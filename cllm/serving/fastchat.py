@@ -7,7 +7,6 @@ text, so its ``get_generate_stream_function`` is replaced by one that asks for o
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import sys
@@ -18,10 +17,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from cllm.adapter import ADAPTER
 from cllm.checkpoints import published_record
 from cllm.decoding import JacobiDecoder, Sampling
 from cllm.errors import UsageError
-from cllm.models import RECORD, context_length, load_tokenizer, read_record, stop_token_ids
+from cllm.models import attach_own, context_length, folder_record, load_tokenizer, read_record, stop_token_ids
 from cllm.prompts import CHAT, PromptTemplate, choose_template
 from cllm.serving.text import TextStream
 
@@ -85,9 +85,13 @@ class CllmAdapter:
     def load_model(
         self, model_path: str, from_pretrained_kwargs: Mapping[str, Any]
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Raises UsageError for an adapter alone, which transformers would switch on for every token."""
+        if Path(model_path, ADAPTER).is_file():
+            raise UsageError(f"{model_path} holds an adapter alone; `cllm export` puts it beside its target model for FastChat")
         kwargs = dict(from_pretrained_kwargs)
         kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
         model = AutoModelForCausalLM.from_pretrained(model_path, **kwargs)
+        attach_own(model)
         return model.eval(), load_tokenizer(model_path)
 
     def load_compress_model(self, model_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -244,9 +248,8 @@ def _braces(text: str) -> str:
 def _local_record(model_path: str) -> dict[str, Any]:
     """The record in the config.json of a folder; {} for anything else."""
     try:
-        config = json.loads(Path(model_path, "config.json").read_text(encoding="utf-8"))
-        return dict(config.get(RECORD) or {})
-    except (OSError, ValueError, AttributeError, TypeError):
+        return folder_record(model_path)
+    except UsageError:
         return {}
 
 

@@ -9,16 +9,19 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
+from cllm.adapter import ADAPTER, ADAPTER_FOLDER, BASE, BASE_REVISION, LOSSLESS
 from cllm.errors import UsageError
 from cllm.evaluation.quality import QUALITY_ROWS
 from cllm.evaluation.table import number, percent, percent_with_interval, with_interval
 from cllm.files import StrPath, open_text
-from cllm.models import GUESS, HUB_NAME, ORIGINS, WIDTH, default_width
+from cllm.models import DRAFTS, GUESS, HUB_NAME, ORIGINS, WIDTH, default_drafts, default_width
 from cllm.prompts import CHAT, DIALOGUES, PLACE
 from cllm.tasks import get_task, task_names
 from cllm.tasks.base import Task
 
 MARK = "<!-- written by cllm export -->"
+PLAIN = "Without it the model is an ordinary AR model"  # trust_remote_code
+ADAPTED = f"It reads the adapter in `{ADAPTER_FOLDER}/`. Without it the model is the plain target model"
 TAGS = ["cllm", "custom_generate", "jacobi-decoding", "arxiv:2403.00835"]
 RECIPE = {  # keys of the record, as people say them
     "block_size": "block size",
@@ -29,6 +32,16 @@ RECIPE = {  # keys of the record, as people say them
     "teacher": "teacher of the states",
     "ar_loss": "AR loss",
     "ar_weight": "weight of the AR loss",
+    "distance_decay": "distance decay",
+}
+ADAPTER_RECIPE = {
+    "lora_r": "rank of the adapter",
+    "block_size": "block size",
+    "responses": "responses trained on",
+    "guess": "starting guesses",
+    "divergence": "consistency loss against the target's distribution",
+    "states_per_block": "states per block",
+    "on_policy": "share of steps on the adapter's own guesses",
     "distance_decay": "distance decay",
 }
 Report = dict[str, Any]  # the JSON of `cllm speedup` or `cllm acc`
@@ -51,32 +64,39 @@ def read_reports(paths: Sequence[StrPath], record: Mapping[str, Any]) -> list[Re
     return reports
 
 
-def model_card(name: str, record: Mapping[str, Any], template: str, reports: Sequence[Report]) -> str:
+def model_card(name: str, record: Mapping[str, Any], template: str, reports: Sequence[Report], *, alone: bool = False) -> str:
     """The card as Markdown with YAML at its head.
 
-    ``record`` is what config.json says of the checkpoint's making, ``template`` the text of its PromptTemplate.
+    ``record`` is what config.json says of the checkpoint's making, ``template`` the text of its PromptTemplate. ``alone``: of
+    a consistency adapter without its target model.
     """
     task = get_task(record["task"]) if record.get("task") in task_names() else None
-    parts = [_head(name, record), _usage(template, task), _making(record, task)]
+    if record.get(LOSSLESS):
+        parts = [_adapter_head(name, record, alone)]
+        parts += [] if alone else [_usage(template, task, ADAPTED)]
+        parts += [_toolkit_usage(template, task), _making(record, task, ADAPTER_RECIPE)]
+    else:
+        parts = [_head(name, record), _usage(template, task, PLAIN), _making(record, task, RECIPE)]
     if reports:
         parts.append("## Measured\n\nBrackets: 95% intervals.")
         parts += [_speed(report) if "methods" in report else _accuracy(report) for report in reports]
-    return f"---\n{_metadata(name, record, task, reports).to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(parts) + "\n"
+    head = _metadata(name, record, task, reports, alone).to_yaml()
+    return f"---\n{head}\n---\n\n{MARK}\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _recipe_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record without what may be added to it after the training, and what an export leaves of paths."""
-    kept = {key: value for key, value in record.items() if key not in (WIDTH, GUESS)}
+    kept = {key: value for key, value in record.items() if key not in (WIDTH, DRAFTS, GUESS)}
     return kept | {key: Path(kept[key]).name for key in ORIGINS if kept.get(key)}
 
 
-def _metadata(name: str, record: Mapping[str, Any], task: Task | None, reports: Sequence[Report]) -> ModelCardData:
+def _metadata(name: str, record: Mapping[str, Any], task: Task | None, reports: Sequence[Report], alone: bool) -> ModelCardData:
     target = str(record.get("target_model") or "")
     fetched = bool(HUB_NAME.fullmatch(target)) and isinstance(try_to_load_from_cache(target, "config.json"), str)
     return ModelCardData(
-        library_name="transformers",
+        library_name="cllm" if alone else "transformers",  # the hub shows how to load a model with its library
         pipeline_tag="text-generation",
-        tags=TAGS,
+        tags=[*TAGS, "lossless"] if record.get(LOSSLESS) else TAGS,
         base_model=target if fetched else None,  # a local path may look like a hub name
         datasets=[task.hub.path] if task is not None and task.hub is not None else None,
         model_name=name,
@@ -105,7 +125,46 @@ def _head(name: str, record: Mapping[str, Any]) -> str:
     )
 
 
-def _usage(template: str, task: Task | None) -> str:
+def _adapter_head(name: str, record: Mapping[str, Any], alone: bool) -> str:
+    width = default_width(record)
+    target = str(record.get("target_model"))
+    revision = record.get(BASE_REVISION)
+    where = f"at revision `{revision}` on the hub" if revision else "a folder on the machine that trained the adapter"
+    weights = " ".join((record.get(BASE) or {}).values())
+    start = "A consistency adapter" if alone else f"`{target}` as it is, with a consistency adapter"
+    paragraphs = [
+        f"# {name}",
+        f"{start}: low-rank weights that are on for guesses only ([CLLM](https://arxiv.org/abs/2403.00835), Jacobi iteration). "
+        "The target model checks every guess with its own weights, so the text is that of its autoregressive (AR) decoding, "
+        "token for token; with sampling it is distributed as AR's. The adapter decides the speed alone. "
+        f"Window: {width} tokens, {default_drafts(record, width)} of them drafted.",
+        f"Target model: `{target}`, {where}; fingerprint of its weights: `{weights}`. "
+        "The adapter is refused for a model with other weights.",
+    ]
+    if alone:
+        paragraphs.append(_warning(record))
+    else:
+        paragraphs.append(f"Do not merge `{ADAPTER_FOLDER}/` into the weights: that gives another model and another text.")
+    return "\n\n".join(paragraphs)
+
+
+def _warning(record: Mapping[str, Any]) -> str:
+    """What can go wrong with an adapter on its own."""
+    parts = [
+        "**Do not load this folder with peft or `AutoModelForCausalLM`, and do not merge it.** They switch the adapter on for "
+        "every token, which gives the drafting model, not the target model, and another text. `cllm export PATH OUTPUT` writes "
+        "target model and adapter in a form that transformers decodes correctly."
+    ]
+    if not record.get(BASE_REVISION):
+        parts.append(
+            f"`{ADAPTER}` names the target model by a path on the machine that trained the adapter: elsewhere, edit its "
+            "`base_model_name_or_path` first."
+        )
+    return "\n\n".join(parts)
+
+
+def _inputs(template: str, task: Task | None) -> str:
+    """Code that makes a question ready for the model."""
     question = task.default_question if task is not None else "1 + 1 = ?"
     if template == CHAT:
         messages = '[{"role": "user", "content": question}]'
@@ -114,6 +173,10 @@ def _usage(template: str, task: Task | None) -> str:
     else:
         text = DIALOGUES[template].text if template in DIALOGUES else template
         inputs = f'tokenizer({text!r}.replace("{PLACE}", question), return_tensors="pt")'
+    return f"question = {question!r}\ninputs = {inputs}"
+
+
+def _usage(template: str, task: Task | None, without: str) -> str:
     return f"""## Use
 
 ```python
@@ -121,25 +184,41 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-question = {question!r}
-inputs = {inputs}
+{_inputs(template, task)}
 output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`trust_remote_code=True` runs this checkpoint's `custom_generate/generate.py`. Without it the model is an ordinary AR model, as
+`trust_remote_code=True` runs this checkpoint's `custom_generate/generate.py`. {without}, as
 in any other program. Batches, streamers, sampling, stop strings and logits processors work as ever; `block_size=`, `guess=` and
 `seed=` are options of its own. Beam search and `output_scores` are refused."""
 
 
-def _making(record: Mapping[str, Any], task: Task | None) -> str:
+def _toolkit_usage(template: str, task: Task | None) -> str:
+    return f"""## Use with the CLLM toolkit
+
+`cllm chat --model PATH` and `cllm serve PATH` (OpenAI protocol) draft with the adapter; so does every other command. In Python:
+
+```python
+from cllm.decoding import JacobiDecoder
+from cllm.models import load_model, load_tokenizer, stop_token_ids
+
+model, tokenizer = load_model("PATH"), load_tokenizer("PATH")  # the target model, and the adapter for its decoders
+decoder = JacobiDecoder(model, eos_token_ids=stop_token_ids(model, tokenizer))
+{_inputs(template, task)}
+(result,) = decoder.generate(inputs["input_ids"], max_new_tokens=256)
+print(tokenizer.decode(result.token_ids, skip_special_tokens=True))
+```"""
+
+
+def _making(record: Mapping[str, Any], task: Task | None, recipe: Mapping[str, str]) -> str:
     lines = []
     if record.get("target_model"):
         lines.append(f"- target model: {record['target_model']}")
     if task is not None:
         where = f" ([{task.hub.path}](https://huggingface.co/datasets/{task.hub.path}))" if task.hub is not None else ""
         lines.append(f"- data: {task.description}{where}; Jacobi trajectories of the target model's own responses")
-    lines += [f"- {title}: {record[key]}" for key, title in RECIPE.items() if record.get(key) is not None]
+    lines += [f"- {title}: {record[key]}" for key, title in recipe.items() if record.get(key) is not None]
     return "## How it was made\n\n" + ("\n".join(lines) or "Its config.json does not say.")
 
 

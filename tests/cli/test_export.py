@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from commands import refused
+from tiny import save_tiny_adapter
 
 from cllm.cli import export
 from cllm.serving import hub
@@ -43,6 +44,15 @@ def test_export_and_push(tiny_model_dir: Path, tmp_path: Path, api: Hub, capsys:
     export.main([str(tiny_model_dir), str(output), "--push", "lab/model"])
     ((own, files), (named, _)) = api.calls
     assert (own, named) == ("someone/my-cllm", "lab/model") and {"custom_generate", "README.md"} <= set(files)
+
+
+def test_an_adapter(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = save_tiny_adapter(tmp_path / "adapter", tiny_model_dir)
+    export.main([str(adapter), str(tmp_path / "whole")])
+    export.main([str(adapter), str(tmp_path / "alone"), "--adapter_only"])
+    assert "Checkpoint exported to" in (out := capsys.readouterr().out) and f"Adapter exported to {tmp_path / 'alone'}" in out
+    message = refused(capsys, export.main, tiny_model_dir, tmp_path / "out", "--adapter_only")
+    assert message.startswith("adapter_only needs a folder that") and not (tmp_path / "out").exists()
 
 
 def test_a_hub_that_refuses(tiny_model_dir: Path, tmp_path: Path, api: Hub, capsys, monkeypatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import question_rows, refused, write_rows
-from tiny import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import save_tiny_adapter, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from cllm.cli import sft
@@ -73,6 +73,13 @@ ROWS = [
     Answered([*SHARED, 1, 2, 9], [8, 8]),
     Answered([8, 9, 10, 11], [12]),
 ]
+
+
+def test_a_consistency_adapter_is_no_model_to_train(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    adapter = save_tiny_adapter(tmp_path / "adapter", tmp_path / "m")
+    message = refused(capsys, sft.main, *words[1:], f"--model={adapter}")
+    assert message == f"{adapter} holds a consistency adapter, which is not trained on; pass its target model, {tmp_path / 'm'}"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_shared_beginning_is_packed_once() -> None:

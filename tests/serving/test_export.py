@@ -213,7 +213,7 @@ def test_no_path_of_this_machine_is_passed_on(checkpoint: Path, tmp_path: Path, 
 def test_a_published_checkpoint_says_what_is_known_of_it(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     write_json(checkpoint / "config.json", {key: value for key, value in config.items() if key != RECORD})
-    monkeypatch.setattr("cllm.serving.export.snapshot_download", lambda name, allow_patterns: str(checkpoint))
+    monkeypatch.setattr("cllm.serving.contents.snapshot_download", lambda name, **options: str(checkpoint))
     export("cllm/consistency-llm-7b-math", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "config.json").read_text())[RECORD]
     assert record == {"prompt_template": "abel", "task": "gsm8k", "target_model": "GAIR/Abel-7B-001"}
