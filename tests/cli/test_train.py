@@ -447,7 +447,7 @@ def test_what_lossless_training_refuses(model_dir: Path, collected: Path, run, t
     assert "lora_r must be >= 1, got 0" in message("--lora_r=0")
     assert "gradient_checkpointing is on" in message("--gradient_checkpointing")
     again = message("--use_cpu", model=run(**LOSSLESS))
-    assert f"holds a consistency adapter; train from its target model, {model_dir}" in again
+    assert f"holds a consistency adapter, which is not trained on; pass its target model, {model_dir}" in again
     folder = shutil.copytree(collected / "t", tmp_path / "t")
     settings = json.loads((folder / "settings.json").read_text())
     (folder / "settings.json").write_text(json.dumps(settings | {"block_size": 256}))
