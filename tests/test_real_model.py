@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from sql_questions import questions as generated
+from tiny import random_adapter
 
 from cllm.decoding import JacobiDecoder
 from cllm.models import load_model, load_tokenizer, stop_token_ids
@@ -36,14 +37,18 @@ def questions(request, count: int) -> list[str]:
 
 @torch.inference_mode()
 def test_fifty_prompts_equal_generate(request, smol):
-    """Ragged batches of the engine against Hugging Face's ``generate`` of each prompt alone."""
+    """Ragged batches of the engine, without and with an adapter, against Hugging Face's ``generate`` of each prompt alone."""
     model, tokenizer = smol
     eos = stop_token_ids(model, tokenizer)
     template = PromptTemplate("chat")
     prompts = [template.encode([{"role": "user", "content": q}], tokenizer) for q in questions(request, 50)]
     decoder = JacobiDecoder(model, 8, eos_token_ids=eos)
-    ours = [r for i in range(0, 50, 10) for r in decoder.generate(prompts[i : i + 10], max_new_tokens=NEW_TOKENS)]
-    for prompt, result in zip(prompts, ours):
+    drafting = JacobiDecoder(model, 8, eos_token_ids=eos, adapter=random_adapter(model, rank=8, size=0.05))
+    ours, drafted = (
+        [r for i in range(0, 50, 10) for r in one.generate(prompts[i : i + 10], max_new_tokens=NEW_TOKENS)]
+        for one in (decoder, drafting)
+    )
+    for prompt, result, other in zip(prompts, ours, drafted):
         expected = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -51,5 +56,5 @@ def test_fifty_prompts_equal_generate(request, smol):
             max_new_tokens=NEW_TOKENS,
             pad_token_id=tokenizer.pad_token_id,
         )[0, len(prompt) :]
-        assert result.token_ids == expected.tolist()
+        assert result.token_ids == other.token_ids == expected.tolist()
     assert sum(len(r.token_ids) for r in ours) > sum(r.forwards for r in ours)  # and in fewer forwards
