@@ -18,7 +18,7 @@ case "$*" in
 esac
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 TRAIN=256 TEST=40
+BLOCK=8 LENGTH=80 TRAIN=320 TEST=32
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -48,7 +48,7 @@ stage questions "writing two databases, $TRAIN questions to learn from and $TEST
   python scripts/sql_questions.py "$out/data" "$TRAIN" "$TEST"
 stage target "fine-tuning the small model on their answers: the target model" \
   cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" --num_train_epochs 2 \
-  --per_device_train_batch_size 16 --learning_rate 3e-4 --lr_scheduler_type cosine --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
+  --per_device_train_batch_size 8 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
 stage collect "collecting Jacobi trajectories of the target model" \
   cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$out/trajectories" --no-resume \
   --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 32 "${frozen[@]}"
@@ -57,7 +57,7 @@ stage train "training the consistency adapter" \
   --num_train_epochs 2 --per_device_train_batch_size 4 "${training[@]}" "${mixed[@]}" "${frozen[@]}"
 stage tune "finding the window that is fastest on this machine, on questions to learn from" \
   cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
-  --widths 6 8 12 --drafts 11 15 --output "$out/tune.json" --save
+  --widths 6 8 --drafts 9 11 15 --output "$out/tune.json" --save
 stage measure "measuring target model and CLLM on the held-out questions" \
   measure "$out/cllm.json" --test_model "$out/cllm" --baseline generate
 if [ "$paper" ]; then

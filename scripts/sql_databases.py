@@ -47,8 +47,6 @@ SHARED: dict[str, Sequence[Value]] = {
     "more": [("more than", ">"), ("less than", "<")],
     "above": [("above", ">"), ("below", "<")],
     "dearest": [("most expensive", "DESC"), ("cheapest", "ASC")],
-    "most": [("most", "DESC"), ("fewest", "ASC")],
-    "last": [("last", "DESC"), ("first", "ASC")],
 }
 
 
@@ -95,7 +93,6 @@ SHOP = Database(
         "customer": NAMES,
         "product": [*chain(*GOODS.values())],
         "price": range(20, 180, 5),
-        "pieces": range(5, 30),
     },
     kinds={
         "SELECT count(*) FROM customers WHERE city = '{city}' AND age {older} {age}": [
@@ -144,11 +141,6 @@ SHOP = Database(
             "Who ordered the {product} in {month} 2025?",
             "Which customers ordered the {product} in {month} 2025?",
         ],
-        "SELECT sum(products.price * orders.quantity) FROM {sales} "
-        "WHERE customers.name = '{customer}' AND products.category = '{category}'": [
-            "How much did {customer} spend on {category} products?",
-            "How much money has {customer} spent on {category} products in total?",
-        ],
         "SELECT count(*) FROM {sales} WHERE customers.city = '{city}' AND products.category = '{category}'": [
             "How many orders of {category} products came from {city}?",
             "Count the orders of {category} products by customers from {city}.",
@@ -156,11 +148,6 @@ SHOP = Database(
         "SELECT sum(orders.quantity) FROM {sales} WHERE products.name = '{product}' AND orders.day LIKE '2025-{month}-%'": [
             "How many pieces of the {product} were sold in {month} 2025?",
             "What quantity of the {product} was sold in {month} 2025?",
-        ],
-        "SELECT customers.name, sum(orders.quantity) FROM {sales} WHERE customers.city = '{city}' "
-        "GROUP BY customers.id ORDER BY sum(orders.quantity) {most} LIMIT {n}": [
-            "Which {n} customers from {city} bought the {most} pieces? Show name and quantity.",
-            "Show the {n} customers from {city} who bought the {most} pieces, and how many.",
         ],
         "SELECT name FROM customers WHERE city = '{city}' AND id NOT IN "
         "(SELECT orders.customer_id FROM {sales} WHERE products.category = '{category}')": [
@@ -172,19 +159,9 @@ SHOP = Database(
             "Which {category} products did nobody order in {month} 2025?",
             "List the {category} products that were not ordered in {month} 2025.",
         ],
-        "SELECT customers.city, sum(orders.quantity) FROM {sales} WHERE products.category = '{category}' "
-        "GROUP BY customers.city HAVING sum(orders.quantity) >= {pieces}": [
-            "Which cities bought at least {pieces} pieces of {category} products? Show city and quantity.",
-            "Show the cities that bought {pieces} or more pieces of {category} products, and the quantity.",
-        ],
         "SELECT DISTINCT customers.city FROM {sales} WHERE products.name = '{product}' AND orders.quantity >= {n}": [
             "From which cities are the customers who ordered at least {n} pieces of the {product}?",
             "Which cities ordered {n} or more pieces of the {product} at once?",
-        ],
-        "SELECT products.name, products.price FROM {sales} WHERE customers.name = '{customer}' "
-        "ORDER BY products.price {dearest} LIMIT 1": [
-            "What is the {dearest} product that {customer} ordered? Show name and price.",
-            "Show name and price of the {dearest} product ordered by {customer}.",
         ],
     },
 )
@@ -213,10 +190,6 @@ CLINIC = Database(
         "SELECT count(*) FROM patients WHERE town = '{town}' AND age {older} {age}": [
             "How many patients from {town} are {older} {age}?",
             "Count the patients from {town} who are {older} {age}.",
-        ],
-        "SELECT name, fee FROM doctors WHERE fee BETWEEN {fee} AND {fee2} ORDER BY fee": [
-            "Show names and fees of the doctors with a fee between {fee} and {fee2}, cheapest first.",
-            "Which doctors charge {fee} to {fee2}? Show name and fee, cheapest first.",
         ],
         "SELECT name, fee FROM doctors WHERE fee {above} {fee} ORDER BY fee {dearest} LIMIT {n}": [
             "Show names and fees of the {n} {dearest} doctors with a fee {above} {fee}.",
@@ -268,20 +241,10 @@ CLINIC = Database(
             "How many visits to Dr {doctor} took {more} {length} minutes?",
             "Count the visits to Dr {doctor} that took {more} {length} minutes.",
         ],
-        "SELECT doctors.name, sum(visits.minutes) FROM {care} WHERE visits.day LIKE '2025-{month}-%' "
-        "GROUP BY doctors.id ORDER BY sum(visits.minutes) {most} LIMIT {n}": [
-            "Which {n} doctors spent the {most} minutes on visits in {month} 2025? Show name and minutes.",
-            "Show the {n} doctors with the {most} minutes of visits in {month} 2025, and how many.",
-        ],
         "SELECT name FROM patients WHERE town = '{town}' AND id NOT IN "
         "(SELECT visits.patient_id FROM {care} WHERE doctors.field = '{field}')": [
             "Which patients from {town} never visited a {field} doctor?",
             "Who in {town} has not visited any {field} doctor?",
-        ],
-        "SELECT name FROM doctors WHERE field = '{field}' AND id NOT IN "
-        "(SELECT doctor_id FROM visits WHERE day LIKE '2025-{month}-%')": [
-            "Which {field} doctors did nobody visit in {month} 2025?",
-            "List the {field} doctors that were not visited in {month} 2025.",
         ],
         "SELECT doctors.field, count(*) FROM {care} WHERE patients.age {older} {age} GROUP BY doctors.field": [
             "For each field, how many visits were by patients {older} {age}?",
@@ -290,10 +253,6 @@ CLINIC = Database(
         "SELECT DISTINCT patients.town FROM {care} WHERE doctors.name = '{doctor}' AND visits.minutes >= {length}": [
             "From which towns are the patients who spent at least {length} minutes with Dr {doctor}?",
             "Which towns had visits of {length} or more minutes to Dr {doctor}?",
-        ],
-        "SELECT visits.day, doctors.name FROM {care} WHERE patients.name = '{patient}' ORDER BY visits.day {last} LIMIT {n}": [
-            "When were the {last} {n} visits of {patient}, and to which doctors?",
-            "Show day and doctor of the {last} {n} visits by {patient}.",
         ],
     },
 )
