@@ -16,7 +16,7 @@ from cllm.tasks import get_task
 from cllm.tasks.base import Task
 from cllm.tasks.source import load_examples
 
-EVERY = questions(3200)
+EVERY = questions(2560)
 KINDS = [(database, sql) for database in ALL for sql in database.kinds]
 
 
