@@ -22,7 +22,7 @@ _FENCE = re.compile(
     rf"""(?P<opens>
         ^[ \t]*(?:`{{3,}}|~{{3,}})
       | (?<!["'`\\\w(])`{{3,}}(?=(?:python[23]?|py3?)\b|{_CODE_AHEAD}) )     # after prose on the same line
-    | (?<!["'`])`{{3,}}(?=\s|\Z|[.,;:)])                                     # after code on the same line""",
+    | (?<!`)`{{3,}}(?=\s|\Z|[.,;:)])                                         # after code on the same line""",
     re.MULTILINE | re.VERBOSE,
 )
 _NO_CODE = re.compile(r"[ \t]*(?:[A-Z(.,;:)]|$)", re.MULTILINE)

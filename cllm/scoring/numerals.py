@@ -11,7 +11,7 @@ _FRACTION_AHEAD = re.compile(rf"(?<=\d)(?=[¼-¾⅐-⅞]|[{_RAISED}]+[/⁄])")
 _EXPONENT = re.compile(rf"(?<=[\w)\]}}°])[⁺⁻]?[{_RAISED}]++(?![/⁄])")
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _SIGNS = str.maketrans("−–‐‑×·⋅∙÷⁄٫٬’", "----****//.,'")
-_LATEX = {"{,}": ",", "\\,": "", "\\!": "", "\\:": " ", "\\;": " ", "\\ ": " ", "~": " ", "\\$": "$", "\\%": "%"}
+_LATEX = {"{,}": ",", "\\,": " ", "\\!": "", "\\:": " ", "\\;": " ", "\\ ": " ", "~": " ", "\\$": "$", "\\%": "%"}
 _LATEX |= {"\\times": "*", "\\cdot": "*", "\\div": "/", "\\approx": "≈"}
 _LAYOUT = re.compile(r"\\(?:left|right|quad|displaystyle)(?![A-Za-z])")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
