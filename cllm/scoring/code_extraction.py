@@ -7,10 +7,12 @@ has to follow a prompt such as HumanEval's (imports, signature, docstring) so th
 import ast
 import builtins
 import re
+import symtable
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from cllm.scoring.reply import parts
 
@@ -33,7 +35,7 @@ _CODE_LINE = re.compile(r"(?:import|from|def|class|async def)\s|@\w|[A-Za-z_]\w*
 _MOST_LINES = 600  # of a reply that are looked at; what is cut off is not needed by any answer that is one
 _TRIES = 400  # at parsing
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
-_NAMED = _FUNCTION | ast.ClassDef
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _program(found: list[Segment], name: str, prompt: str) -> str | None:
         program = _defining(segment.lines, name)
         if program is not None:
             program = "\n".join([*before, program])
-            later = _needed(f"{prompt}\n{_after(prompt)}{program}", found[at + 1 :], name)
+            later = _needed(prompt + _after(prompt) + _without_future(program), found[at + 1 :], name)
             return "\n\n".join([*later, _without_future(program)]) if later else program
         before.extend(_definitions(segment.lines, name))
     return None
@@ -135,29 +137,25 @@ def _needed(program: str, later: list[Segment], name: str) -> list[str]:
 
 
 def _missing(program: str) -> set[str]:
-    bound, used = _names(ast.parse(program))
-    return used - bound - set(dir(builtins))
+    """The names that a program takes from the top level, where nothing gives them."""
+    top = _quietly(_symbols, program)
+    tables, used = [top] if top else [], set()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        symbols = table.get_symbols()
+        used |= {symbol.get_name() for symbol in symbols if symbol.is_referenced() and (table is top or symbol.is_global())}
+    return used - _given(program) - set(dir(builtins))
 
 
 def _given(source: str) -> set[str]:
-    """The names that the top level of a definition gives something to."""
-    nodes = ast.parse(source).body
-    return {name for node in nodes for name in ([node.name] if isinstance(node, _NAMED) else _names(node)[0])}
+    """The names that the top level gives something to."""
+    top = _quietly(_symbols, source)
+    return {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()} if top else set()
 
 
-def _names(tree: ast.AST) -> tuple[set[str], set[str]]:
-    """The names that code gives something to, anywhere in it, and those that it uses."""
-    bound, used = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, _NAMED):
-            bound.add(node.name)
-    return bound, used
+def _symbols(source: str) -> symtable.SymbolTable:
+    return symtable.symtable(source, "program", "exec")
 
 
 def _defining(lines: list[str], name: str) -> str | None:
@@ -269,7 +267,7 @@ def _indent(prompt: str) -> str:
 
 
 def _after(prompt: str) -> str:
-    """What closes the prompt's unfinished function: nothing if it has a docstring, else ``pass``."""
+    """What closes the prompt's unfinished function, if there is one: nothing if it has a docstring, else ``pass``."""
     start = "" if prompt.endswith("\n") else "\n"
     return start if _parse(prompt) is not None else f"{start}{_indent(prompt)}pass\n\n"
 
@@ -285,7 +283,7 @@ def _has_body(tree: ast.Module, name: str) -> bool:
 
 
 def _defines(node: ast.stmt, name: str) -> bool:
-    if isinstance(node, _NAMED):
+    if isinstance(node, _FUNCTION | ast.ClassDef):
         return node.name == name
     return any(isinstance(target, ast.Name) and target.id == name for target in _targets(node))
 
@@ -312,7 +310,7 @@ def _returns(tree: ast.Module, name: str) -> bool:
         node = stack.pop()
         if isinstance(node, results):
             return True
-        if not isinstance(node, _NAMED | ast.Lambda):  # whose results are their own
+        if not isinstance(node, _FUNCTION | ast.Lambda | ast.ClassDef):  # whose results are their own
             stack.extend(ast.iter_child_nodes(node))
     return False
 
@@ -334,9 +332,14 @@ def _dedented(lines: list[str]) -> list[str]:
 
 
 def _parse(source: str) -> ast.Module | None:
+    return _quietly(ast.parse, source)
+
+
+def _quietly(read: Callable[[str], T], source: str) -> T | None:
+    """What ``read`` makes of source code; None for what is no Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escape sequences
-            return ast.parse(source)
+            return read(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

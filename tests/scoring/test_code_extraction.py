@@ -80,7 +80,8 @@ FOUND = {
     "stub before": "```python\ndef total(numbers):\n    raise NotImplementedError('later')\n```\nNow in full:\n"
     f"```python\n{DEFINITION}\n```",
     "stub before in the same block": f"def total(numbers):\n    raise NotImplementedError\n\n{DEFINITION}",
-    "thinking before": f"<think>\n```python\ndef total(numbers):\n    return 0\n```\nno\n</think>\n```python\n{DEFINITION}\n```",
+    "thinking before": "<think>\n```python\ndef total(numbers):\n    return 0\n```\nno\n</think>\n"
+    f"```python\n{DEFINITION}\n```",
     "thinking that the prompt began": f"def total(numbers):\n    return 0\n</think>\n{DEFINITION}",
     "special token": f"{DEFINITION}<|eot_id|>\n\ndef total(numbers):\n    return 0",
     "special tokens around": f"<|im_start|>assistant\n{DEFINITION}<|im_end|>",
@@ -101,13 +102,17 @@ FOUND = {
     "fence in a docstring without a fence": DOCUMENTED,
     "fence in a docstring and no line for the last": f"```python\n{DOCUMENTED}```",
     "fence as a string": f"```python\nFENCE = '```'\nOTHER = \"```python\"\n\n{LONGER}\n```",
-    "docstring cut off before": f"```python\ndef total(numbers):\n    \"\"\"Add\n```\nAgain:\n```python\n{DOCUMENTED}\n```",
+    "docstring cut off before": f"```python\ndef total(numbers):\n    \"\"\"Add\n```\nAgain:\n```python\n{DEFINITION}\n```",
+    "docstring cut off before another": '```python\ndef total(numbers):\n    """Add\n```\nAgain:\n```python\n'
+    'def total(numbers):\n    """Add."""\n    return sum(numbers)\n```',
     "helper in a later block": "```python\ndef total(numbers):\n    return add(numbers)\n```\nThis needs\n```python\n"
     "def add(numbers):\n    return sum(numbers)\n\nprint(add([1]))\n```",
-    "helpers in later blocks": "```python\nfrom __future__ import annotations\n\ndef total(numbers):\n    return Adder().add(numbers)"
-    "\n```\nwhere\n```python\nclass Adder(Base):\n    def add(self, numbers):\n        return reduce(add, numbers, START)\n```\nwith"
-    "\n```python\nfrom functools import reduce\nfrom operator import add\n\nSTART = 0\n\nclass Base:\n    pass\n```",
-    "import in a later block": "```python\ndef total(numbers):\n    return int(math.fsum(numbers))\n```\nand\n```python\nimport math\n```",
+    "helpers in later blocks": "```python\nfrom __future__ import annotations\n\ndef total(numbers):\n"
+    "    return Adder().add(numbers)\n```\nwhere\n```python\nclass Adder(Base):\n    def add(self, numbers):\n"
+    "        return reduce(add, numbers, START)\n```\nwith\n```python\nfrom functools import reduce\n"
+    "from operator import add\n\nSTART = 0\n\nclass Base:\n    pass\n```",
+    "import in a later block": "```python\ndef total(numbers):\n    return int(math.fsum(numbers))\n```\n"
+    "and\n```python\nimport math\n```",
     "body": BODY,
     "body and a special token": f"{BODY}<|endoftext|>def total(numbers):",
     "body and a turn": f"{BODY}\n\n### Instruction:\nThanks",

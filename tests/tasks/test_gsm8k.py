@@ -241,7 +241,10 @@ def test_no_reply_raises(reply: str) -> None:
     assert set(scores) == {"accuracy", "strict"} and all(isinstance(score, bool) for score in scores.values())
 
 
-@pytest.mark.parametrize("piece", [*PIECES, "9**", "9^", "#### 9 ", "\\boxed{9", "the answer is 9 ", "1,", "$-", "( ", "<answer>", "ans:9 "])
+@pytest.mark.parametrize(
+    "piece",
+    [*PIECES, "9**", "9^", "#### 9 ", "\\boxed{9", "the answer is 9 ", "1,", "$-", "( ", "<answer>", "ans:9 "],
+)
 def test_no_reply_hangs(piece: str) -> None:
     reply = piece * (100_000 // len(piece))
     start = time.perf_counter()
