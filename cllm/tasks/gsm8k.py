@@ -23,6 +23,7 @@ _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _HASHES = re.compile(r"####\s*+((?:(?!####)[^\n])*)")
 _HASHES_NUMBER = re.compile(rf"[\s$*=:]*{_VALUE.pattern}")
 _NUMBERED = re.compile(r"[\s*]*[0-9]+\**(?:\.?\)|[.:]\**[ \t]+\S|\.[A-Za-z]|[ \t]+[-—][ \t]+[A-Za-z])")
+_BRACKETED = re.compile(r"[\s*]*[0-9]+\**\.?\)")
 _SENTENCE = r"(?:[^\n.!?]|[.!?](?!\s|$))*"
 _ROUGHLY = r"approx\.|(?:approx|approximately|about|around|roughly|just)\b"
 _LEAD = rf"""(?:[\s*_`"'$(\[{{>:=≈\\]|[-—]\s|->|→|{_ROUGHLY}|[a-z]{{1,20}}\s*=)*+"""
@@ -146,9 +147,10 @@ def _hashes(reply: str) -> list[str]:
     """What the last ``####`` with a number says, in a list, or []. Numbered headings such as ``#### 2) Sell them`` say none."""
     found = [match for match in _HASHES.finditer(reply) if _HASHES_NUMBER.match(match[1])]
     numbered = [match for match in found if _NUMBERED.match(match[1])]
+    heading = _NUMBERED
     if len(numbered) == 1 and not reply[numbered[0].end() :].strip():
-        numbered = [match for match in numbered if ")" in _NUMBERED.match(match[1])[0]]  # "#### 18: that is all"
-    return [match[1] for match in found if match not in numbered][-1:]
+        heading = _BRACKETED  # nothing stands under "#### 18: that is all"
+    return [match[1] for match in found if not heading.match(match[1])][-1:]
 
 
 def _stated(reply: str) -> list[str]:
