@@ -83,11 +83,11 @@ def mean_interval(
     return wilson(sum(scores) / len(scores) * count if scores else 0, count)
 
 
-def sums_by(columns: Sequence[Sequence[float]], problems: Sequence[Hashable]) -> np.ndarray:
-    """C columns of N numbers summed up by problem: [C, P]."""
+def sums_by(columns: Sequence[Sequence[float]], problems: Sequence[Hashable]) -> list[list[float]]:
+    """Columns of N numbers summed up by problem: columns of P."""
     numbers = {problem: number for number, problem in enumerate(dict.fromkeys(problems))}
     place_N = [numbers[problem] for problem in problems]
-    return np.array([np.bincount(place_N, weights=column, minlength=len(numbers)) for column in columns])
+    return [np.bincount(place_N, weights=column, minlength=len(numbers)).tolist() for column in columns]
 
 
 def _effective_count(scores: Sequence[bool | float], problems: Sequence[Hashable]) -> float:
@@ -95,7 +95,7 @@ def _effective_count(scores: Sequence[bool | float], problems: Sequence[Hashable
 
     By the variance of the mean between problems (Korn and Graubard 1998), and the number of problems where it says nothing.
     """
-    right_P, count_P = sums_by([scores, [1.0] * len(scores)], problems)
+    right_P, count_P = map(np.array, sums_by([scores, [1.0] * len(scores)], problems))
     N, P = len(scores), len(count_P)
     share = sum(scores) / N if N else 0.0
     if P < 2 or not 0 < share < 1:
