@@ -81,14 +81,14 @@ class Drafting:
         if input_BTI.dim() != 3 or input_BTI.shape[1] != self.length:
             return
         drafts_BNI, sums_BNO = input_BTI[:, -self.tokens :], output_BTO[:, -self.tokens :]
-        product_BNR = self._product(name, own, drafts_BNI)
-        if len(sums_BNO) == 1:
-            sums_BNO[0].addmm_(product_BNR[0], pair[1])
+        if len(sums_BNO) == 1:  # matrices are multiplied faster than batches of them
+            drafts_BNI, sums_BNO = drafts_BNI[0], sums_BNO[0]
+            sums_BNO.addmm_(self._product(name, own, drafts_BNI), pair[1])
         else:
-            sums_BNO += product_BNR @ pair[1]
+            sums_BNO += self._product(name, own, drafts_BNI) @ pair[1]
 
     def _product(self, name: str, own: torch.Tensor, drafts_BNI: torch.Tensor) -> torch.Tensor:
-        """The draft tokens [B, N, R] after the layer's first matrix; ``own``: the layer's input as it was given."""
+        """The draft tokens [B, N, R] or [N, R] after the layer's first matrix; ``own``: the layer's input as it was given."""
         groups = self.deltas.groups
         if torch.compiler.is_compiling():
             return drafts_BNI @ self.pairs[name][0]
