@@ -18,6 +18,12 @@ pytestmark = pytest.mark.skipif(not linear._supported(), reason="no x86 CPU, or 
 PROMPT, OTHER = [5, 6, 7, 8, 5, 6], [9, 3, 4]
 
 
+@pytest.fixture(autouse=True)
+def on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's are left alone otherwise."""
+    monkeypatch.setattr(linear, "_intel", lambda: False)
+
+
 def layers(model) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
