@@ -125,7 +125,7 @@ def _load_adapted(path: str, folder: Path, *, quantization: Any = None, **how: s
     if quantization is not None and not record.get(LOSSLESS):
         raise UsageError(f"{path!r} holds a LoRA adapter, which cannot be merged into weights in 4 bits; merge it first")
     try:
-        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = _base_of(folder, json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
         revision = record.get(BASE_REVISION) if base and not Path(base).is_dir() else None
         model = load_model(base, quantization=quantization, revision=revision, **how)
     except UsageError as error:
@@ -142,6 +142,13 @@ def _load_adapted(path: str, folder: Path, *, quantization: Any = None, **how: s
     if (folder / "config.json").is_file():
         write_record(model.config, record)
     return model
+
+
+def _base_of(folder: Path, named: str) -> str:
+    """The base model's path: as the adapter names it, or the folder of that name beside the adapter's, if both were moved."""
+    beside = folder.resolve().parent / Path(named).name
+    moved = Path(named).is_absolute() and not Path(named).exists() and beside.is_dir()
+    return str(beside) if moved else named
 
 
 def _merged(model: PreTrainedModel, path: str) -> PreTrainedModel:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import EOS_ID, PAD_ID, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from tiny import EOS_ID, PAD_ID, save_tiny_adapter, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 from transformers import MambaConfig
 
+from cllm.adapter import attached
 from cllm.attention import MASKABLE
 from cllm.cli import command
 from cllm.decoding.guess import STRATEGIES
@@ -208,3 +209,12 @@ def test_the_stamp_changes_with_the_weights(tmp_path: Path) -> None:
 def test_the_commands_offer_what_the_library_takes() -> None:
     assert tuple(DTYPES) == command.DTYPES and tuple(MASKABLE) == command.MASKABLE
     assert tuple(STRATEGIES) == command.GUESSES
+
+
+def test_an_adapter_that_was_moved_together_with_its_target(tmp_path: Path) -> None:
+    save_tiny_adapter(tmp_path / "a" / "cllm", save_tiny_checkpoint(tmp_path / "a" / "target"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert attached(load_model(str(tmp_path / "b" / "cllm"))) is not None
+    (tmp_path / "b" / "target").rename(tmp_path / "b" / "other")
+    with pytest.raises(UsageError, match="the base model of the adapter in .*cllm"):
+        load_model(str(tmp_path / "b" / "cllm"))
