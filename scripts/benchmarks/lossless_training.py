@@ -1,7 +1,7 @@
 """Training of a consistency adapter against the default objective of `cllm train`, on the same stored responses.
 
-The two take turns, each time in a process of its own, which runs whole optimizer steps of the command; the first ones are
-left out. Peak memory is the process's, the model's weights included.
+The two take turns, each time in a process of its own, which runs whole optimizer steps of the command with its defaults; the
+first one is left out. Peak memory is the process's, the model's weights included.
 
     python scripts/benchmarks/lossless_training.py --model MODEL --trajectories FOLDER --output lossless_training.json
 """
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         words = [f"--model={args.model}", f"--trajectories={args.trajectories}", f"--output_dir={folder}"]
         words += [f"--per_device_train_batch_size={args.batch_size}", f"--max_steps={WARM_UP + args.steps}"]
-        words += ["--train_sampling_strategy=group_by_length", "--use_cpu", "--report_to=none", "--save_strategy=no"]
+        words += ["--use_cpu", "--report_to=none", "--save_strategy=no"]
         trainer = build_trainer(*arguments([*words, *SIDES[args.side]], "lossless_training.py"))
         clock = Clock()
         trainer.add_callback(clock)
