@@ -131,9 +131,9 @@ def test_soak(tiny_model_dir, tmp_path):
 
 @pytest.mark.slow
 def test_collapse(tmp_path):
-    sql_questions.main([str(tmp_path), "2", "2"])
+    sql_questions.main([str(tmp_path / "data"), "2", "2"])
     model = save_tiny_checkpoint(tmp_path / "target", max_position_embeddings=1024)
-    words = ["collect", "--task", "spider", "--model", model, "--filename", tmp_path, "--max_new_seq_len", "12"]
+    words = ["collect", "--task", "spider", "--model", model, "--filename", tmp_path / "data", "--max_new_seq_len", "12"]
     words += ["--max_new_tokens", "4", "--output", tmp_path / "trajectories", "--device", "cpu"]
     subprocess.run([sys.executable, "-m", "cllm", *map(str, words)], check=True, timeout=200)
     words = ["--data", tmp_path, "--prompts", "2", "--length", "8", "--output", tmp_path / "result.json"]

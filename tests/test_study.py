@@ -37,9 +37,9 @@ def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixt
     results = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
     assert set(results) == {"target", "default-0", "paper-0", "states_2-0", "guess_uniform-0", "mine-0"}  # and no weights
     for name, result in results.items():
-        assert [row["tokens"] for row in result["prompts"]] == [12] * 3
+        assert len(result["prompts"]) == 3
         for row in result["prompts"]:
-            assert sum(row[f"tokens_{n}"] for n in (1, 2, 3, 4)) == 12
+            assert 0 < sum(row[f"tokens_{n}"] for n in (1, 2, 3, 4)) == row["tokens"] <= 12
             assert sum(row[f"forwards_{n}"] for n in (1, 2, 3, 4)) == row["forwards"]
         assert 1 <= result["figures"]["TPF"]["value"] <= 4 and result["figures"]["accuracy"]["value"] is not None
         assert str(folder.parent) not in json.dumps(result), name

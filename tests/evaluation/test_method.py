@@ -39,7 +39,7 @@ def test_the_same_window_without_the_adapter():
     attach(model, random_adapter(model))
     with_it, without, ar = build_methods(model, [NO_ADAPTER], block_size=6, drafts=9, eos_ids=[EOS_ID])
     assert (with_it.name, without.name, ar.name) == (JACOBI, "jacobi:no_adapter", AR)
-    assert (with_it.label, without.label) == ("Jacobi 6+9 sliding, context", "Jacobi 6 sliding, context, without the adapter")
+    assert (with_it.label, without.label) == ("Jacobi 6+9 sliding, context", "Jacobi 6 sliding, without the adapter")
     assert [method.decoder.step.drafts for method in (with_it, without, ar)] == [9, 0, 0]
     texts = [[r.token_ids for r in method.decode(PROMPTS, 20)] for method in (with_it, without, ar)]
     assert texts[0] == texts[1] == texts[2]

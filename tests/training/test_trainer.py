@@ -231,7 +231,7 @@ def test_nothing_flows_through_the_detached_target(tmp_path):
     trainer = make_trainer(tmp_path, teacher="self", ar_loss="fixed_point", ar_weight=0.0)
     batch = trainer.data_collator([trainer.train_dataset[0]])
     hidden = torch.randn(*batch["input_ids"].shape, 32, requires_grad=True)
-    trainer._hidden = lambda model, batch, head: hidden
+    trainer.packed_hidden = lambda model, batch, head: hidden
     consistency, _ = trainer.loss_sums(trainer.model, batch)
     consistency.backward()
     touched = hidden.grad[0].abs().sum(dim=-1).nonzero().flatten().tolist()
