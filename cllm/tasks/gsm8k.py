@@ -11,28 +11,39 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
+from cllm.scoring.numerals import CURRENCY, NUMBER, plain_numbers
+from cllm.scoring.reply import parts
 from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, text_field
 
-_NUMBER = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)"
-_SIGN = r"(?:(?<![\w.)\]}%])-(?=[$€£¥₹]?\.?[0-9]))?"  # a minus after a word, number or bracket is an operator
-_VALUE = re.compile(rf"(?>({_SIGN})[$€£¥₹]?[ ]?({_SIGN})({_NUMBER})(/{_NUMBER})?)")
-_GOLD = re.compile(rf"-?{_NUMBER}")
+_SIGN = rf"(?:(?<![\w.)\]}}%])-(?=[{CURRENCY}]?\.?[0-9]))?"  # a minus after a word, number or bracket is an operator
+_NO_EXPONENT = r"(?<![0-9^])(?<!\^[-{])"
+_VALUE = re.compile(rf"(?>({_SIGN})[{CURRENCY}]?[ ]?({_SIGN}){_NO_EXPONENT}({NUMBER})(/{NUMBER})?)")
+_GOLD = re.compile(rf"-?{NUMBER}")
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
-_HASHES = re.compile(r"####([^\n]*)")
-_HASHES_NUMBER = re.compile(rf"[\s$*=:]*{_VALUE.pattern}(?!\.[ \t]+\S)")  # not a heading such as "#### 2. Add up"
-_ANSWER_IS = re.compile(r"\banswer is\b:?((?:[^\n.!?]|[.!?](?!\s|$))*)", re.IGNORECASE)
-_NEXT_QUESTION = re.compile(r"\nQuestion\b")
-_BOXED = re.compile(r"\\f?boxed\s*\{")
+_HASHES = re.compile(r"####\s*+((?:(?!####)[^\n])*)")
+_HASHES_NUMBER = re.compile(rf"[\s$*=:]*{_VALUE.pattern}")
+_NUMBERED = re.compile(r"[\s*]*[0-9]+\**(?:\.?\)|[.:]\**[ \t]+\S|\.[A-Za-z]|[ \t]+[-—][ \t]+[A-Za-z])")
+_BRACKETED = re.compile(r"[\s*]*[0-9]+\**\.?\)")
+_SENTENCE = r"(?:[^\n.!?]|[.!?](?!\s|$))*"
+_ROUGHLY = r"approx\.|(?:approx|approximately|about|around|roughly|just)\b"
+_LEAD = rf"""(?:[\s*_`"'$(\[{{>:=≈\\]|[-—]\s|->|→|{_ROUGHLY}|[a-z]{{1,20}}\s*=)*+"""
+_AT_ONCE = re.compile(rf"{_LEAD}(?P<sentence>{_VALUE.pattern}{_SENTENCE})", re.IGNORECASE)
+_LATER = re.compile(rf":?(?P<sentence>{_SENTENCE})")
+_ANSWER_IS = re.compile(
+    r"(?P<is>\b(?:final\s+|correct\s+)?answers?(?:\s+(?:to|for|of)\b[^\n.!?:]{0,60}?)?\s+(?:is|are|equals|would\s+be|will\s+be)\b)"
+    r"|\b(?:final|correct)\s+(?:answer|result)\b|<(?:final_?)?answer>",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"""\banswer\b["'*_]*\s*[:=]|\bans\b\s*[.:=-]|^[ #*_]*answer[ *_]*$""", re.IGNORECASE | re.MULTILINE)
+_FEW_WORDS = re.compile(rf"{_VALUE.pattern}%?(?:[ ]?[*_A-Za-z°$]+){{0,2}}\s*")
+_REMARK = re.compile(r"\s\([^()]*[A-Za-z][^()]*\)")
+_BOXED = re.compile(rf"\\(?:f?boxed|fbox)\s*(?:\{{|(?P<bare>{_VALUE.pattern}))")
 _SUM = re.compile(r"[-+*/(). 0-9]+")  # what math-verify is given; no powers: 9**9**9 would never end
-_FRACTION = re.compile(rf"\\[dt]?frac\s*\{{\s*({_NUMBER})\s*\}}\s*\{{\s*({_NUMBER})\s*\}}")
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_LATEX_SUM = re.compile(r"(?=.*\\)(?:[-+*/(). 0-9{}]|\\[cdt]?frac)+")
 _UNIT = re.compile(r"(?:[A-Za-z°%.]|\s)+$")
-_PLAIN = str.maketrans({"−": "-", "–": "-", "×": "*", "÷": "/", "\u00a0": " ", "\u202f": " "})
-_LATEX = {"{,}": ",", "\\,": "", "\\!": "", "\\;": " ", "\\ ": " ", "~": " ", "\\$": "$", "\\%": "%"}
-_OPERATORS = {"\\times": "*", "\\cdot": "*", "\\div": "/"}
 _LONGEST = 40  # characters of an answer; longer ones are no answers
 _CLAUSE = 400  # characters looked at after "####", "answer is" or in a box
-_BOXES = 8  # boxes looked at, from the last
+_TRIES = 8  # boxes and the like looked at, from the last
 
 
 class Gsm8k(Task):
@@ -117,65 +128,94 @@ def _strict_answer(reply: str) -> str | None:
 def final_answer(reply: str) -> str | None:
     r"""The final answer of a reply as a number or a short sum such as ``36/2``, or None when it has none.
 
-    The first of these that the reply has, the last of its kind: ``#### 18``, ``\boxed{18}``, ``the answer is 18``,
-    any number. Money signs, units, thousands commas and what follows the number are dropped; of an equation the
-    right side counts. A reply that goes on with a next ``Question`` is cut there, as in the paper's evaluation.
+    The first of these that the reply has, the last of its kind: ``#### 18``, ``\boxed{18}``, ``the answer is 18`` or
+    ``Final answer: 18``, ``Answer: 18`` where no other number follows, any number. Money signs, units, thousands commas and
+    what follows the number are dropped; of an equation the right side counts.
     """
-    reply = reply.translate(_PLAIN)
-    for latex, plain in _LATEX.items():
-        reply = reply.replace(latex, plain)
-    start = _NEXT_QUESTION.search(reply)
-    head = reply[: start.start()] if start else reply
-    return _find_answer(head) or (_find_answer(reply) if start else None)
+    return next(filter(None, (_find_answer(plain_numbers(part)) for part in parts(reply))), None)
 
 
 def _find_answer(reply: str) -> str | None:
-    hashes = [text for text in _HASHES.findall(reply) if _HASHES_NUMBER.match(text)]
-    clauses = hashes[-1:] or _last_boxed(reply) or _ANSWER_IS.findall(reply)[-1:]
-    for clause in clauses:
+    for clause in _hashes(reply) or _last_boxed(reply) or _stated(reply) or _labelled(reply):
         if answer := _value(clause[:_CLAUSE]):
             return answer
     numbers = list(_VALUE.finditer(reply))
     return _number(numbers[-1]) if numbers else None
 
 
+def _hashes(reply: str) -> list[str]:
+    """What the last ``####`` with a number says, in a list, or []. Numbered headings such as ``#### 2) Sell them`` say none."""
+    found = [match for match in _HASHES.finditer(reply) if _HASHES_NUMBER.match(match[1])]
+    numbered = [match for match in found if _NUMBERED.match(match[1])]
+    heading = _NUMBERED
+    if len(numbered) == 1 and not reply[numbered[0].end() :].strip():
+        heading = _BRACKETED  # nothing stands under "#### 18: that is all"
+    return [match[1] for match in found if not heading.match(match[1])][-1:]
+
+
+def _stated(reply: str) -> list[str]:
+    """What the last "answer is" or "final answer" says, in a list, or []; one that starts with its value goes before others."""
+    places = list(_ANSWER_IS.finditer(reply))[-_TRIES:]
+    at_once = (_AT_ONCE.match(reply, place.end()) for place in reversed(places))
+    later = (_LATER.match(reply, place.end()) for place in reversed(places) if place["is"])
+    found = (match["sentence"] for match in (*at_once, *later) if match)
+    return next(([sentence] for sentence in found if _VALUE.search(sentence)), [])
+
+
+def _labelled(reply: str) -> list[str]:
+    """What the last "Answer:" says, in a list, or []. Reasoning may follow it, and then a bare value alone is an answer."""
+    for label in reversed(list(_LABEL.finditer(reply))[-_TRIES:]):
+        match = _AT_ONCE.match(reply, label.end())
+        if match and (_FEW_WORDS.fullmatch(match["sentence"]) or not _VALUE.search(reply, match.end())):
+            return [match["sentence"]]
+    return []
+
+
 def _value(clause: str) -> str | None:
     """The value that a short text states: a sum as it stands, or else the first number after the last ``=``."""
-    side = _TEXT_COMMAND.sub(r" \1", clause.rpartition("=")[2])
-    side = _FRACTION.sub(r"\1/\2", side)
-    for latex, operator in _OPERATORS.items():
-        side = side.replace(latex, operator)
+    stated = _REMARK.sub("", clause)
+    side = re.split("[=≈]", stated if _VALUE.search(stated) else clause)[-1]
     short = re.sub(r"[$,*]+$|^[$*]+", "", _UNIT.sub("", side.strip())).strip()
     bare = short.replace("$", "").replace(",", "")
-    if _SUM.fullmatch(bare) and "**" not in bare and "//" not in bare and _balanced(short) and len(bare) <= _LONGEST:
+    if _is_sum(bare) and _balanced(short):
         return bare
     match = _VALUE.search(side)
     return _number(match) if match else None
 
 
+def _is_sum(bare: str) -> bool:
+    readable = _SUM.fullmatch(bare) or _LATEX_SUM.fullmatch(bare)
+    return bool(readable) and "**" not in bare and "//" not in bare and len(bare) <= _LONGEST
+
+
 def _balanced(short: str) -> bool:
-    """Whether its commas are thousands commas, and it has a digit."""
-    return bool(re.search("[0-9]", short)) and "," not in re.sub(_NUMBER, "", short)
+    """Whether it has a digit, and no comma."""
+    return bool(re.search("[0-9]", short)) and "," not in short
 
 
 def _number(match: re.Match[str]) -> str | None:
     before, after, number, divisor = match.groups()
-    text = ("-" if before or after else "") + (number + (divisor or "")).replace(",", "")
+    text = ("-" if before or after else "") + number + (divisor or "")
     return text if len(text) <= _LONGEST else None
 
 
 def _last_boxed(reply: str) -> list[str]:
-    r"""The content of the last closed, filled ``\boxed{...}`` in a list, or []."""
-    for match in reversed(list(_BOXED.finditer(reply))[-_BOXES:]):
-        depth = 1
-        for end in range(match.end(), min(len(reply), match.end() + _CLAUSE)):
-            depth += {"{": 1, "}": -1}.get(reply[end], 0)
-            if depth == 0:
-                content = reply[match.end() : end]
-                if content.strip():
-                    return [content]
-                break
+    r"""The content of the last closed, filled ``\boxed{...}`` in a list, or []; the number of ``\boxed 18``."""
+    for match in reversed(list(_BOXED.finditer(reply))[-_TRIES:]):
+        content = match["bare"] or _braced(reply, match.end())
+        if content.strip():
+            return [content]
     return []
+
+
+def _braced(reply: str, start: int) -> str:
+    """What stands from ``start`` up to the brace that closes it; "" where none does."""
+    depth = 1
+    for end in range(start, min(len(reply), start + _CLAUSE)):
+        depth += {"{": 1, "}": -1}.get(reply[end], 0)
+        if depth == 0:
+            return reply[start:end]
+    return ""
 
 
 _LOCK = threading.Lock()
@@ -194,18 +234,19 @@ def equal_numbers(target: str, answer: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> Any:
-    parse, _, config = _math_verify()
-    return parse(text, [config], parsing_timeout=None)
+    parse, _, expression, latex = _math_verify()
+    text, form = (f"${text}$", latex) if "\\" in text else (text, expression)
+    return parse(text, [form], parsing_timeout=None)
 
 
 @lru_cache(maxsize=1)
-def _math_verify() -> tuple[Any, Any, Any]:
-    """math-verify's (parse, verify, extraction settings), imported when first needed: it takes half a second."""
-    from math_verify import ExprExtractionConfig, parse, verify
+def _math_verify() -> tuple[Any, Any, Any, Any]:
+    """math-verify's (parse, verify, settings for sums, for LaTeX), imported when first needed: it takes half a second."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     for module in ("math_verify.parser", "math_verify.grader"):  # each warns that timeouts are off
         logging.getLogger(module).setLevel(logging.ERROR)
-    return parse, verify, ExprExtractionConfig()
+    return parse, verify, ExprExtractionConfig(), LatexExtractionConfig()
 
 
 TASK = Gsm8k()

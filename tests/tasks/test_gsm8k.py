@@ -125,6 +125,86 @@ def test_score(reply: str, accuracy: bool, strict: bool) -> None:
     assert GSM8K.score(reply, example("1234")) == {"accuracy": accuracy, "strict": strict}
 
 
+@pytest.mark.parametrize(
+    ("reply", "target"),
+    [
+        ("<think>\nPerhaps #### 31, perhaps \\boxed{32}.\n</think>\nThe answer is 42.", "42"),
+        ("Maybe 31.\n</think>\n\n\\boxed{42}", "42"),
+        ("<thinking>31</thinking>So 42 pears.<|eot_id|>31", "42"),
+        ("She has 42 pears.</s>31", "42"),
+        ("#### 42\n<|im_end|>\n<|im_start|>user\n#### 31", "42"),
+        ("#### 42\n\nQ: Kim has 9 caps.\nA: 9 + 22 = 31\n#### 31", "42"),
+        ("6 * 7 = 42 pears\n\nProblem: Kim has 9 caps.\nSolution: 31\n#### 31", "42"),
+        ("\\boxed{42}\n\n**Question 2:** Kim has 9 caps.\n\\boxed{31}", "42"),
+        ("#### 42\n\n### Problem 2\nKim has 9 caps.\n#### 31", "42"),
+        ("42 pears.\nuser\nKim has 9 caps.\nassistant\n31", "42"),
+        ("Problem: how many pears?\nSolution: 6 * 7 = 42", "42"),
+        ("Sure!\n\nQuestion: How many pears?\nAnswer: 6 * 7 = 42\n\nQuestion: And caps?\nAnswer: 31", "42"),
+        ("It takes 4 3/4 days.", "4.75"),
+        ("The answer is 4¾ days.", "4.75"),
+        (r"Thus \boxed{4\frac{3}{4}} days.", "4.75"),
+        (r"Thus \boxed{-4\,\dfrac34} degrees.", "-4.75"),
+        (r"\boxed{\frac58}", "0.625"),
+        (r"\boxed{\frac{3 \times 7}{4}}", "5.25"),
+        ("#### 4 and a half", "4.5"),
+        ("It is 42 m² large.", "42"),
+        ("It is 42 m^2 large.", "42"),
+        ("They pay Rs.420", "420"),
+        ("They pay Rs. 4,20,000 in all", "420000"),
+        ("They earned ₹42,00,000.", "4200000"),
+        ("That makes 4 200 000 stamps", "4200000"),
+        ("#### 42 000", "42000"),
+        (r"\boxed{4.2 \times 10^5}", "420000"),
+        ("There are 4.2e5 ants", "420000"),
+        ("There are 4.2 × 10⁵ ants", "420000"),
+        ("答えは ４２ です。", "42"),
+        ("It weighs approx.42 kg", "42"),
+        ("The answer is approx. 42 kg for all 3 crates.", "42"),
+        ("#### 1) Add the pears\n20 + 1 = 21\n#### 2) Double them\n21 * 2 = 42 pears", "42"),
+        ("#### 1: Add the pears\n20 + 1 = 21\n#### 2: Double them\n21 * 2 = 42 pears", "42"),
+        ("#### 1. Add the pears\n20 + 1 = 21\n#### 2. Double them\n#### 42", "42"),
+        ("#### **1)** Add the pears\n20 + 1 = 21\n#### **2)** So\n21 * 2 = 42 pears", "42"),
+        ("#### 1 - Add the pears\n20 + 1 = 21\n#### 2 - Double them\n21 * 2 = 42 pears", "42"),
+        ("#### 42: that is what all 3 have", "42"),
+        ("####\n42\nfor all 3", "42"),
+        ("Final Answer: 42 pears in the 3 bowls.", "42"),
+        ("### Final Answer\n\n**42** pears in 3 bowls", "42"),
+        ("**Answer:** 42 (6 bowls with 7 pears)", "42"),
+        ("Answer: 42 pears\n\nCheck: 42 / 7 = 6", "42"),
+        ("Answer: 21 pears are green. Twice as many are 42.", "42"),
+        ("Ans: 42 pears in 3 bowls", "42"),
+        ("<answer>42</answer> found in 3 steps", "42"),
+        ("<final_answer> $42 </final_answer> found in 3 steps", "42"),
+        ('{"answer": 42, "unit": "pears"}', "42"),
+        ("The answer is:\n42\nfor all 3", "42"),
+        ("So the answer is\n\n\\[ 42 \\]\n\nfor all 3", "42"),
+        ("The answer to the last of the 3 questions is 42, not 31", "42"),
+        ("The answer is 42. I think the answer is clear to all 3 of them.", "42"),
+        ("\\boxed 42 for all 3", "42"),
+        ("\\fbox{42} for all 3", "42"),
+    ],
+)
+def test_forms_that_models_write(reply: str, target: str) -> None:
+    assert GSM8K.score(reply, example(target))["accuracy"] is True
+
+
+@pytest.mark.parametrize(
+    ("reply", "target"),
+    [
+        ("The answer is 4 3/4 days.", "4"),
+        ("The answer is 4¾ days.", "4"),
+        (r"\boxed{4\frac{3}{4}}", "7.75"),
+        (r"\boxed{\frac34}", "34"),
+        ("There are 4.2e5 ants", "4.2"),
+        ("<think>so it is 42", "42"),
+        ("<think>so it is 42</think>", "42"),
+        ("<|im_end|>42", "42"),
+    ],
+)
+def test_forms_that_are_no_answer(reply: str, target: str) -> None:
+    assert GSM8K.score(reply, example(target))["accuracy"] is False
+
+
 def test_real_answers_score_right_and_changed_ones_wrong(shared_data: Path) -> None:
     right = wrong = 0
     start = time.perf_counter()
@@ -161,10 +241,13 @@ def test_no_reply_raises(reply: str) -> None:
     assert set(scores) == {"accuracy", "strict"} and all(isinstance(score, bool) for score in scores.values())
 
 
-@pytest.mark.parametrize("piece", [*PIECES, "9**", "9^", "#### 9 ", "\\boxed{9", "the answer is 9 ", "1,", "$-", "( "])
+@pytest.mark.parametrize(
+    "piece",
+    [*PIECES, "9**", "9^", "#### 9 ", "\\boxed{9", "the answer is 9 ", "1,", "$-", "( ", "<answer>", "ans:9 "],
+)
 def test_no_reply_hangs(piece: str) -> None:
     reply = piece * (100_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (
         reply,
         "#### 1 " + reply,
@@ -173,14 +256,14 @@ def test_no_reply_hangs(piece: str) -> None:
         "\\boxed{9" + reply + "}",
     ):
         GSM8K.score(text, example("9"))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("power", ["9^{9^{9^{9^9}}}", "9**9**9**9", "9!!!!!!!!", "10^10^10^10", "9" * 400])
 def test_towers_of_powers_are_not_computed(power: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     GSM8K.score(f"\\boxed{{{power}}}", example("7"))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_own_rows() -> None:
