@@ -5,19 +5,37 @@ has to follow a prompt such as HumanEval's (imports, signature, docstring) so th
 """
 
 import ast
+import builtins
 import re
+import symtable
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
+
+from cllm.scoring.reply import parts
 
 __all__ = ["completion", "find_program"]
 
-_FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*([\w+#.-]*)[^`\n]*$")
+_LANGUAGE = r"[ \t]*(?:(?:python[23]?|py3?)[ \t]+)?"
+_CODE_AHEAD = rf"{_LANGUAGE}(?:(?:async|class|def|from|import|return)\s|@\w)"
+_FENCE = re.compile(
+    rf"""(?P<opens>
+        ^[ \t]*(?:`{{3,}}|~{{3,}})
+      | (?<!["'`\\\w(])`{{3,}}(?=(?:python[23]?|py3?)\b|{_CODE_AHEAD}) )     # after prose on the same line
+    | (?<!`)`{{3,}}(?=\s|\Z|[.,;:)])                                         # after code on the same line""",
+    re.MULTILINE | re.VERBOSE,
+)
+_NO_CODE = re.compile(r"[ \t]*(?:[A-Z(.,;:)]|$)", re.MULTILINE)
+_INFO = re.compile(rf"(?!{_CODE_AHEAD})[ \t]*([\w+#.-]*)[^`\n]*(?:\n|\Z)|{_LANGUAGE}")  # of a fence; code may follow
+_LONG_TEXT = re.compile(r"(\"{3}|'{3}).*?\1", re.DOTALL)
 _PYTHON = ("", "python", "python3", "py", "py3", "python2")
 _CODE_LINE = re.compile(r"(?:import|from|def|class|async def)\s|@\w|[A-Za-z_]\w*\s*(?::[^=]+)?=")
 _MOST_LINES = 600  # of a reply that are looked at; what is cut off is not needed by any answer that is one
 _TRIES = 400  # at parsing
+_FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,17 +49,10 @@ class Segment:
 def find_program(reply: str, entry_point: str) -> str | None:
     """The first program in the reply that defines the function ``entry_point`` with a body, or None.
 
-    Imports, definitions and constants of code blocks before it go with it; calls, prints and assertions after it do not.
+    Imports, definitions and constants of code blocks before it go with it, and those of blocks after it that it needs;
+    calls, prints and assertions after it do not.
     """
-    before: list[str] = []
-    for segment in segments(reply):
-        if not segment.python:
-            continue
-        program = _defining(segment.lines, entry_point)
-        if program is not None:
-            return "\n".join([*before, program])
-        before.extend(_definitions(segment.lines, entry_point))
-    return None
+    return _first_program(_readings(reply), entry_point)
 
 
 def completion(reply: str, prompt: str, entry_point: str) -> str:
@@ -49,30 +60,102 @@ def completion(reply: str, prompt: str, entry_point: str) -> str:
 
     A reply that defines the whole function is appended as a new definition, which takes the place of the prompt's.
     """
-    program = find_program(reply, entry_point)
+    readings = _readings(reply)
+    program = _first_program(readings, entry_point, prompt)
     if program is not None:
         return _after(prompt) + _without_future(program) + "\n"
-    body = _body(reply, prompt, entry_point)
-    return reply if body is None else body
+    bodies = (_body(found, prompt, entry_point) for found in readings)
+    return next((body for body in bodies if body is not None), reply)
 
 
-def segments(reply: str) -> list[Segment]:
-    """The reply cut at its fence lines, which are left out.
+def _readings(reply: str) -> list[list[Segment]]:
+    """The segments of each part of the reply. A fence inside a docstring is no fence, unless nothing is found otherwise."""
+    found = []
+    for part in parts(reply):
+        lines = part.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:_MOST_LINES]
+        text = "\n".join(lines)
+        fences = _fences(text)
+        hidden = {at for match in _LONG_TEXT.finditer(text) for at in range(*match.span())}
+        outside = [fence for fence in fences if fence.end() - 1 not in hidden]
+        found += [_segments(text, chosen) for chosen in ([outside] if outside == fences else [outside, fences])]
+    return found
+
+
+def _fences(text: str) -> list[re.Match[str]]:
+    """The fences of a text. One that code stands before ends the line, or closes what the line opened, or prose follows."""
+    found: list[re.Match[str]] = []
+    for fence in _FENCE.finditer(text):
+        opened = bool(found) and "\n" not in text[found[-1].end() : fence.start()]
+        if fence["opens"] or opened or _NO_CODE.match(text, fence.end()):
+            found.append(fence)
+    return found
+
+
+def _segments(text: str, fences: list[re.Match[str]]) -> list[Segment]:
+    """The text cut at the fences, which are left out.
 
     What stands outside of fences counts too, since models forget one fence or the other.
     """
-    lines = reply.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:_MOST_LINES]
-    found, current, python, inside = [], [], True, False
-    for line in lines:
-        fence = _FENCE.match(line)
-        if fence is None:
-            current.append(line)
-            continue
-        found.append(Segment(current, python))
-        inside = not inside or bool(fence[1])
-        current, python = [], not inside or fence[1].lower() in _PYTHON
-    found.append(Segment(current, python))
+    found, start, python, inside = [], 0, True, False
+    for fence in fences:
+        found.append(Segment(text[start : fence.start()].split("\n"), python))
+        info = _INFO.match(text, fence.end()) if fence["opens"] else None
+        language = (info[1] or "") if info else ""
+        start = info.end() if info else fence.end()
+        inside = not inside or bool(language)
+        python = not inside or language.lower() in _PYTHON
+    found.append(Segment(text[start:].split("\n"), python))
     return [segment for segment in found if any(line.strip() for line in segment.lines)]
+
+
+def _first_program(readings: list[list[Segment]], name: str, prompt: str = "") -> str | None:
+    return next(filter(None, (_program(found, name, prompt) for found in readings)), None)
+
+
+def _program(found: list[Segment], name: str, prompt: str) -> str | None:
+    before: list[str] = []
+    for at, segment in enumerate(found):
+        if not segment.python:
+            continue
+        program = _defining(segment.lines, name)
+        if program is not None:
+            program = "\n".join([*before, program])
+            later = _needed(prompt + _after(prompt) + _without_future(program), found[at + 1 :], name)
+            return "\n\n".join([*later, _without_future(program)]) if later else program
+        before.extend(_definitions(segment.lines, name))
+    return None
+
+
+def _needed(program: str, later: list[Segment], name: str) -> list[str]:
+    """The definitions of later blocks that the program cannot do without, what others need first."""
+    left = [source for segment in later if segment.python for source in _definitions(segment.lines, name)]
+    needed: list[str] = []
+    while source := next((one for one in left if _given(one) & _missing("\n".join([*needed, program]))), None):
+        left.remove(source)
+        needed.insert(0, source)
+    return needed
+
+
+def _missing(program: str) -> set[str]:
+    """The names that a program takes from the top level, where nothing gives them."""
+    top = _quietly(_symbols, program)
+    tables, used = [top] if top else [], set()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        symbols = table.get_symbols()
+        used |= {symbol.get_name() for symbol in symbols if symbol.is_referenced() and (table is top or symbol.is_global())}
+    return used - _given(program) - set(dir(builtins))
+
+
+def _given(source: str) -> set[str]:
+    """The names that the top level gives something to."""
+    top = _quietly(_symbols, source)
+    return {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()} if top else set()
+
+
+def _symbols(source: str) -> symtable.SymbolTable:
+    return symtable.symtable(source, "program", "exec")
 
 
 def _defining(lines: list[str], name: str) -> str | None:
@@ -112,9 +195,6 @@ def _definitions(lines: list[str], name: str) -> list[str]:
         return []
     kept = [node for node in tree.body if not _runs(node, name, _assigned(tree, name))]
     return [_source(_dedented(lines), node) for node in kept if getattr(node, "name", None) != name]
-
-
-_FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _tidy(lines: list[str], tree: ast.Module, name: str) -> str:
@@ -161,9 +241,9 @@ def _fills(node: ast.stmt, assigned: set[str]) -> bool:
     return isinstance(table, ast.Name) and table.id in assigned
 
 
-def _body(reply: str, prompt: str, name: str) -> str | None:
-    """A reply that goes on with the prompt's last function: as it is, or with the indentation it has lost."""
-    for segment in segments(reply):
+def _body(found: list[Segment], prompt: str, name: str) -> str | None:
+    """What goes on with the prompt's last function: as it is, or with the indentation it has lost."""
+    for at, segment in enumerate(found):
         if not segment.python:
             continue
         lines = list(segment.lines)
@@ -173,10 +253,10 @@ def _body(reply: str, prompt: str, name: str) -> str | None:
         variants = (lines, [indent + lines[0].lstrip(), *lines[1:]], [indent + line for line in _dedented(lines)])
         for variant in variants:
             for end in [*_ends(variant, -1)][:_TRIES]:
-                tree = _parse(prompt + "\n".join(variant[:end]))
+                body = "\n".join(variant[:end])
+                tree = _parse(prompt + body)
                 if tree is not None and _returns(tree, name):
-                    own = variant[:end]
-                    return "\n".join(own).rstrip() + "\n"
+                    return "\n\n".join([body.rstrip(), *_needed(prompt + body, found[at + 1 :], name)]) + "\n"
     return None
 
 
@@ -187,7 +267,7 @@ def _indent(prompt: str) -> str:
 
 
 def _after(prompt: str) -> str:
-    """What closes the prompt's unfinished function: nothing if it has a docstring, else ``pass``."""
+    """What closes the prompt's unfinished function, if there is one: nothing if it has a docstring, else ``pass``."""
     start = "" if prompt.endswith("\n") else "\n"
     return start if _parse(prompt) is not None else f"{start}{_indent(prompt)}pass\n\n"
 
@@ -252,9 +332,14 @@ def _dedented(lines: list[str]) -> list[str]:
 
 
 def _parse(source: str) -> ast.Module | None:
+    return _quietly(ast.parse, source)
+
+
+def _quietly(read: Callable[[str], T], source: str) -> T | None:
+    """What ``read`` makes of source code; None for what is no Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escape sequences
-            return ast.parse(source)
+            return read(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

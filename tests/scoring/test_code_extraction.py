@@ -23,6 +23,16 @@ def total(numbers: List[int]) -> int:
 DEFINITION = "def total(numbers: List[int]) -> int:\n    return sum(numbers)"
 BODY = "    result = 0\n    for number in numbers:\n        result += number\n    return result"
 
+LONGER = "def total(numbers):\n    result = 0\n    for number in numbers:\n        result += number\n    return result"
+DOCUMENTED = '''def total(numbers):
+    """Add up.
+
+    ```python
+    total([1, 2])
+    ```
+    """
+    return sum(numbers)'''
+
 
 def result_of(reply: str, prompt: str = PROMPT) -> int:
     names: dict = {"__name__": "solution"}
@@ -70,7 +80,45 @@ FOUND = {
     "stub before": "```python\ndef total(numbers):\n    raise NotImplementedError('later')\n```\nNow in full:\n"
     f"```python\n{DEFINITION}\n```",
     "stub before in the same block": f"def total(numbers):\n    raise NotImplementedError\n\n{DEFINITION}",
+    "thinking before": "<think>\n```python\ndef total(numbers):\n    return 0\n```\nno\n</think>\n"
+    f"```python\n{DEFINITION}\n```",
+    "thinking that the prompt began": f"def total(numbers):\n    return 0\n</think>\n{DEFINITION}",
+    "special token": f"{DEFINITION}<|eot_id|>\n\ndef total(numbers):\n    return 0",
+    "special tokens around": f"<|im_start|>assistant\n{DEFINITION}<|im_end|>",
+    "turn of the user": f"{DEFINITION}\n<|im_start|>user\nThanks",
+    "next question": f"{DEFINITION}\n\nProblem: Find the largest.\n\ndef total(numbers):\n    return max(numbers)",
+    "fence closes on the code line": f"```python\n{LONGER}```",
+    "fence closes on the code line after a string": "```python\ndef total(numbers):\n    found = {'a': sum(numbers)}\n"
+    "    if not numbers:\n        return 0\n    return found['a'] if found else 'a'```",
+    "fence closes on the code line before prose": f"```python\n{LONGER}``` It adds up.",
+    "unopened fence closes on the code line": f"{LONGER}```\nIt adds up.",
+    "fence opens on the code line": f"```python {LONGER}\n```",
+    "fence opens after prose": f"Here you are: ```python\n{LONGER}\n```",
+    "fence on one line": "```python def total(numbers): return sum(numbers)```",
+    "fence on one line without a language": "```total = lambda numbers: sum(numbers)```",
+    "fence in a sentence": "I would say ```py def total(numbers): return sum(numbers)``` for lists.",
+    "fence in a docstring": f"```python\n{DOCUMENTED}\n```",
+    "fence in a docstring of single quotes": f"```python\n{DOCUMENTED}\n```\nDone.".replace('"', "'"),
+    "fence in a docstring without a fence": DOCUMENTED,
+    "fence in a docstring and no line for the last": f"```python\n{DOCUMENTED}```",
+    "fence as a string": f"```python\nFENCE = '```'\nOTHER = \"```python\"\n\n{LONGER}\n```",
+    "docstring cut off before": f"```python\ndef total(numbers):\n    \"\"\"Add\n```\nAgain:\n```python\n{DEFINITION}\n```",
+    "docstring cut off before another": '```python\ndef total(numbers):\n    """Add\n```\nAgain:\n```python\n'
+    'def total(numbers):\n    """Add."""\n    return sum(numbers)\n```',
+    "helper in a later block": "```python\ndef total(numbers):\n    return add(numbers)\n```\nThis needs\n```python\n"
+    "def add(numbers):\n    return sum(numbers)\n\nprint(add([1]))\n```",
+    "helpers in later blocks": "```python\nfrom __future__ import annotations\n\ndef total(numbers):\n"
+    "    return Adder().add(numbers)\n```\nwhere\n```python\nclass Adder(Base):\n    def add(self, numbers):\n"
+    "        return reduce(add, numbers, START)\n```\nwith\n```python\nfrom functools import reduce\n"
+    "from operator import add\n\nSTART = 0\n\nclass Base:\n    pass\n```",
+    "import in a later block": "```python\ndef total(numbers):\n    return int(math.fsum(numbers))\n```\n"
+    "and\n```python\nimport math\n```",
     "body": BODY,
+    "body and a special token": f"{BODY}<|endoftext|>def total(numbers):",
+    "body and a turn": f"{BODY}\n\n### Instruction:\nThanks",
+    "body in a fence on one line": "```python return sum(numbers)```",
+    "body and a helper in a later block": "```python\n    return add(numbers)\n```\n```python\ndef add(numbers):\n"
+    "    return sum(numbers)\n```",
     "body and more": f"{BODY}\n\n\ndef other():\n    pass\n\nprint(total([1]))",
     "body and prose": f"{BODY}\n\nThis function adds up.",
     "body whose first line lost its indentation": BODY.strip(),
@@ -144,11 +192,26 @@ def test_real_replies(task_id: str, right: bool, shared_data: Path) -> None:
         "```\ndef total(numbers: list) -> list:\n    '''Return it.'''\n### Response:\n```\n",
         "\ndef total_list(strings: List[str]) -> str:\n    return ''.join(strings)\n",
         "```sql\nSELECT 1\n```",
+        f"<think>\n{DEFINITION}",
+        f"<think>\n```python\n{DEFINITION}\n```\n</think>",
+        f"<|im_end|>{DEFINITION}",
     ],
 )
 def test_nothing_is_found_where_nothing_is(reply: str) -> None:
     assert find_program(reply, "total") is None
     assert completion(reply, PROMPT, "total") == reply
+
+
+@pytest.mark.parametrize("name", [name for name in FOUND if "body" not in name])
+def test_program_is_found_without_a_prompt(name: str) -> None:
+    names: dict = {"List": list}
+    exec(find_program(FOUND[name], "total") or "", names)
+    assert names["total"]([1, 2, 3]) == 6
+
+
+def test_unneeded_blocks_after_the_program_are_left_out() -> None:
+    reply = f"```python\n{DEFINITION}\n```\n```python\ndef other():\n    return 1\n```"
+    assert find_program(reply, "total") == DEFINITION
 
 
 def test_program_alone_has_no_usage() -> None:
@@ -182,4 +245,6 @@ def test_canonical_solutions_survive_as_bodies_and_as_definitions(shared_data: P
             whole = ast.dump(ast.parse(prompt + body))
             assert ast.dump(ast.parse(prompt + completion(body, prompt, name))) == whole
             found = find_program(f"Yes:\n```python\n{prompt}{body}```\nDone.", name)
+            assert found is not None and ast.dump(ast.parse(found)) == whole
+            found = find_program(f"<think>No.</think>```python\n{prompt}{body.rstrip()}```<|im_end|>", name)
             assert found is not None and ast.dump(ast.parse(found)) == whole
