@@ -4,6 +4,7 @@ The file is opened read-only and immutable. An authorizer lets a statement selec
 more. Time, rows, text and memory are limited, and nothing is written to temporary files.
 """
 
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ _STEPS = 1000  # virtual machine instructions between two looks at the clock
 _ALLOWED = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
 _HARMFUL = ("load_extension", "fts3_tokenizer", "readfile", "writefile", "edit")
 _ENDLESS = ("randomblob", "zeroblob", "printf", "format")  # one call can take minutes, and cannot be interrupted
+_MALFORMED = re.compile("syntax error|incomplete input|unrecognized token|one statement|null character")
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: LONGEST_VALUE,
     sqlite3.SQLITE_LIMIT_SQL_LENGTH: 4 * LONGEST_QUERY,
@@ -43,6 +45,18 @@ class Limits:
     seconds: float = 10.0
     rows: int = 100_000
     size: int = 50_000_000  # characters and bytes of all text and blobs of the result
+
+
+def is_query(text: str) -> bool:
+    """Whether SQLite can read a text as one statement; what it names need not exist. Nothing is run."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.set_authorizer(_authorize)
+        try:
+            with _query_errors():
+                connection.execute(f"EXPLAIN {text}")
+        except QueryError as error:
+            return not _MALFORMED.search(str(error))
+    return True
 
 
 def run_query(file: Path, query: str, limits: Limits = Limits()) -> list[Row]:

@@ -1,9 +1,12 @@
 """SQL as text: its pieces, and the query that a chatty reply holds."""
 
+import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from cllm.scoring.sql_query import LONGEST_QUERY
+from cllm.scoring.reply import parts
+from cllm.scoring.sql_query import LONGEST_QUERY, is_query
 
 _PIECE = re.compile(
     r"""'(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | --[^\n]* | /\*.*?(?:\*/|\Z) | \w+ | \s+ | .""",
@@ -17,9 +20,9 @@ _STATEMENT = r"""(?:
   | ATTACH\s+(?:DATABASE\b|['"]) | DETACH\s+\w+ | BEGIN\s*; | (?:COMMIT|ROLLBACK)\b
 )"""
 _FLAGS = re.IGNORECASE | re.VERBOSE
-_OPENING = re.compile(rf"""(?:^|[:`>*"'])[ \t]*\(*(?P<sql>{_STATEMENT})""", _FLAGS | re.MULTILINE)
+_OPENING = re.compile(rf"""(?:^|[:`*"']|<\w[^<>\n]*>)[ \t]*\(*(?P<sql>{_STATEMENT})""", _FLAGS | re.MULTILINE)
 _INTRODUCTION = re.compile(r"SELECT\s+the\b|[^\n]*:[ \t]*$", re.IGNORECASE | re.MULTILINE)  # "Select names from it:"
-_QUOTED = "(?:[^{0}]*{0}[^{0}]*{0})*?[^{0}]*(?={0}[.,;:!?)*]*(?:\\s|\\Z))"  # up to a closing quote; inner ones are pairs
+_QUOTED = "(?:[^{0}]*{0}[^{0}]*{0})*?[^{0}]*(?={0}[.,;:!?)}}\\]*]*(?:\\s|\\Z))"  # up to a closing quote; inner ones are pairs
 _INSIDE = {  # by what stands before a statement, what reaches up to its counterpart
     "`": re.compile("[^`]*"),
     ">": re.compile(".*?(?=</)", re.DOTALL),
@@ -27,7 +30,11 @@ _INSIDE = {  # by what stands before a statement, what reaches up to its counter
     '"': re.compile(_QUOTED.format('"')),
     "'": re.compile(_QUOTED.format("'")),
 }
-_INLINE = re.compile(r"\bSELECT\b")  # capitals only: "to select ... from" is prose
+_INLINE = re.compile(  # in small letters only what is no prose such as "to select one from the list"
+    r"""\b(?:SELECT\b | select\s+(?:distinct\b | \* | \w+\s*\( | [\w.]+\s*,
+      | (?!(?:all|any|data|everything|it|one|rows|some|them)\b)[\w.]+\s+from\s+(?!(?:a|each|the|this|these|your)\b)))""",
+    re.VERBOSE,
+)
 _NEXT_STATEMENT = re.compile(rf"(?:\s+|--[^\n]*|/\*(?>.*?\*/))*+(?:{_STATEMENT})", _FLAGS | re.DOTALL)
 _FENCE = re.compile(r"`{3,}|~{3,}")
 _LANGUAGE = re.compile(r"[ \t]*(?!SELECT\b|WITH\b)(?:\w+[ \t]*(?=\n)|sql\w*[ \t]+)", re.IGNORECASE)
@@ -40,11 +47,21 @@ _CONTINUED = re.compile(
 )
 _SENTENCE = r"(?:This|The|Here|In\ this|It|I|You|We|Please|Note\ that|Explanation)\s+\w"
 _PROSE = re.compile(
-    rf"""\n[ \t]*(?:\# | \*\*\w | <[|/\w]
-    | (?:Question|Explanation|Answer|Output|Result|Note|Schema|SQL)\b\s*:
+    rf"""\n[ \t]*(?:\# | \*\*\w | <[/\w]
+    | (?:Explanation|Answer|Output|Result|Note|Schema|SQL)\b\s*:
     | {_SENTENCE} )""",
     re.VERBOSE,
 )
+_SENTENCE_GOES_ON = re.compile(
+    r"""[ \t]*[,(–—-]?[ \t\n]+\(?(?:to|which|that|so|because|since|will|would|should|can|gives?|returns?|counts?
+    |works?|does|finds?|shows?|lists?|it|this|we|you|if[ ]you|when[ ]you|in[ ]order[ ]to|where[ ](?:the|we|you)
+    |and[ ](?:it|that|the|then|this|we|you|run|get|see|execute)|as[ ](?:a|an|it|the|this|you|your)
+    |for[ ](?:all|each|example|it|that|the|this|your)|is[ ](?:a|all|an|correct|enough|how|right|the|what|your))\b
+    (?![^\n]*(?:[=<>]|\b(?:SELECT|FROM|WHERE|GROUP|HAVING|ORDER|LIMIT|UNION|EXCEPT|INTERSECT|JOIN|ON|AND|OR)\b))""",
+    re.VERBOSE,
+)
+_JSON = re.compile(r"""[\[{]\s*["\[{]""")
+_TRIES = 8  # at JSON, and at the end of a query inside a sentence
 _FULL_STOP = re.compile(rf"\.(?:[ \t]*(?:\n|\Z)|\s+{_SENTENCE})")
 
 
@@ -61,14 +78,43 @@ def without_distinct(sql: str) -> str:
 def find_sql(reply: str) -> str:
     """The SQL in a reply, or "" where there is none.
 
-    It is in the first fenced block that has a statement, or else before the first fence. It starts at the first
-    statement that begins a line or follows a colon, quotes or a tag, and ends with these, at ``;``, at a full stop, at
-    a blank line or at a line of prose. Where another statement follows ``;`` it is kept: several statements are no
-    answer, and choosing one would hide that.
+    It is in the texts of a JSON answer, in the first fenced block that has a statement, or else before the first fence. It
+    starts at the first statement that begins a line or follows a colon, quotes or a tag, and ends with these, at ``;``, at a
+    full stop, at a blank line, at a line of prose or where a sentence goes on. Where another statement follows ``;`` it is
+    kept: several statements are no answer, and choosing one would hide that.
     """
-    before, *fenced = _FENCE.split(reply[:_LONGEST_REPLY])
-    blocks = [_without_language(block) for block in fenced[::2]]
-    return next(filter(None, map(_statement, [*blocks, before])), "")
+    return next(filter(None, (_find(part[:_LONGEST_REPLY]) for part in parts(reply))), "")
+
+
+def _find(text: str) -> str:
+    before, *fenced = _FENCE.split(text)
+    blocks = [*map(_without_language, fenced[::2]), before]
+    return _in_json(text) or next(filter(None, map(_statement, blocks)), "")
+
+
+def _in_json(text: str) -> str:
+    """The SQL in the first JSON value of a text that holds some, under a name such as "sql" or "query" if there is one."""
+    for opening in [*_JSON.finditer(text)][:_TRIES]:
+        try:
+            value, _ = json.JSONDecoder(strict=False).raw_decode(text, opening.start())
+        except (ValueError, RecursionError):
+            continue
+        texts = sorted(_texts(value), key=lambda named: not re.search("sql|query", named[0], re.IGNORECASE))
+        if found := next(filter(None, (_find(each) for _, each in texts)), ""):
+            return found
+    return ""
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The texts in a JSON value, each with the name that it goes by."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each, name)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _texts(each, key)
 
 
 def _without_language(block: str) -> str:
@@ -83,20 +129,30 @@ def _statement(text: str) -> str:
     if start is None:
         return ""
     sql = text[start:]
-    inside = _INSIDE.get(text[:start].rstrip(" \t")[-1:])
-    if inside and (match := inside.match(sql)):
+    opened = text[:start].rstrip(" \t")[-1:]
+    if opened in _INSIDE and (match := _INSIDE[opened].match(sql)):
         sql = match[0]
-    return sql[: _end(sql)].strip()
+    sql = sql[: _end(sql, opened == "(")].strip()
+    return sql if is_query(sql) else _without_sentence(sql)
+
+
+def _without_sentence(sql: str) -> str:
+    """What a sentence says of a query left out; what is no query even then stays as it is."""
+    places = [match.start() for match in _SENTENCE_GOES_ON.finditer(sql)][:_TRIES]
+    return next((sql[:place] for place in places if is_query(sql[:place])), sql)
 
 
 def _inline(text: str) -> int | None:
     """Where a SELECT starts in the middle of a line."""
     found = _INLINE.search(text)
-    return found.start() if found and re.search(r"\bFROM\b", text[found.end() :]) else None
+    return found.start() if found and re.search(r"\bFROM\b", text[found.start() :], re.IGNORECASE) else None
 
 
-def _end(sql: str) -> int:
-    """Where the statement that a text starts with ends; the end of the text if another statement follows."""
+def _end(sql: str, enclosed: bool) -> int:
+    """Where the statement that a text starts with ends; the end of the text if another statement follows.
+
+    ``enclosed``: a parenthesis was opened before it.
+    """
     at = depth = 0
     for piece in pieces(sql):
         if piece == ";":
@@ -104,6 +160,8 @@ def _end(sql: str) -> int:
         if piece == "." and _FULL_STOP.match(sql, at):
             return at
         depth += {"(": 1, ")": -1}.get(piece, 0)
+        if enclosed and depth < 0 and not _CONTINUED.match(sql[at + 1 :].lstrip()):
+            return at
         if "\n" in piece and piece.isspace():
             gap = _BREAK.search(piece)
             if gap and depth <= 0 and not _CONTINUED.match(sql, at + len(piece)):

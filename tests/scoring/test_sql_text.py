@@ -1,11 +1,13 @@
 """cllm.scoring.sql_text: SQL is found in chatty replies."""
 
+import json
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cllm.scoring.sql_query import is_query
 from cllm.scoring.sql_text import find_sql, pieces, without_distinct
 
 Q = "SELECT count(*) FROM singer"
@@ -57,6 +59,29 @@ Q = "SELECT count(*) FROM singer"
         f"Answer: Select the names from the table:\n{Q}",
         f"Select all singers, and count them:\n\n{Q}",
         f"Select the number of singers.\n\n{Q}",
+        f"<think>SELECT name FROM singer? No.</think>\n{Q}",
+        f"SELECT name FROM singer? No.\n</think>\n\n```sql\n{Q}\n```",
+        f"{Q}<|eot_id|>SELECT name FROM singer",
+        f"{Q}</s></s>",
+        f"{Q}<|im_end|>\n<|im_start|>user\nThanks",
+        f"```sql\n{Q};\n```<|endoftext|>",
+        f"{Q};\n\nProblem: And the songs?\nSELECT count(*) FROM song",
+        f"{Q};\n-- Question: And the songs?\nSELECT count(*) FROM song",
+        f"Question: How many singers are there?\nSQL: {Q}",
+        f'{{"query": "{Q}"}}',
+        f'```json\n{{"query": "{Q};", "tables": ["singer"]}}\n```',
+        f'{{"reason": "Select from singer: all", "SQL": "{Q}"}} is the query.',
+        f'[{{"sql": "{Q}"}}]',
+        f"{{'sql': '{Q}'}}",
+        f'{{"sql": "{Q}',
+        '{"answer": "```sql\\nSELECT count(*) FROM singer\\n```"}',
+        f"I would run {Q} to get their number.",
+        f"Run {Q}, which counts them.",
+        f"With {Q} you get the number.",
+        f"{Q} gives the number of singers",
+        f"Try {Q} and see how many there are.",
+        f"I use that query ({Q}) for the number.",
+        f"({Q})",
     ],
 )
 def test_found(reply: str) -> None:
@@ -101,6 +126,37 @@ def test_several_statements_stay_several(reply: str) -> None:
     assert sql.count("singer") == 2 and ";" in sql
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT name FROM singer WHERE song = 'to be' AND x = \"y\"",
+        "SELECT a,\n  b\nFROM t\nORDER BY a DESC",
+        "SELECT 'it''s' FROM t",
+        "SELECT a FROM t WHERE b > (SELECT avg(b) FROM t)",
+        "select max(a), b from t",
+        "select a from t where b in (select b from u)",
+    ],
+)
+def test_whole_queries_in_json_and_sentences(query: str) -> None:
+    assert find_sql(json.dumps({"sql": query})) == query
+    assert find_sql(json.dumps({"calls": [{"name": "run", "arguments": json.dumps({"query": query})}]})) == query
+    assert find_sql(f"The query is: {query} so that you see them.") == query
+    assert find_sql(f"I would use {query} to get them.") == query
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT name FROM singer GROPU BY name",
+        "SELECT name FROM singer WHERE age = 1 to WHERE x = 2",
+        "SELECT name FROM to all",
+        "(SELECT name FROM singer) UNION (SELECT name FROM song)",
+    ],
+)
+def test_wrong_queries_stay_wrong(query: str) -> None:
+    assert not is_query(find_sql(query))
+
+
 @pytest.mark.parametrize("quote", ['"', "'"])
 def test_quotes_inside_of_quotes(quote: str) -> None:
     query = f"SELECT name FROM singer WHERE song = {quote}Hey You{quote} AND age = 1"
@@ -108,8 +164,10 @@ def test_quotes_inside_of_quotes(quote: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "reply", ["", "   ", "I do not know.", "With this in mind, select a row.", "```python\nx\n```", ";"]
-)
+    "reply",
+    ["", "   ", "I do not know.", "With this in mind, select a row.", "Now select one from the list.", "```python\nx\n```", ";",
+     f"<think>{Q}", f"</s>{Q}"],
+)  # fmt: skip
 def test_nothing_found(reply: str) -> None:
     assert find_sql(reply) == ""
 
@@ -130,7 +188,8 @@ def test_pieces_are_the_whole(text: str) -> None:
     ["`" * 99_999, "select " * 20_000, "SELECT " * 20_000, "WITH a AS " * 9000, "/*" * 30_000, f"{Q};" + "/*/" * 30_000,
      "CREATE TEMP " * 9000, "'" * 50_001, f"{Q};" + "\n -- " * 9000, "SELECT\n\n" * 9000, "WITH" + " " * 50_000,
      "*SELECT" + " *" * 20_000 + "a", "'SELECT" + "'" * 30_000 + "a", ":SELECT x" * 4000 + ":", ">SELECT" + "<" * 30_000,
-     "SELECT 1" + " ." * 15_000],
+     "SELECT 1" + " ." * 15_000, "[" * 90_000, '{"a":' * 20_000, '["' * 40_000, "SELECT 1 " + "(" * 30_000,
+     "SELECT a FROM b to the " * 2000],
 )  # fmt: skip
 def test_long_replies_are_quick(reply: str) -> None:
     start = time.process_time()
