@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cllm.decoding import GREEDY, JacobiDecoder, Sampling
 from cllm.errors import UsageError
-from cllm.evaluation.interval import ratio_interval
+from cllm.evaluation.interval import mean_interval, ratio_interval
 from cllm.evaluation.prompt import Prompt, batches
-from cllm.evaluation.quality import mean_interval
 from cllm.files import StrPath
 from cllm.prompts import PromptTemplate
 from cllm.result_file import ResultFile, Row, plain
@@ -196,6 +196,13 @@ def samples(examples: Iterable[Example], count: int) -> list[Example]:
     ]
 
 
+def problems(rows: Sequence[Row]) -> list[str]:
+    """The id of the problem that each row is a sample of."""
+    ids = {row["id"] for row in rows}
+    first = (re.sub("#[0-9]+$", "", row["id"]) for row in rows)
+    return [name if name in ids else row["id"] for name, row in zip(first, rows, strict=True)]
+
+
 def rescore(task: Task, rows: Sequence[Row]) -> list[Row]:
     """The rows with fresh scores, from their own question, target and reply."""
     scores = task.score_all([(row["reply"], example_of(row)) for row in rows])
@@ -229,11 +236,12 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _summary(task: Task, rows: Sequence[Row], seed: int) -> dict[str, Any]:
     answered = [row for row in rows if row.get("stop") != TOO_LONG]
     tokens, forwards = [[row.get(key, 0) for row in answered] for key in ("tokens", "forwards")]
+    interval = ratio_interval(tokens, forwards, problems=problems(answered), seed=seed) if sum(forwards) else None
     return {
         "answers": len(rows),
         "scores": {name: _score(rows, name, seed) for name in score_names(task, rows)},
         "tokens_per_forward": sum(tokens) / sum(forwards) if sum(forwards) else None,
-        "tokens_per_forward_interval": ratio_interval(tokens, forwards, seed=seed) if sum(forwards) else None,
+        "tokens_per_forward_interval": interval,
         "mean_tokens": sum(tokens) / len(tokens) if tokens else None,
         "unfinished": sum(row.get("stop") in ("length", "context") for row in answered),
         "too_long": [row["id"] for row in rows if row.get("stop") == TOO_LONG],
@@ -242,7 +250,8 @@ def _summary(task: Task, rows: Sequence[Row], seed: int) -> dict[str, Any]:
 
 def _score(rows: Sequence[Row], name: str, seed: int) -> dict[str, Any]:
     values = [row[name] for row in rows]
-    return {"mean": sum(values) / len(values), "interval": mean_interval(values, seed=seed), "sum": sum(values)}
+    interval = mean_interval(values, problems=problems(rows), seed=seed)
+    return {"mean": sum(values) / len(values), "interval": interval, "sum": sum(values)}
 
 
 def score_names(task: Task, rows: Sequence[Row]) -> list[str]:

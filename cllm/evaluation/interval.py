@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -11,10 +11,10 @@ Interval = tuple[float, float]
 Z_95 = 1.959963984540054  # the normal quantile that leaves 2.5% on either side
 
 
-def wilson(successes: int, count: int) -> Interval | None:
+def wilson(successes: float, count: float) -> Interval | None:
     """95% interval of a share (Wilson 1927, without continuity correction); None without observations.
 
-    Raises ValueError unless 0 <= successes <= count.
+    Both may be fractions, where observations count for less than one. Raises ValueError unless 0 <= successes <= count.
     """
     if not 0 <= successes <= count:
         raise ValueError(f"successes must be between 0 and {count}, got {successes}")
@@ -55,7 +55,50 @@ def bootstrap(
 
 
 def ratio_interval(
-    top: Sequence[float], bottom: Sequence[float], *, seed: int = 0, resamples: int = 2000
+    top: Sequence[float],
+    bottom: Sequence[float],
+    *,
+    problems: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    resamples: int = 2000,
 ) -> Interval | None:
-    """95% bootstrap interval of ``sum(top) / sum(bottom)``, both given per prompt."""
-    return bootstrap([top, bottom], lambda sums: sums[0] / sums[1], seed=seed, resamples=resamples)
+    """95% bootstrap interval of ``sum(top) / sum(bottom)``, both given per response.
+
+    ``problems``: what each responds to. Responses to one problem are alike, so problems are drawn, not responses.
+    """
+    columns = [top, bottom] if problems is None else sums_by([top, bottom], problems)
+    return bootstrap(columns, lambda sums: sums[0] / sums[1], seed=seed, resamples=resamples)
+
+
+def mean_interval(
+    scores: Sequence[bool | float], *, problems: Sequence[Hashable] | None = None, seed: int = 0
+) -> Interval | None:
+    """95% interval of a mean: Wilson's where every score is 0 or 1, otherwise by bootstrap.
+
+    ``problems`` as for :func:`ratio_interval`; Wilson's interval then counts as many scores as say the same independently.
+    """
+    if not all(score in (0, 1) for score in scores):
+        return ratio_interval(scores, [1.0] * len(scores), problems=problems, seed=seed)
+    count = float(len(scores)) if problems is None else _effective_count(scores, problems)
+    return wilson(sum(scores) / len(scores) * count if scores else 0, count)
+
+
+def sums_by(columns: Sequence[Sequence[float]], problems: Sequence[Hashable]) -> list[list[float]]:
+    """Columns of N numbers summed up by problem: columns of P."""
+    numbers = {problem: number for number, problem in enumerate(dict.fromkeys(problems))}
+    place_N = [numbers[problem] for problem in problems]
+    return [np.bincount(place_N, weights=column, minlength=len(numbers)).tolist() for column in columns]
+
+
+def _effective_count(scores: Sequence[bool | float], problems: Sequence[Hashable]) -> float:
+    """How many independent scores of 0 or 1 tell as much about their mean: from the number of problems to that of scores.
+
+    By the variance of the mean between problems (Korn and Graubard 1998), and the number of problems where it says nothing.
+    """
+    right_P, count_P = map(np.array, sums_by([scores, [1.0] * len(scores)], problems))
+    N, P = len(scores), len(count_P)
+    share = sum(scores) / N if N else 0.0
+    if P < 2 or not 0 < share < 1:
+        return float(P)
+    variance = float(((right_P - share * count_P) ** 2).sum()) / N**2
+    return min(max(share * (1 - share) / variance, 1.0), N) if variance else float(N)

@@ -15,7 +15,7 @@ from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cllm.evaluation.interval import Interval, bootstrap, ratio_interval, wilson
+from cllm.evaluation.interval import Interval, mean_interval, ratio_interval
 from cllm.evaluation.table import format_table, percent_with_interval, with_interval
 from cllm.tasks.base import Example, Task
 from cllm.trajectory.hygiene import repetition
@@ -72,13 +72,6 @@ def quality(
         same_as_own_ar=None if own_ar is None else share_equal(responses, own_ar),
         same_as_target=None if target is None else share_equal(responses, target),
     )
-
-
-def mean_interval(scores: Sequence[bool | float], *, seed: int = 0) -> Interval | None:
-    """95% interval of a mean: Wilson's where every score is 0 or 1, otherwise by bootstrap."""
-    if all(score in (0, 1) for score in scores):
-        return wilson(int(sum(scores)), len(scores))
-    return bootstrap([scores, [1.0] * len(scores)], lambda sums: sums[0] / sums[1], seed=seed)
 
 
 def share_equal(responses: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> float:

@@ -136,6 +136,15 @@ def test_summary_of_hand_made_rows():
     assert summary["groups"] == {}
 
 
+def test_intervals_are_over_problems_not_samples():
+    once = [row(name, reply, tokens=tokens) for name, reply, tokens in (("a", "18", 9), ("b", "7", 6), ("c#2", "18", 3))]
+    again = [{**answer, "id": f"{answer['id']}#{number}"} for answer in once for number in range(2, 9)]
+    alone, together = (accuracy.summarise(TASK, accuracy.rescore(TASK, rows)) for rows in (once, [*once, *again]))
+    assert together["scores"]["accuracy"]["interval"] == pytest.approx(alone["scores"]["accuracy"]["interval"])
+    assert together["tokens_per_forward_interval"] == alone["tokens_per_forward_interval"]
+    assert accuracy.problems(once) == ["a", "b", "c#2"]
+
+
 def test_groups_are_those_that_divide():
     rows = [row(str(i), source="gsm8k", level=str(i % 2), number=str(i)) for i in range(30)]
     assert {name: len(group) for name, group in accuracy.groups(rows).items()} == {"level=0": 15, "level=1": 15}

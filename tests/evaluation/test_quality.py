@@ -5,7 +5,6 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from cllm.evaluation.quality import (
-    mean_interval,
     quality,
     quality_table,
     response_nll,
@@ -37,12 +36,6 @@ def test_no_responses():
     with pytest.raises(ValueError, match="no responses"):
         quality([], eos_ids=[])
     assert quality([[]], eos_ids=[1]).repetition == 0
-
-
-def test_mean_interval_takes_wilson_for_yes_and_no():
-    assert mean_interval([True, False, True, True])[1] < 1
-    low, high = mean_interval([0.25, 0.5, 0.75])
-    assert 0.25 <= low < 0.5 < high <= 0.75
 
 
 def test_share_equal():
