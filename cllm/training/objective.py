@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, log_softmax
 
 CHUNK = 256  # tokens whose logits exist at the same time
@@ -91,7 +92,8 @@ def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tenso
 def _in_chunks(part: Callable[..., torch.Tensor], head: Head, hidden_MH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """Sum of ``part`` over chunks of tokens, 0 for no token; the hidden states go through ``head``."""
     learned = [parameter for parameter in head.parameters if parameter.requires_grad]
-    return head.whole(lambda hidden: _ChunkedSum.apply(part, learned, others, hidden, *learned), hidden_MH)
+    graph = torch.is_grad_enabled()  # which a forward of autograd cannot see
+    return head.whole(lambda hidden: _ChunkedSum.apply(part, learned, others, graph, hidden, *learned), hidden_MH)
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -101,9 +103,9 @@ class _ChunkedSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, part, learned, others, hidden_MH: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, part, learned, others, graph, hidden_MH: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         total = hidden_MH.new_zeros((), dtype=torch.float32)
-        wanted = any(ctx.needs_input_grad)
+        wanted = graph and any(ctx.needs_input_grad)
         grads = [torch.zeros_like(hidden_MH), *(torch.zeros_like(p, dtype=torch.float32) for p in learned)] if wanted else []
         for start in range(0, len(hidden_MH), CHUNK):
             place = slice(start, start + CHUNK)
@@ -119,5 +121,6 @@ class _ChunkedSum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *up: torch.Tensor):
-        return None, None, None, *(grad * up[0] for grad in ctx.saved_tensors)
+        return None, None, None, None, *(grad * up[0] for grad in ctx.saved_tensors)

@@ -89,6 +89,35 @@ def test_without_gradients_the_sum_is_the_same():
     torch.testing.assert_close(quiet, cross_entropy_sum(hidden, Linear(weight), target).detach())
 
 
+class Watching(Linear):
+    """Notes whether a graph was built."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = super().__call__(hidden)
+        self.graph = logits.requires_grad
+        return logits
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_graph_is_built_where_none_is_wanted(mode):
+    hidden, head = torch.randn(CHUNK + 3, 4, requires_grad=True), Watching(torch.randn(4, 9, requires_grad=True))
+    target = torch.randint(9, (CHUNK + 3,))
+    expected = cross_entropy_sum(hidden, head, target)
+    assert head.graph
+    with mode():
+        total = cross_entropy_sum(hidden, head, target)
+    assert not head.graph and not total.requires_grad
+    assert torch.equal(total, expected)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, head = torch.randn(5, 4, requires_grad=True), Linear(torch.randn(4, 9, requires_grad=True))
+    squared = cross_entropy_sum(hidden, head, torch.arange(5)) ** 2  # whose gradient depends on the sum itself
+    (grad,) = torch.autograd.grad(squared, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.pow(2).sum().backward()
+
+
 def test_no_tokens_give_zero_with_a_graph():
     hidden = torch.randn(0, 4, requires_grad=True)
     loss = cross_entropy_sum(hidden, Linear(torch.randn(4, 5)), torch.zeros(0, dtype=torch.long))
