@@ -144,8 +144,10 @@ def _load_adapted(path: str, folder: Path, *, quantization: Any = None, **how: s
     return model
 
 
-def _base_of(folder: Path, named: str) -> str:
+def _base_of(folder: Path, named: str | None) -> Any:
     """The base model's path: as the adapter names it, or the folder of that name beside the adapter's, if both were moved."""
+    if named is None:  # an export's, which has the base around it
+        return None
     beside = folder.resolve().parent / Path(named).name
     moved = Path(named).is_absolute() and not Path(named).exists() and beside.is_dir()
     return str(beside) if moved else named

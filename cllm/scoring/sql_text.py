@@ -20,7 +20,7 @@ _STATEMENT = r"""(?:
   | ATTACH\s+(?:DATABASE\b|['"]) | DETACH\s+\w+ | BEGIN\s*; | (?:COMMIT|ROLLBACK)\b
 )"""
 _FLAGS = re.IGNORECASE | re.VERBOSE
-_OPENING = re.compile(rf"""(?:^|[:`>*"'])[ \t]*\(*(?P<sql>{_STATEMENT})""", _FLAGS | re.MULTILINE)
+_OPENING = re.compile(rf"""(?:^|[:`*"']|<\w[^<>\n]*>)[ \t]*\(*(?P<sql>{_STATEMENT})""", _FLAGS | re.MULTILINE)
 _INTRODUCTION = re.compile(r"SELECT\s+the\b|[^\n]*:[ \t]*$", re.IGNORECASE | re.MULTILINE)  # "Select names from it:"
 _QUOTED = "(?:[^{0}]*{0}[^{0}]*{0})*?[^{0}]*(?={0}[.,;:!?)}}\\]*]*(?:\\s|\\Z))"  # up to a closing quote; inner ones are pairs
 _INSIDE = {  # by what stands before a statement, what reaches up to its counterpart
@@ -30,7 +30,11 @@ _INSIDE = {  # by what stands before a statement, what reaches up to its counter
     '"': re.compile(_QUOTED.format('"')),
     "'": re.compile(_QUOTED.format("'")),
 }
-_INLINE = re.compile(r"\bSELECT\b")  # capitals only: "to select ... from" is prose
+_INLINE = re.compile(  # in small letters only what is no prose such as "to select one from the list"
+    r"""\b(?:SELECT\b | select\s+(?:distinct\b | \* | \w+\s*\( | [\w.]+\s*,
+      | (?!(?:all|any|data|everything|it|one|rows|some|them)\b)[\w.]+\s+from\s+(?!(?:a|each|the|this|these|your)\b)))""",
+    re.VERBOSE,
+)
 _NEXT_STATEMENT = re.compile(rf"(?:\s+|--[^\n]*|/\*(?>.*?\*/))*+(?:{_STATEMENT})", _FLAGS | re.DOTALL)
 _FENCE = re.compile(r"`{3,}|~{3,}")
 _LANGUAGE = re.compile(r"[ \t]*(?!SELECT\b|WITH\b)(?:\w+[ \t]*(?=\n)|sql\w*[ \t]+)", re.IGNORECASE)
@@ -141,7 +145,7 @@ def _without_sentence(sql: str) -> str:
 def _inline(text: str) -> int | None:
     """Where a SELECT starts in the middle of a line."""
     found = _INLINE.search(text)
-    return found.start() if found and re.search(r"\bFROM\b", text[found.end() :]) else None
+    return found.start() if found and re.search(r"\bFROM\b", text[found.start() :], re.IGNORECASE) else None
 
 
 def _end(sql: str, enclosed: bool) -> int:

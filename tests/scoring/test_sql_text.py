@@ -128,12 +128,20 @@ def test_several_statements_stay_several(reply: str) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["SELECT name FROM singer WHERE song = 'to be' AND x = \"y\"", "SELECT a,\n  b\nFROM t\nORDER BY a DESC", "SELECT 'it''s'"],
+    [
+        "SELECT name FROM singer WHERE song = 'to be' AND x = \"y\"",
+        "SELECT a,\n  b\nFROM t\nORDER BY a DESC",
+        "SELECT 'it''s' FROM t",
+        "SELECT a FROM t WHERE b > (SELECT avg(b) FROM t)",
+        "select max(a), b from t",
+        "select a from t where b in (select b from u)",
+    ],
 )
 def test_whole_queries_in_json_and_sentences(query: str) -> None:
     assert find_sql(json.dumps({"sql": query})) == query
     assert find_sql(json.dumps({"calls": [{"name": "run", "arguments": json.dumps({"query": query})}]})) == query
     assert find_sql(f"The query is: {query} so that you see them.") == query
+    assert find_sql(f"I would use {query} to get them.") == query
 
 
 @pytest.mark.parametrize(
@@ -157,8 +165,9 @@ def test_quotes_inside_of_quotes(quote: str) -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    ["", "   ", "I do not know.", "With this in mind, select a row.", "```python\nx\n```", ";", f"<think>{Q}", f"</s>{Q}"],
-)
+    ["", "   ", "I do not know.", "With this in mind, select a row.", "Now select one from the list.", "```python\nx\n```", ";",
+     f"<think>{Q}", f"</s>{Q}"],
+)  # fmt: skip
 def test_nothing_found(reply: str) -> None:
     assert find_sql(reply) == ""
 

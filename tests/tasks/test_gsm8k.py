@@ -247,7 +247,7 @@ def test_no_reply_raises(reply: str) -> None:
 )
 def test_no_reply_hangs(piece: str) -> None:
     reply = piece * (100_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (
         reply,
         "#### 1 " + reply,
@@ -256,14 +256,14 @@ def test_no_reply_hangs(piece: str) -> None:
         "\\boxed{9" + reply + "}",
     ):
         GSM8K.score(text, example("9"))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("power", ["9^{9^{9^{9^9}}}", "9**9**9**9", "9!!!!!!!!", "10^10^10^10", "9" * 400])
 def test_towers_of_powers_are_not_computed(power: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     GSM8K.score(f"\\boxed{{{power}}}", example("7"))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_own_rows() -> None:
