@@ -25,6 +25,7 @@ from cllm.adapter import Adapter
 from cllm.decoding.deltas import Deltas, Drafting
 from cllm.decoding.lending import Lending
 
+Forward = Callable[..., torch.Tensor]
 PACKED_BYTES = 2 << 30  # of weights that are kept a second time, laid out for oneDNN
 PACKED_ROWS = 16  # the number of input rows that they are laid out for
 
@@ -74,16 +75,16 @@ class Linears(Lending):
     def _find_products(self, model: PreTrainedModel) -> None:
         adapted = {name for deltas in self._deltas.values() for name in deltas.pairs}
         fast = bool(torch.backends.mkldnn.enabled)
-        named = [(name, layer, fast and _suits(layer)) for name, layer in model.named_modules()]
-        layers: list[tuple[str, Any, bool]] = [item for item in named if item[2] or item[0] in adapted]
-        weights = [layer.weight for _, layer, suits in layers if suits]
+        named = [(name, layer, fast and _suits(layer), _own_forward(layer)) for name, layer in model.named_modules()]
+        layers: list[tuple[str, Any, bool, Forward | None]] = [item for item in named if item[2] or item[0] in adapted]
+        weights = [layer.weight for _, layer, suits, _ in layers if suits]
         seen = [_multiply(_probe(weight), weight) for weight in weights]
-        known = [(product.name, product.layer, product.fast) for product in self._products]
+        known = [(product.name, product.layer, product.fast, product.own) for product in self._products]
         if known == layers and all(map(torch.equal, seen, self._seen)):
             return
         self._drop()  # the old copies go before new ones are made
         packs = sum(weight.nbytes for weight in weights) <= PACKED_BYTES
-        self._products = [_Product(name, layer, suits, packs, self._active) for name, layer, suits in layers]
+        self._products = [_Product(*item, packs, self._active) for item in layers]
         self._seen = seen
         if self._inside:  # other threads
             self._put_in()
@@ -147,11 +148,11 @@ class _Active:
 class _Product:
     """The ``forward`` of a linear layer: on its weights as they are or packed, then with an adapter's delta."""
 
-    def __init__(self, name: str, layer: Any, fast: bool, packs: bool, active: _Active) -> None:
-        self.name, self.layer, self.fast, self.active = name, layer, fast, active
+    def __init__(self, name: str, layer: Any, fast: bool, own: Forward | None, packs: bool, active: _Active) -> None:
+        """``own``: see :func:`_own_forward`."""
+        self.name, self.layer, self.fast, self.own, self.active = name, layer, fast, own, active
         self.attributes = layer.__dict__
-        self.own: Callable[..., torch.Tensor] | None = self.attributes.get("forward")  # a forward that others put there
-        self.plain = self.own or layer.forward
+        self.plain = own or layer.forward
         self.packed = _packed(layer.weight) if fast and packs else None
 
     def put_in(self) -> None:
@@ -181,8 +182,14 @@ class _Product:
         return output
 
 
+def _own_forward(layer: nn.Module) -> Forward | None:
+    """The forward that others gave the layer instead of its type's."""
+    forward = layer.__dict__.get("forward")
+    return forward.own if isinstance(forward, _Product) else forward
+
+
 def _suits(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or not isinstance(layer.__dict__.get("forward"), (_Product, type(None))):
+    if type(layer) is not nn.Linear or _own_forward(layer) is not None:
         return False
     weight = layer.weight
     plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.is_contiguous()
