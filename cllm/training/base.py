@@ -72,7 +72,7 @@ class TokenMeanTrainer(Trainer):
     def last_hidden(
         self, model: torch.nn.Module, head: LanguageHead, cache: Cache | None = None, **inputs: Any
     ) -> torch.Tensor:
-        """Last hidden states [B, T, H], through the model's public forward, behind and into ``cache``."""
+        """Last hidden states [B, T, H], through the model's public forward, after what is in ``cache`` and into it."""
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
         asked: list[int] = [] if self._verified else [-1]  # places whose logits the model itself makes
         inputs["logits_to_keep"] = torch.tensor(asked, dtype=torch.long, device=inputs["input_ids"].device)

@@ -69,7 +69,7 @@ class AdapterArguments:
 
 @dataclass
 class LoraArguments(AdapterArguments):
-    """Training of adapters in the place of all weights. Raises UsageError for what cannot work here."""
+    """Training of adapters instead of all weights. Raises UsageError for what cannot work here."""
 
     lora_r: int = field(default=0, metadata={"help": "rank of LoRA adapters (extra: lora); 0 trains all weights"})
     merge_lora: bool = field(

@@ -38,8 +38,8 @@ class LosslessTrainer(TokenMeanTrainer):
     """Trains an adapter, on for the blocks only, towards the target's own distribution on the clean text.
 
     The target, the model with its adapter off, reads the clean text once, without gradients; then all blocks go over its
-    keys and values in one forward. Loss: the consistency term (paper, equation 1), strictly behind the first wrong guess, a
-    token d places behind it weighing ``distance_decay**d``. In a share ``on_policy`` of the steps the adapter first takes
+    keys and values in one forward. Loss: the consistency term (paper, equation 1), strictly after the first wrong guess, a
+    token d places after it weighing ``distance_decay**d``. In a share ``on_policy`` of the steps the adapter first takes
     the states one iteration further, as windows look from the second iteration on; the first wrong guess stays.
     """
 
@@ -114,7 +114,7 @@ class LosslessTrainer(TokenMeanTrainer):
 
     @torch.no_grad()
     def _advanced(self, own: Any, head: LanguageHead, batch: Batch, text: _Text, ids_BT: torch.Tensor) -> torch.Tensor:
-        """The blocks with the adapter's own choices behind their first wrong guesses."""
+        """The blocks with the adapter's own choices after their first wrong guesses."""
         behind = batch["distance"].nonzero()[:, 0]  # each follows another token of its block
         rows, columns = batch["student"][behind].T
         hidden_BTH = self._draft(own, head, text, ids_BT)
