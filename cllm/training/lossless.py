@@ -115,10 +115,10 @@ class LosslessTrainer(TokenMeanTrainer):
     @torch.no_grad()
     def _advanced(self, own: Any, head: LanguageHead, batch: Batch, text: _Text, ids_BT: torch.Tensor) -> torch.Tensor:
         """The blocks with the adapter's own choices after their first wrong guesses."""
-        behind = batch["distance"].nonzero()[:, 0]  # each follows another token of its block
-        rows, columns = batch["student"][behind].T
+        later = batch["distance"].nonzero()[:, 0]  # each follows another token of its block
+        rows, columns = batch["student"][later].T
         hidden_BTH = self._draft(own, head, text, ids_BT)
-        taken = choices(at(hidden_BTH, batch["student"][behind - 1]), head)
+        taken = choices(at(hidden_BTH, batch["student"][later - 1]), head)
         return ids_BT.index_put((rows, columns), taken)
 
 
