@@ -5,7 +5,7 @@
 # 15 to 25 minutes on two cores; memory up to 10 GB.
 #
 #   bash scripts/quickstart.sh            # results in quickstart/
-#   bash scripts/quickstart.sh --paper    # and beside it the paper's way: all weights trained on the same trajectories
+#   bash scripts/quickstart.sh --paper    # and beside it the paper's way: all weights trained on Jacobi trajectories
 #
 # The full-size recipe is the same commands with GSM8K, a 7B target, block 16 and 8 GPUs; see the end of the output.
 set -euo pipefail
@@ -18,7 +18,7 @@ case "$*" in
 esac
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 TRAIN=320 TEST=32
+BLOCK=8 LENGTH=80 TRAIN=640 TEST=32
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -47,22 +47,25 @@ stage model "the small model (once; kept in the user's cache)" get_model
 stage questions "writing two databases, $TRAIN questions to learn from and $TEST held out" \
   python scripts/sql_questions.py "$out/data" "$TRAIN" "$TEST"
 stage target "fine-tuning the small model on their answers: the target model" \
-  cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" --num_train_epochs 2 \
+  cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" --num_train_epochs 1 \
   --per_device_train_batch_size 8 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
-stage collect "collecting Jacobi trajectories of the target model" \
-  cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$out/trajectories" --no-resume \
-  --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 32 "${frozen[@]}"
+collect() { # OUTPUT FLAGS...
+  cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$@" --no-resume \
+    --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 64 "${frozen[@]}"
+}
+stage collect "collecting the target model's own responses" collect "$out/responses" --responses_only
 stage train "training the consistency adapter" \
-  bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/cllm" $BLOCK --lossless \
-  --num_train_epochs 2 --per_device_train_batch_size 4 "${training[@]}" "${mixed[@]}" "${frozen[@]}"
+  bash cllm/train_cllm.sh "$out/target" "$out/responses" "$out/cllm" $BLOCK --lossless \
+  --num_train_epochs 1 --per_device_train_batch_size 4 "${training[@]}" "${mixed[@]}" "${frozen[@]}"
 stage tune "finding the window that is fastest on this machine, on questions to learn from" \
   cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
   --widths 6 8 --drafts 9 11 15 --output "$out/tune.json" --save
 stage measure "measuring target model and CLLM on the held-out questions" \
   measure "$out/cllm.json" --test_model "$out/cllm" --baseline generate
 if [ "$paper" ]; then
-  stage train_all "the paper's way: training all weights on the same trajectories" \
-    bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/paper" $BLOCK --num_train_epochs 2 \
+  stage collect_states "the paper's way: collecting the Jacobi trajectories of these responses" collect "$out/trajectories"
+  stage train_all "training all weights on them" \
+    bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/paper" $BLOCK --num_train_epochs 1 \
     --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 --lr_scheduler_type cosine \
     --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
   stage measure_all "measuring it on the same questions" \

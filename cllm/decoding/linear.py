@@ -1,9 +1,8 @@
 """Linear layers of a model while it decodes or makes trajectories: by oneDNN on an x86 CPU, with an adapter on draft tokens.
 
-torch gives float32 matrices to MKL there. On an AMD CPU that can take twice as long for a few rows as for one, and for both
-longer than the weights need to be read. oneDNN, which torch carries along for reduced precision and for compiled models, does
-not, least of all on weights that were laid out for it before. On an Intel CPU MKL is the faster one for one or two rows, and as
-fast for more.
+torch gives float32 matrices to MKL there, which takes longer for a few rows than the weights need to be read: on an AMD CPU
+for a single row already. oneDNN, which torch carries along for reduced precision and for compiled models, does not, least of
+all on weights that were laid out for it before. On an Intel CPU MKL is the faster one up to three rows.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class Linears(Lending):
     and decoders with other adapters, see nothing of it.
 
     Outside, and in all that can be seen of it, the model is as it was. Weights are those of the last :meth:`refresh`. Left
-    to torch are models that are not in float32 on an x86 CPU other than Intel's, layers of another type than ``nn.Linear`` or
-    with a ``forward`` of their own, and everything under ``torch.backends.mkldnn.flags(enabled=False)``, autocast or
+    to torch are models that are not in float32 on an x86 CPU, up to three rows of input on an Intel CPU, layers of another type
+    than ``nn.Linear`` or with a ``forward`` of their own, and everything under ``torch.backends.mkldnn.flags(enabled=False)``, autocast or
     torch.compile. Memory: a second copy of these layers' weights where they have PACKED_BYTES at most, until the model goes or
     :meth:`clear`; larger models are computed on the weights as they are.
     """
@@ -154,6 +153,7 @@ class _Product:
         self.attributes = layer.__dict__
         self.plain = own or layer.forward
         self.packed = _packed(layer.weight) if fast and packs else None
+        self.fewest = _fewest_rows() * layer.weight.shape[1] if fast else 0  # numbers of an input that oneDNN is faster for
 
     def put_in(self) -> None:
         if self.attributes.get("forward") is self.own:
@@ -172,7 +172,8 @@ class _Product:
             inside, drafting = False, self.active.traced
         else:
             inside, drafting = get_ident() in self.active.inside, self.active.drafting.get(get_ident())
-        if self.fast and inside and self.active.fast and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+        taken = self.fast and inside and self.active.fast and input.numel() >= self.fewest
+        if taken and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
             weight = self.layer.weight if self.packed is None else self.packed
             output = _multiply(input, weight, self.layer.bias)
         else:
@@ -193,7 +194,7 @@ def _suits(layer: nn.Module) -> bool:
         return False
     weight = layer.weight
     plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.is_contiguous()
-    return plain and weight.numel() > 0 and weight.dtype == torch.float32 and _supported() and not _intel()
+    return plain and weight.numel() > 0 and weight.dtype == torch.float32 and _supported()
 
 
 @lru_cache
@@ -210,11 +211,11 @@ def _supported() -> bool:
 
 
 @lru_cache
-def _intel() -> bool:
-    """Whether the CPU is Intel's, whose own MKL needs no help."""
+def _fewest_rows() -> int:
+    """From how many rows of input on oneDNN is faster than MKL."""
     cpuinfo = Path("/proc/cpuinfo")
     name = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
-    return "GenuineIntel" in name
+    return 4 if "GenuineIntel" in name else 1
 
 
 def _probe(weight: torch.Tensor) -> torch.Tensor:

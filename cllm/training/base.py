@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cllm.errors import UsageError
 from cllm.packing import packed_mask
 from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
+from cllm.training.lora import adapted
 from cllm.training.meter import Meter
 from cllm.training.order import LengthGroupedOrder
 
@@ -148,8 +150,17 @@ class TokenMeanTrainer(Trainer):
         return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
-        """Around all of the loss: what runs outside of the prepared model's forward (output layer, target) is autocast, too."""
-        return self.accelerator.autocast()
+        """Around all of the loss: what runs outside of the prepared model's forward (output layer, target) is autocast, too.
+
+        Adapters do not cast their input to float32 meanwhile; autocast would cast it back.
+        """
+        stack = ExitStack()
+        stack.enter_context(self.accelerator.autocast())
+        if self.accelerator.native_amp and adapted(self.model):
+            from peft.helpers import disable_input_dtype_casting
+
+            stack.enter_context(disable_input_dtype_casting(self.model))
+        return stack
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to the parent's log, of the steps since the last one: throughput, and the means of the terms if several."""
