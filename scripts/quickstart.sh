@@ -33,13 +33,14 @@ stage() { # NAME TEXT COMMAND...
 measure() { # RESULT FLAGS...
   local result=$1
   shift
-  cllm speedup --task spider --filename "$out/data" --max_new_seq_len $LENGTH --output "$result" "$@" > "${result%.json}.txt"
+  cllm speedup --task spider --filename "$out/data" --max_new_seq_len $LENGTH --output "$result" "${dtype[@]}" "$@" \
+    > "${result%.json}.txt"
 }
 
 training=(--train_sampling_strategy group_by_length --logging_steps 8 --save_strategy no --use_cpu --report_to none)
-mixed=() frozen=()
-if grep -q amx_bf16 /proc/cpuinfo 2> /dev/null; then # matrix units for bfloat16 make training several times faster
-  mixed=(--bf16) frozen=(--dtype bfloat16)
+mixed=() dtype=()
+if grep -q amx_bf16 /proc/cpuinfo 2> /dev/null; then # matrix units for bfloat16: training and wide windows are faster
+  mixed=(--bf16) dtype=(--dtype bfloat16)
 fi
 
 get_model() { model=$(python scripts/small_model.py); }
@@ -51,15 +52,15 @@ stage target "fine-tuning the small model on their answers: the target model" \
   --per_device_train_batch_size 8 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
 collect() { # OUTPUT FLAGS...
   cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$@" --no-resume \
-    --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 64 "${frozen[@]}"
+    --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 64 "${dtype[@]}"
 }
 stage collect "collecting the target model's own responses" collect "$out/responses" --responses_only
 stage train "training the consistency adapter" \
   bash cllm/train_cllm.sh "$out/target" "$out/responses" "$out/cllm" $BLOCK --lossless \
-  --num_train_epochs 1 --per_device_train_batch_size 4 "${training[@]}" "${mixed[@]}" "${frozen[@]}"
+  --num_train_epochs 1 --per_device_train_batch_size 4 "${training[@]}" "${mixed[@]}" "${dtype[@]}"
 stage tune "finding the window that is fastest on this machine, on questions to learn from" \
   cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
-  --widths 6 8 --drafts 9 11 15 --output "$out/tune.json" --save
+  --widths 6 8 --drafts 9 11 15 --output "$out/tune.json" --save "${dtype[@]}"
 stage measure "measuring target model and CLLM on the held-out questions" \
   measure "$out/cllm.json" --test_model "$out/cllm" --baseline generate
 if [ "$paper" ]; then
