@@ -4,7 +4,7 @@
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations
 from typing import Any
@@ -14,12 +14,14 @@ from tiny import KINDS, random_adapter, tiny_model
 from transformers import PreTrainedModel
 
 from cllm.adapter import Adapter
-from cllm.decoding import JacobiDecoder, Queue, Request
+from cllm.decoding import JacobiDecoder, Queue, Request, RowResult
 
 PARTIAL, FILLING = ("prompt_lookup", "pool"), ("context", "uniform", "filler")
 FRONTS = ["+".join(order) for count in (1, 2) for order in permutations(PARTIAL, count)]
 GUESSES = (*FILLING, *FRONTS, *(f"{front}+{last}" for front in FRONTS for last in FILLING))  # all that can be named
 VOCABULARY, MODELS = 97, 6  # tokens; random models of each kind
+LONGEST = 100  # tokens that a prompt shares with an earlier text
+BUDGETS = (0, 3_000, 20_000, 100_000, 1 << 30)  # bytes for keys and values, 384 a token
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ class Case:
 
     def decode(self, decoder: JacobiDecoder | None = None) -> list[list[int]]:
         """Our texts, in the order of the requests, by one of :meth:`decoder`."""
-        decoder = decoder or self.decoder()
+        return [result.token_ids for result in self.results(decoder or self.decoder())]
+
+    def results(self, decoder: JacobiDecoder) -> list[RowResult]:
+        """The same with what they cost."""
         if self.queued:
             found = dict(Queue(decoder, self.rows).run(iter(self.requests)))
-            return [found[number].token_ids for number in range(len(self.requests))]
-        results = decoder.generate([r.prompt for r in self.requests], max_new_tokens=self.requests[0].max_new_tokens)
-        return [result.token_ids for result in results]
+            return [found[number] for number in range(len(self.requests))]
+        return decoder.generate([r.prompt for r in self.requests], max_new_tokens=self.requests[0].max_new_tokens)
 
     def expected(self) -> list[list[int]]:
         """What Hugging Face's greedy ``generate`` writes, prompt by prompt."""
@@ -91,6 +95,23 @@ def draw_case(name: Any, **fixed: Any) -> Case:
     lengths = [draw.randint(1, 20) for _ in range(count)] if drawn["queued"] else [draw.randint(1, 24)] * count
     requests = [Request([draw.randrange(1, VOCABULARY) for _ in range(draw.randint(1, 25))], length) for length in lengths]
     return Case(requests=requests, **drawn)
+
+
+def follow(case: Case, texts: list[list[int]], name: Any) -> Case:
+    """The case with prompts that start like earlier ``texts``, or like each other, drawn from ``name``.
+
+    What they have in common is nothing, one token, a part of any length or of a multiple of 16, or all of a text.
+    """
+    draw = random.Random(f"follow {name}")
+    known, requests = list(texts), []
+    for request in case.requests:
+        base = draw.choice([*known, [draw.randrange(1, VOCABULARY) for _ in range(draw.randint(1, LONGEST))]])
+        most = min(len(base), LONGEST)
+        shared = draw.choice([0, 1, draw.randint(1, most), max(1, draw.randint(0, most) // 16 * 16), most])
+        prompt = base[:shared] + draw.choice([[], list(request.prompt)])
+        requests.append(replace(request, prompt=prompt or list(request.prompt)))
+        known.append(list(requests[-1].prompt))
+    return replace(case, requests=requests)
 
 
 def draw_drafts(name: Any) -> dict[str, Any]:

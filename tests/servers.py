@@ -53,7 +53,7 @@ def run_server(
     eos: Sequence[int] = (),
     batch_size: int = 4,
     chat_template: str = CHAT_TEMPLATE,
-    api_key: str | None = None,
+    api_keys: Sequence[str] = (),
     question: str | None = None,
     send_buffer: int | None = None,
 ) -> Iterator[Running]:
@@ -68,9 +68,9 @@ def run_server(
     with bind("127.0.0.1", 0) as listener:
         if send_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        app = create_app(service, api_key, own_names(listener, "127.0.0.1"))
+        app = create_app(service, api_keys, own_names(listener, "127.0.0.1"))
         if question is not None:
-            add_demo(app, service, question, asks_key=api_key is not None)
+            add_demo(app, service, question, asks_key=bool(api_keys))
         server = Server(app, service.worker, grace=5)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -109,9 +109,23 @@ def test_exactness(tiny_model_dir, problems, tmp_path):
         return json.loads(output.read_text())["result"]
 
     assert part("tiny", "--cases", "5")["different"] == 0
+    assert part("tiny", "--cases", "5", "--share", "3", "--prefixes")["different"] == 0
     words = ["--model", str(tiny_model_dir), "--data", f"gsm8k={problems}", "--prompts", "2", "--length", "8"]
     assert {way["texts that depart"] for way in part("real", *words)["ways"].values()} == {0}
     assert len(part("bfloat16", *words)["sides"]) == 4
+
+
+@pytest.mark.slow
+def test_prefix(tmp_path):
+    sql_questions.main([str(tmp_path / "data"), "2", "12"])
+    model = save_tiny_checkpoint(tmp_path / "model", max_position_embeddings=4096)
+    more = ["--conversation", "120", "--question", "8", "--samples", "3", "--sampled", "90", "--rounds", "2", "--prompts", "3"]
+    result = run("prefix", model, tmp_path / "data", tmp_path / "result.json", *more)
+    (turn, questions, samples, nothing) = result.values()
+    assert questions["texts that differ"] == nothing["texts that differ"] == 0
+    assert samples["tokens through the model, with reuse"] == 89 + samples["of which windows"]
+    assert all(part[name] > 0 for part in result.values() for name in part if "shorter" in name)
+    assert turn["tokens"] <= 120
 
 
 @pytest.mark.slow

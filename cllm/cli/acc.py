@@ -15,6 +15,7 @@ from cllm.cli.command import (
     AUTO,
     add_guess_option,
     add_model_options,
+    add_prefix_option,
     add_sampling_options,
     add_task_option,
     command,
@@ -49,6 +50,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
         "--max_new_tokens_for_consistency", type=positive, help="block size; default: the checkpoint's own, else 16"
     )
     add_guess_option(result)
+    add_prefix_option(result)
     result.add_argument("--max_tokens", type=positive, default=1024, help="new tokens per reply at most")
     add_sampling_options(result)
     result.add_argument(
@@ -229,7 +231,9 @@ def _answer_missing(
     prompts, too_long = encode(missing, of.template, of.tokenizer, context_length(of.model.config))
     asked = [p.ids for p in prompts]
     guess = pick_guess(args.guess, of, block_size, asked, batch_size=args.batch_size, sampling=sampling)
-    decoder = JacobiDecoder(of.model, block_size, eos_token_ids=of.stops, guess=guess, seed=args.seed)
+    decoder = JacobiDecoder(
+        of.model, block_size, eos_token_ids=of.stops, guess=guess, seed=args.seed, prefix_cache=args.prefix_cache
+    )
     if too_long:
         answers.append(accuracy.too_long_rows(task, too_long))
     with tqdm(total=len(prompts), desc="answers", unit="answer", file=sys.stderr, disable=None) as bar:

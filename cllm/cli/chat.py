@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from cllm.cli.command import (
     add_guess_option,
     add_model_options,
+    add_prefix_option,
     add_sampling_options,
     command,
     parser,
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--block_size", type=int, help="default: what `cllm tune` or the training stored, else 16")
     options.add_argument("--max_new_seq_len", type=positive, default=512, help="longest answer, in tokens")
     add_guess_option(options)
+    add_prefix_option(options)
     add_sampling_options(options)
     options.add_argument("--seed", type=int, help="of the draws, for a talk that can be repeated; default: a new one each time")
     options.add_argument("--stats", action="store_true", help="show tokens per forward and tokens/s after every answer")
@@ -93,8 +95,8 @@ class Chat:
         size = args.block_size if args.block_size is not None else default_width(of.record)
         sample = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
         guess = pick_guess(args.guess, of, size, [sample], sampling=sampling)
-        self.jacobi = JacobiDecoder(of.model, size, eos_token_ids=of.stops, guess=guess)
-        self.ar = JacobiDecoder(of.model, 1, eos_token_ids=of.stops)
+        self.jacobi = JacobiDecoder(of.model, size, eos_token_ids=of.stops, guess=guess, prefix_cache=args.prefix_cache)
+        self.ar = JacobiDecoder(of.model, 1, eos_token_ids=of.stops, prefix_cache=args.prefix_cache)
         self.conversation = Conversation(self.jacobi, of.tokenizer, of.template, args.max_new_seq_len, sampling)
         self.screen, self.always_statistics = make_screen(), args.stats
 

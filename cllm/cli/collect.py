@@ -13,7 +13,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cllm.cli.command import STARTS, add_model_options, add_task_option, command, parser, positive
+from cllm.cli.command import (
+    STARTS,
+    add_model_options,
+    add_prefix_option,
+    add_task_option,
+    command,
+    parser,
+    positive,
+)
 from cllm.errors import UsageError
 
 DATA_FOLDER = Path(__file__).parents[2] / "data"
@@ -41,6 +49,7 @@ def build_parser(task: str | None, argv: Sequence[str] | None = None) -> argpars
     options.add_argument("--use_labels", action="store_true", help="store the dataset's own answers as well")
     options.add_argument("--data_size", type=positive, help="use only the first so many examples")
     options.add_argument("--batch_size", type=positive, default=16, help="prompts decoded together")
+    add_prefix_option(options)
     options.add_argument("--output", help=f"folder to write; default: one named after the settings in data/{OUTPUT_FOLDER}")
     options.add_argument("--published", metavar="FILE", help="also write the paper's JSON form; blocks then start at 0")
     options.add_argument("--seed", type=int, default=0, help="of starting guesses and block boundaries")
@@ -122,7 +131,7 @@ def _collector(args: argparse.Namespace, task):
         task_options=task.settings(),
         source=Path(args.filename).name if args.filename else "",
     )
-    return Collector(of.model, of.tokenizer, settings), settings
+    return Collector(of.model, of.tokenizer, settings, args.prefix_cache), settings
 
 
 def _process_group(processes: int):

@@ -23,6 +23,7 @@ MASKABLE = ("sdpa", "eager")
 STARTS = ("context", "uniform", "filler")  # what trajectories can start from, and decoding fill its windows with
 GUESSES = (*STARTS, "prompt_lookup", "pool")
 AUTO = "auto"  # a --guess: measure and pick
+PREFIX_BYTES = 1 << 30
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -147,14 +148,34 @@ def add_guess_option(options: argparse.ArgumentParser, several: bool = False) ->
     )
 
 
+def add_prefix_option(options: argparse.ArgumentParser) -> None:
+    """``--prefix_cache``: the memory for prefix reuse."""
+    options.add_argument(
+        "--prefix_cache",
+        metavar="BYTES",
+        type=natural,
+        default=PREFIX_BYTES,
+        help="of keys and values kept, so that prompts which start like earlier texts are computed from there on; 0: none",
+    )
+
+
 def positive(text: str) -> int:
     """An option's value that must be an integer >= 1."""
+    return _integer(text, 1)
+
+
+def natural(text: str) -> int:
+    """An option's value that must be an integer >= 0."""
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
     return value
 
 

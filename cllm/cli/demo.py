@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cllm.cli.command import command, parser, positive
-from cllm.cli.serve import add_service_options, api_key, check_packages, open_decoder, open_service
+from cllm.cli.serve import add_service_options, api_keys, check_packages, open_decoder, open_service
 from cllm.errors import UsageError
 
 
@@ -63,9 +63,9 @@ def _show(args: argparse.Namespace, question: str) -> None:
 
     with bind(args.host, args.port) as listener:
         service = open_service(args, question, GREEDY)
-        key = api_key(args)
-        app = create_app(service, key, own_names(listener, args.host))
-        add_demo(app, service, question, asks_key=key is not None)
+        keys = api_keys(args)
+        app = create_app(service, keys, own_names(listener, args.host))
+        add_demo(app, service, question, asks_key=bool(keys))
         server = Server(app, service.worker, grace=1.0)
         print(f"{service.name} on {address(listener)}; Ctrl-C stops it", flush=True)
         if args.browser:

@@ -15,6 +15,7 @@ from cllm.cli.command import (
     AUTO,
     add_guess_option,
     add_model_options,
+    add_prefix_option,
     add_sampling_options,
     command,
     parser,
@@ -51,6 +52,7 @@ def options() -> argparse.ArgumentParser:
         "--max_slots", type=positive, help="bound of the key-value cache: prompts together times the longest text, in tokens"
     )
     add_guess_option(result)
+    add_prefix_option(result)
     add_sampling_options(result)
     result.add_argument("--seed", type=int, default=0, help="of the draws and the fresh guesses")
     result.add_argument(
@@ -90,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = ResultFile(args.output, settings, args.resume, "--output")
     samples = _samples(args.prompts, of) if args.guess == AUTO and len(results.rows) < total else []
     guess = pick_guess(args.guess, of, width, samples, batch_size=args.batch_size, sampling=sampling)
-    decoder = JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess, seed=args.seed)
+    decoder = JacobiDecoder(
+        of.model, width, eos_token_ids=of.stops, guess=guess, seed=args.seed, prefix_cache=args.prefix_cache
+    )
     queue = Queue(decoder, args.batch_size, args.max_slots)
     waiting = (item for item in read_prompts(args.prompts) if isinstance(item, Prompt) and item.id not in results.rows)
     answers = answer(queue, of.tokenizer, of.template, waiting, max_tokens=args.max_tokens, sampling=sampling)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cllm.cli.command import (
     add_guess_option,
     add_model_options,
+    add_prefix_option,
     add_sampling_options,
     command,
     parser,
@@ -42,7 +43,11 @@ def add_service_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--served_model_name", metavar="NAME", help="default: the last part of the path")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 or :: lets other machines in")
     options.add_argument("--port", type=int, default=8000, help="0: a free one")
-    options.add_argument("--api_key", help=f"what clients must send; default: the environment's {KEY}, else none")
+    options.add_argument(
+        "--api_key",
+        action="append",
+        help=f"what clients must send, may be repeated: one for each client; default: the environment's {KEY}, else none",
+    )
     options.add_argument("--block_size", type=positive, help="default: what `cllm tune` or the training stored, else 16")
     options.add_argument("--batch_size", type=positive, default=8, help="responses decoded together at most")
     options.add_argument(
@@ -53,6 +58,7 @@ def add_service_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--max_body", type=positive, default=1 << 20, help="bytes of a request at most; beyond: status 413")
     options.add_argument("--timeout", type=seconds, default=600.0, help="seconds for an answer; beyond: status 408")
     add_guess_option(options)
+    add_prefix_option(options)
 
 
 @command
@@ -66,13 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with bind(args.host, args.port) as listener:
         service = open_service(args, get_task(DEFAULT_TASK).default_question, sampling)
-        app = create_app(service, api_key(args), own_names(listener, args.host))
+        app = create_app(service, api_keys(args), own_names(listener, args.host))
         print(f"{service.name} on {address(listener)}/v1; Ctrl-C stops it", flush=True)
         Server(app, service.worker, args.grace).run(sockets=[listener])
 
 
-def api_key(args: argparse.Namespace) -> str | None:
-    return args.api_key or os.environ.get(KEY) or None
+def api_keys(args: argparse.Namespace) -> list[str]:
+    own = os.environ.get(KEY)
+    return args.api_key or ([own] if own else [])
 
 
 def check_packages() -> None:
@@ -109,4 +116,4 @@ def open_decoder(args: argparse.Namespace, question: str) -> tuple[OpenModel, Ja
     width = args.block_size or default_width(of.record)
     sample = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
     guess = pick_guess(args.guess, of, width, [sample])
-    return of, JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess)
+    return of, JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess, prefix_cache=args.prefix_cache)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm.cli.command import add_guess_option, add_model_options, add_task_option, command, parser, positive
+from cllm.cli.command import add_guess_option, add_model_options, add_prefix_option, add_task_option, command, parser, positive
 from cllm.errors import UsageError, out_of_memory
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
         "--window", choices=("sliding", "block"), default="sliding", help="block: the paper's procedure"
     )
     add_guess_option(result, several=True)
+    add_prefix_option(result)
     result.add_argument(
         "--target_model", metavar="PATH", help="the model before training: adds its text's quality, side by side"
     )
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     measured = speed.measure(methods, batches, args.max_new_seq_len, context=context, progress=_bar("speed"))
     texts = {"jacobi": _ids(measured, method.JACOBI)}
     if target is not None:
-        texts["target"] = _target_texts(target, batches, args.max_new_seq_len, context, of.stops)
+        texts["target"] = _target_texts(target, batches, args.max_new_seq_len, context, of.stops, args.prefix_cache)
     qualities = _qualities(args, task, of, target, prompts, texts, _ids(measured, method.AR))
     return {
         "settings": _settings(args) | chosen | _facts(of) | {"filename": stream.source, "metric": task.metric},
@@ -163,6 +164,7 @@ def _methods(
         guesses=guesses,
         eos_ids=of.stops,
         seed=args.seed,
+        prefix_cache=args.prefix_cache,
     )
     drafts = methods[0].decoder.step.drafts  # type: ignore[attr-defined]
     return methods, {"block_size": block_size, "drafts": drafts, "guess": [guess.name for guess in guesses]}
@@ -222,13 +224,13 @@ def _ids(measured: Any, name: str) -> list[list[int]]:
 
 
 def _target_texts(
-    target: Any, batches: list, max_new_tokens: int, context: int | None, eos_ids: list
+    target: Any, batches: list, max_new_tokens: int, context: int | None, eos_ids: list, prefix_cache: int
 ) -> list[list[int]]:
     """The target model's own AR responses, under the budget that the test model had."""
     from cllm.decoding import JacobiDecoder
     from cllm.evaluation.speed import budget
 
-    decoder = JacobiDecoder(target, 1, eos_token_ids=eos_ids)
+    decoder = JacobiDecoder(target, 1, eos_token_ids=eos_ids, prefix_cache=prefix_cache)
     texts = []
     for batch in _bar("target model")(batches):
         results = decoder.generate(batch, max_new_tokens=budget(batch, max_new_tokens, context))
@@ -282,7 +284,7 @@ def _head(report: dict[str, Any]) -> str:
     prompts = PromptTemplate(settings["prompt_template"]).label
     precision = f"{settings['dtype']}, {settings['attn_implementation']} attention"
     machine = f"{on['device']} ({on['device_name']}, {on['threads']} threads)"
-    limits = f"up to {settings['max_new_seq_len']} new tokens, batch size {settings['batch_size']}"
+    limits = f"up to {settings['max_new_seq_len']} new tokens, batch size {settings['batch_size']}, {_reuse(settings)}"
     lines = [
         f"{settings['test_model']}: {precision}, on {machine}",
         f"{data['prompts']} prompts of {settings['task']} ({settings['filename']}), {prompts}",
@@ -296,6 +298,12 @@ def _head(report: dict[str, Any]) -> str:
     if data["bad_rows"]:
         lines.append("bad rows passed over: " + ", ".join(f"{why}: {n}" for why, n in data["bad_rows"].items()))
     return "\n".join(lines)
+
+
+def _reuse(settings: dict[str, Any]) -> str:
+    """Whether our engine, in AR and Jacobi decoding alike, began prompts where earlier ones part from them."""
+    budget = settings.get("prefix_cache")
+    return f"prefix reuse within {budget >> 20} MiB for each of our methods" if budget else "no prefix reuse"
 
 
 def _speed_table(report: dict[str, Any]) -> str:

@@ -30,17 +30,20 @@ class Batch:
         self.size, self.live = size, self.rows.head(size)
 
     def clear(self) -> None:
-        self.rows.done_B.fill_(True)
+        self.rows.free(0)
         self.resize(0)
 
     def drop(self, numbers: Collection[int]) -> None:
         """End these rows, where they are still running."""
         self.live.done_B.logical_or_(torch.isin(self.live.ids_B, torch.tensor([*numbers], device=self.live.ids_B.device)))
 
-    def look(self) -> Running:
-        """The rows still running. The host waits for the device here."""
+    def look(self) -> tuple[Running, Running]:
+        """The rows still running, and those that have ended in places still theirs. The host waits for the device here."""
         facts = torch.stack([self.live.ids_B, self.live.start_B, self.live.done_B.long()], dim=1).tolist()
-        return {row: (place, start) for place, (row, start, done) in enumerate(facts) if not done}
+        running, ended = (
+            {row: (place, start) for place, (row, start, done) in enumerate(facts) if done == of} for of in (False, True)
+        )
+        return running, ended
 
     def useful(self) -> int:
         """How many leading tokens of the windows are worth a forward, for some running row. The host waits here, too."""

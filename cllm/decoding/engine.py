@@ -18,18 +18,19 @@ from cllm.attention import check_model
 from cllm.decoding.batch import Batch
 from cllm.decoding.draft import Guess
 from cllm.decoding.guess import FreshGuess, make_guess
+from cllm.decoding.prefill import Prefill
+from cllm.decoding.prefixes import DEFAULT_BYTES, Prefixes
 from cllm.decoding.result import Iteration, RowResult, Tally
 from cllm.decoding.rows import Rows
 from cllm.decoding.runner import Mode, make_runner
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
-from cllm.decoding.step import Step, round_up
+from cllm.decoding.step import Step
 from cllm.errors import UsageError
 from cllm.models import context_length, default_drafts, default_guess, default_width, embedding_device, read_record
 
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
 CUDA_SYNC_INTERVAL = 8  # iterations between two looks of the host at a GPU's state
-PREFILL_CHUNK, PREFILL_CHUNK_ON_CPU = 2048, 512
 
 
 class Streamer(Protocol):
@@ -42,11 +43,15 @@ class Streamer(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt (token ids), how many tokens its response may have, and how they are chosen."""
+    """One prompt (token ids), how many tokens its response may have, and how they are chosen.
+
+    Keys and values are reused among requests of one ``scope`` only; None: not at all.
+    """
 
     prompt: Sequence[int]
     max_new_tokens: int
     sampling: Sampling = GREEDY
+    scope: str | None = ""
 
 
 Feed = Callable[[list[int]], Sequence[Request]]  # numbers of the rows still running -> requests that join them, maybe none
@@ -71,6 +76,9 @@ class JacobiDecoder:
     attention makes no copies of the cache, see :func:`cllm.decoding.grouped_attention.grouped_attention`.
     ``prefill_chunk``: how many tokens of each prompt go through the model together, to bound the memory and what a mask hides
     in vain; by default 512 on a CPU, else 2,048. The forwards of a long prompt count as one.
+    ``prefix_cache``: how many bytes of keys and values are kept beside those of the rows being decoded, by default 1 GiB. A
+    prompt that starts like an earlier one, or like that one with its response, is computed from where the two part; so are
+    prompts that are prefilled together. 0: every prompt is computed as a whole. See :mod:`cllm.decoding.prefixes`.
 
     Raises UsageError for a block size below 1 or beyond the model's context, for an unknown guess and for a way of compiling
     that there is not, UnsupportedModelError for models whose cache cannot be rolled back.
@@ -89,6 +97,7 @@ class JacobiDecoder:
         seed: int = 0,
         compile: Mode = "auto",
         prefill_chunk: int | None = None,
+        prefix_cache: int = DEFAULT_BYTES,
     ) -> None:
         check_model(model)
         record = read_record(model.config)
@@ -106,7 +115,6 @@ class JacobiDecoder:
         self.model, self.block_size, self.window, self.seed = model, block_size, window, seed
         self.guess = make_guess(default_guess(record) if guess is None else guess)
         self.device = embedding_device(model)
-        self.prefill_chunk = prefill_chunk or (PREFILL_CHUNK_ON_CPU if self.device.type == "cpu" else PREFILL_CHUNK)
         self.eos_ids = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=self.device)
         self.step = Step(
             model,
@@ -118,6 +126,8 @@ class JacobiDecoder:
             adapter=adapter if drafts else None,
             drafts=drafts,
         )
+        self.prefixes = Prefixes(prefix_cache)
+        self.prefill = Prefill(self.step, self.prefixes, self.device, prefill_chunk)
         self.width = self.step.width
         self.compile: Mode = compile
         self.runner = make_runner(self.step, compile)
@@ -155,14 +165,19 @@ class JacobiDecoder:
         return [tally.take(row, max_new_tokens) for row in range(len(prompts))]
 
     def iterate(
-        self, prompts: Prompts, *, max_new_tokens: int, sampling: Sampling | Sequence[Sampling] = GREEDY
+        self,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        scope: str | None = "",
     ) -> Iterator[Iteration]:
-        """One :class:`Iteration` per forward, until every row of this one batch is finished.
+        """One :class:`Iteration` per forward, until every row of this one batch is finished. ``scope``: see :class:`Request`.
 
         Raises UsageError for an empty prompt, one that leaves no room in the model's context, or a sampling too few.
         """
         samplings = per_prompt(sampling, len(prompts))
-        waiting = [Request(prompt, max_new_tokens, of) for prompt, of in zip(prompts, samplings, strict=True)]
+        waiting = [Request(prompt, max_new_tokens, of, scope) for prompt, of in zip(prompts, samplings, strict=True)]
 
         def feed(running: list[int]) -> list[Request]:
             batch, waiting[:] = waiting[:], []
@@ -183,6 +198,7 @@ class JacobiDecoder:
         self.model.eval()
         try:
             self.step.linears.refresh(self.step.adapter)
+            self.prefixes.expect(self.model)
             with self.runner.batch(self._start([], 0).rows) as batch:
                 yield from self._loop(feed, unwanted, batch)
         finally:
@@ -200,7 +216,8 @@ class JacobiDecoder:
             drafts=self.step.drafts // 2,
             seed=self.seed,
             compile=self.compile,
-            prefill_chunk=self.prefill_chunk,
+            prefill_chunk=self.prefill.chunk,
+            prefix_cache=self.prefixes.budget,
         )
 
     def check(self, request: Request, name: str = "the prompt") -> None:
@@ -224,13 +241,16 @@ class JacobiDecoder:
             if step % self.sync_interval == 0:
                 if unwanted:
                     batch.drop(unwanted)
-                running = batch.look()
+                running, ended = batch.look()
+                for row in inside.keys() & ended.keys():
+                    self._keep(batch, inside[row], *ended[row])
                 inside = {row: inside[row] for row in running}
                 if requests := feed(list(inside)):
                     for number, request in enumerate(requests, fed):
                         self.check(request, f"prompt {number}")
                     new = self._start(requests, fed)
-                    yield self._prefill(new, requests)
+                    facts_BF, known = self.prefill(new, requests, self._width(new))
+                    yield Iteration(facts_BF, dict(enumerate(known, fed)))
                     inside |= dict(enumerate(requests, fed))
                     fed += len(requests)
                     most = max(map(self._end, inside.values())) + self.step.span
@@ -287,26 +307,10 @@ class JacobiDecoder:
         end = len(request.prompt) + request.max_new_tokens
         return end if self.context is None else min(end, self.context)
 
-    def _prefill(self, new: Batch, requests: Sequence[Request]) -> Iteration:
-        """The first iteration of new rows: their prompts, aligned on the right, stand in front of the windows.
-
-        Of long prompts ``prefill_chunk`` tokens at a time go ahead.
-        """
-        rows = new.rows
-        window_BT, after_BT, drafts = self.step.ahead(rows, self._width(new))
-        width = window_BT.shape[1]
-        ahead = max(len(request.prompt) for request in requests) - 1
-        before_BT = (rows.start_B[:, None] + torch.arange(-ahead, 0, device=self.device)).clamp(min=-1)
-        positions_BT = torch.cat([before_BT, after_BT], dim=1)
-        tokens_BT = torch.cat([rows.text_BS.gather(1, before_BT.clamp(min=0)), window_BT], dim=1)
-        length, done = round_up(ahead + width), 0
-        new.cache.reserve(len(requests), length)  # at once, or it would grow, and move, with every chunk
-        while ahead - done > self.prefill_chunk:
-            chunk = slice(done, done := done + self.prefill_chunk)
-            self.step.forward(tokens_BT[:, chunk], positions_BT[:, chunk], new.cache, round_up(done), 1)
-        logits_BTV = self.step.forward(tokens_BT[:, done:], positions_BT[:, done:], new.cache, length, width, drafts)
-        chooser = Chooser([request.sampling for request in requests])
-        return Iteration(self.step.advance(rows, *self.step.choose(rows, chooser, logits_BTV, drafts)))
+    def _keep(self, batch: Batch, request: Request, place: int, start: int) -> None:
+        """Let later prompts start from the text of a row that has ended, up to where its window begins."""
+        if self.prefixes.budget:
+            self.prefixes.store(batch.cache, place, request.scope, batch.rows.text_BS[place, :start].tolist())
 
     def _check_drafts(self, drafts: int, adapter: Adapter | None, block_size: int, window: str) -> None:
         """Raise UsageError for a number of draft tokens that cannot be."""

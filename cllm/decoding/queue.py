@@ -94,6 +94,7 @@ class Queue:
         """
         if not out_of_memory(error) or self.batch_size == self.decoder.step.width == 1:
             return False
+        self.decoder.prefixes.clear()
         if self.batch_size > 1:
             self.batch_size //= 2
             logger.warning("out of memory; going on with batch size %d", self.batch_size)

@@ -5,7 +5,7 @@ Shapes: B rows, W window width, F numbers that an iteration tells of each row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -21,6 +21,7 @@ class Iteration:
     """One forward pass, seen by whoever drives the loop, as one int64 tensor on the model's device."""
 
     facts_BF: torch.Tensor  # the single numbers in the order of the properties below, then W window tokens and W choices
+    reused: Mapping[int, int] = field(default_factory=dict)  # of a prefill: tokens of each row's prompt not computed for it
 
     @staticmethod
     def facts(*singles_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor) -> torch.Tensor:
@@ -76,6 +77,7 @@ class RowResult:
     fast_forwarded: int = 0
     stationary: int = 0
     stop: Stop = "length"
+    reused: int = field(default=0, compare=False)  # tokens of the prompt that had been computed before, or for another row
 
     @property
     def forwards(self) -> int:
@@ -114,6 +116,8 @@ class Tally:
 
     def add(self, iteration: Iteration) -> None:
         self._history.append(iteration)
+        for row, tokens in iteration.reused.items():
+            self._rows[row] = RowResult(reused=tokens)
 
     def so_far(self, row: int) -> RowResult:
         """What a row has by now; how it stops is said by :meth:`take` alone."""

@@ -16,7 +16,7 @@ from cllm.decoding.cache import enlarge
 class Rows:
     """The state of B rows. A step changes it in place, so that it can be captured once and replayed."""
 
-    ids_B: torch.Tensor  # counted in the order they were fed
+    ids_B: torch.Tensor  # counted in the order they were fed; -1 where no row has been
     seed_B: torch.Tensor  # of the fresh guesses
     options_BO: torch.Tensor  # see Sampling.options
     noise_seed_B: torch.Tensor
@@ -44,7 +44,7 @@ class Rows:
         if missing > 0:
             for name, value in vars(self).items():
                 setattr(self, name, enlarge(value, rows))
-            self.done_B[-missing:] = True
+            self.free(len(self) - missing)
         return self.text_BS is not old
 
     def put(self, other: Rows, places: torch.Tensor) -> None:
@@ -57,4 +57,9 @@ class Rows:
         """Move these rows (int64 indices) to the front, in that order; the places behind them are free."""
         for value in vars(self).values():
             value[: len(rows)] = value[rows]
-        self.done_B[len(rows) :] = True
+        self.free(len(rows))
+
+    def free(self, first: int) -> None:
+        """Places from ``first`` on have no row."""
+        self.done_B[first:] = True
+        self.ids_B[first:] = -1

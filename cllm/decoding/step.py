@@ -107,14 +107,16 @@ class Step:
         length: int,
         width: int,
         drafts: int = 0,
+        first: int = 0,
     ) -> torch.Tensor:
         """The logits [B, width, V] after the last ``width`` tokens. Position -1 marks padding.
 
         The last ``drafts`` tokens are draft tokens, which stand after the first verify token and see no other one.
+        ``first``: the cache's row of the first of these rows.
         """
         seen_BT = positions_BT.clamp(min=0)
         slots_BT, visible_BTL, keys_BL = self._visible(positions_BT, seen_BT, length, drafts)
-        cache.place(slots_BT, length)
+        cache.place(slots_BT, length, first)
         keep = {"logits_to_keep": width} if self._keeps_logits else {}
         output = self._run_model(
             drafts,

@@ -97,7 +97,9 @@ def measure_choices(
             methods = []
             for setting in together:
                 width, count, guess = setting
-                decoder = JacobiDecoder(model, width, eos_token_ids=eos_ids, guess=guess, drafts=count, seed=seed)
+                decoder = JacobiDecoder(
+                    model, width, eos_token_ids=eos_ids, guess=guess, drafts=count, seed=seed, prefix_cache=0
+                )  # prompts come again, and their prefill must go on counting
                 methods.append(Engine(decoder, str(setting), guess, sampling))
             yield from measure(methods, batches, max_new_tokens, context=context, progress=progress).runs.values()
 

@@ -12,6 +12,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from cllm.adapter import attached
 from cllm.decoding import GREEDY, Guess, JacobiDecoder, Sampling, make_guess
+from cllm.decoding.prefixes import DEFAULT_BYTES
 from cllm.errors import UsageError
 from cllm.evaluation.method_name import AR, GENERATE, JACOBI, NO_ADAPTER, PROMPT_LOOKUP
 from cllm.trajectory.hygiene import cut_at_eos
@@ -102,18 +103,21 @@ def build_methods(
     guesses: Sequence[Guess] = (),
     eos_ids: Sequence[int],
     seed: int = 0,
+    prefix_cache: int = DEFAULT_BYTES,
 ) -> list[Method]:
     """The Jacobi engine with each of ``guesses``, the engine at width 1, and the baselines among ``names``.
 
     The first of the guesses (default: random tokens of the context) makes the method ``jacobi``, the others ``jacobi:NAME``.
     ``jacobi:no_adapter`` is the first one without the model's consistency adapter. Raises UsageError where there is none.
     Prompt lookup drafts block_size - 1 tokens (at least one), so a forward covers as many positions as our window does.
+    ``prefix_cache``: of every engine; Hugging Face's methods have none.
     """
     methods: list[Method] = []
+    shared: Any = {"eos_token_ids": eos_ids, "prefix_cache": prefix_cache}
     guesses = guesses or [make_guess("context")]
     for guess in guesses:
         options: Any = {"window": window, "guess": guess, "drafts": drafts, "seed": seed}
-        jacobi = JacobiDecoder(model, block_size, eos_token_ids=eos_ids, **options)
+        jacobi = JacobiDecoder(model, block_size, **options, **shared)
         name = f"{JACOBI}:{guess.name}" if methods else JACOBI
         width = f"{block_size}+{jacobi.step.drafts}" if jacobi.step.drafts else str(block_size)
         methods.append(Engine(jacobi, name, f"Jacobi {width} {window}, {guess.name}"))
@@ -121,9 +125,9 @@ def build_methods(
         if attached(model) is None:
             raise UsageError(f"{NO_ADAPTER} needs a model with a consistency adapter, and {model.name_or_path!r} has none")
         options = {"adapter": None, "window": window, "guess": guesses[0], "seed": seed}
-        plain = JacobiDecoder(model, block_size, eos_token_ids=eos_ids, **options)
+        plain = JacobiDecoder(model, block_size, **options, **shared)
         methods.append(Engine(plain, f"{JACOBI}:{NO_ADAPTER}", f"Jacobi {block_size} {window}, without the adapter"))
-    methods.append(Engine(JacobiDecoder(model, 1, eos_token_ids=eos_ids), AR, "AR"))
+    methods.append(Engine(JacobiDecoder(model, 1, **shared), AR, "AR"))
     if GENERATE in names:
         methods.append(HuggingFace(model, eos_ids))
     if PROMPT_LOOKUP in names:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cllm.decoding.engine import Prompts
 from cllm.evaluation.interval import bootstrap, ratio_interval
-from cllm.evaluation.method import Method, Response
+from cllm.evaluation.method import Engine, Method, Response
 from cllm.evaluation.method_name import AR
 
 WARM_UP_TOKENS = 16
@@ -50,11 +50,14 @@ def measure(
 ) -> Measurement:
     """Decode every batch with every method in turn, the first to go changing from batch to batch, after a warm-up.
 
+    Engines begin with no prefixes; those of earlier batches stay, as far as their decoders keep any.
     All rows of a batch have the same budget: ``max_new_tokens``, or what the context leaves behind its longest prompt.
     """
     measurement = Measurement({method.name: [] for method in methods})
     for method in methods if batches else ():
         timed(method, batches[0], min(WARM_UP_TOKENS, budget(batches[0], max_new_tokens, context)))
+        if isinstance(method, Engine):
+            method.decoder.prefixes.clear()
     for index, prompts in enumerate(progress(batches)):
         at = index % len(methods)
         for method in [*methods[at:], *methods[:at]]:
@@ -81,12 +84,16 @@ def timed(method: Method, prompts: Prompts, max_new_tokens: int) -> Run:
 
 def _timed_call(method: Method, prompts: Prompts, max_new_tokens: int) -> Run:
     device = method.model.device
-    left, prefilled = max(map(len, prompts)), []
+    longest, reached, prefilled = max(map(len, prompts)), 0, []
 
     def note(_: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal left
-        left -= (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[1]
-        if left <= 0:
+        nonlocal reached
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            reached += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[1]
+        else:  # what is known of a prompt does not go through the model
+            reached = int(positions.max()) + 1
+        if reached >= longest:
             prefilled.append(now(device))
             handle.remove()  # or it would disturb compiled steps
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.decoding import JacobiDecoder, Queue, Request
 from cllm.decoding.guess import STARTS
+from cllm.decoding.prefixes import DEFAULT_BYTES
 from cllm.errors import UsageError
 from cllm.models import DEFAULT_GUESS, context_length, stop_token_ids
 from cllm.prompts import PromptTemplate
@@ -81,14 +82,18 @@ Response = tuple[Prompt, list[int]]  # with the token ids of the response
 
 
 class Collector:
-    """Turns prompts into trajectory rows with one model.
+    """Turns prompts into trajectory rows with one model. ``prefix_cache``: of its decoder.
 
     Raises UsageError for a block size beyond the model's context, UnsupportedModelError for a model that cannot be decoded
     by Jacobi iteration.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: CollectionSettings
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: CollectionSettings,
+        prefix_cache: int = DEFAULT_BYTES,
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.template = PromptTemplate(settings.prompt_template)
@@ -97,7 +102,8 @@ class Collector:
             raise UsageError(f"block size must be below the model's context of {context}, got {settings.block_size}")
         self.context = context
         # AR decoding of a batch: an untrained model accepts too few guesses to pay for a wider window.
-        self.decoder = JacobiDecoder(model, block_size=1, eos_token_ids=stop_token_ids(model, tokenizer, self.template))
+        stops = stop_token_ids(model, tokenizer, self.template)
+        self.decoder = JacobiDecoder(model, block_size=1, eos_token_ids=stops, prefix_cache=prefix_cache)
 
     def run(
         self,

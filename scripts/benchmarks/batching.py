@@ -26,8 +26,8 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=2)
     args = options.parse_args()
     model, _, prompts = load(args)
-    decoder, draw = JacobiDecoder(model, args.block_size), random.Random(0)
-    usual = JacobiDecoder(model, args.block_size, compile="off")
+    decoder, draw = JacobiDecoder(model, args.block_size, prefix_cache=0), random.Random(0)
+    usual = JacobiDecoder(model, args.block_size, compile="off", prefix_cache=0)
     usual.runner = Staying(usual.step)
     requests = [Request(prompt, draw.randint(8, args.length)) for prompt in prompts]
     sides = {

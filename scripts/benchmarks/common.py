@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice, product
 from pathlib import Path
@@ -47,21 +47,27 @@ def add_options(options: argparse.ArgumentParser, prompts: int) -> None:
 
 def load(args: argparse.Namespace):
     """Model, tokenizer, and the token ids of the first prompts."""
-    tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype=args.dtype, device=args.device)
+    model, tokenizer = load_both(args)
     return model, tokenizer, encode(model, tokenizer, args.task, args.filename, args.prompts)
+
+
+def load_both(args: argparse.Namespace):
+    """Model and tokenizer."""
+    return load_model(args.model, dtype=args.dtype, device=args.device), load_tokenizer(args.model)
 
 
 def encode(model: PreTrainedModel, tokenizer, task_name: str, filename: str | None, count: int) -> list[list[int]]:
     """The first prompts of a task, or of :func:`copying`, in the form that the model was trained with."""
-    task = get_task("gsm8k" if task_name == COPYING else task_name)
-    template = choose_template(None, task.plain_template, tokenizer, read_record(model.config))
     if task_name == COPYING:
-        asked = [[{"role": "user", "content": text}] for text in copying(count)]
-    else:
-        examples = load_examples(task, filename, "train" if task_name == "gsm8k" else "test", count)
-        asked = [list(example.messages) for example in islice(examples, count)]
-    return [template.encode(messages, tokenizer) for messages in asked]
+        return encode_messages(model, tokenizer, "gsm8k", [[{"role": "user", "content": text}] for text in copying(count)])
+    examples = load_examples(get_task(task_name), filename, "train" if task_name == "gsm8k" else "test", count)
+    return encode_messages(model, tokenizer, task_name, [example.messages for example in islice(examples, count)])
+
+
+def encode_messages(model: PreTrainedModel, tokenizer, task_name: str, asked: Iterable[Sequence[Any]]) -> list[list[int]]:
+    """Conversations of a task in the form that the model was trained with."""
+    template = choose_template(None, get_task(task_name).plain_template, tokenizer, read_record(model.config))
+    return [template.encode(list(messages), tokenizer) for messages in asked]
 
 
 def copying(count: int) -> list[str]:

@@ -71,12 +71,13 @@ def main() -> None:
 
 
 def all_methods(args: argparse.Namespace, model: Any, stops: list[int], batch: int) -> list[Method]:
-    methods: list[Method] = [Engine(JacobiDecoder(model, 1, eos_token_ids=stops), AR, "ours, AR"), HuggingFace(model, stops)]
+    ar = JacobiDecoder(model, 1, eos_token_ids=stops, prefix_cache=0)  # Hugging Face's prompts start anew, so do ours
+    methods: list[Method] = [Engine(ar, AR, "ours, AR"), HuggingFace(model, stops)]
     if args.compile:
         methods.append(named(HuggingFace(model, stops, compiled=True), COMPILED))
     for width in args.widths:
         for guess in args.guess:
-            decoder = JacobiDecoder(model, width, eos_token_ids=stops, guess=guess)
+            decoder = JacobiDecoder(model, width, eos_token_ids=stops, guess=guess, prefix_cache=0)
             methods.append(Engine(decoder, f"{JACOBI}:{width}:{guess}", f"ours {width}, {guess}"))
         if batch == 1:
             methods.append(named(HuggingFace(model, stops, lookup=max(1, width - 1)), f"{PROMPT_LOOKUP}:{width}"))

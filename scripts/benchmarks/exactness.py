@@ -2,6 +2,8 @@
 
 tiny: 1,000 generated cases in float32: six architectures, every guess and combination, both windows, ragged batches, and rows
 that join and leave; against Hugging Face's generate. ``--lossless``: every case drafts with a random adapter.
+``--prefixes``: prompts start like those of earlier cases of their decoder, with or without the response, or like each other;
+keys and values are kept within budgets from nothing to all.
 ``--compile MODE`` decodes with compiled or captured steps; since compiling takes longer than a case, ``--share N`` cases that
 follow one another then have a decoder in common. ``--compile rehearsal`` needs no GPU: steps are kept and run again as
 captured ones are, in buffers of fixed size, but not as CUDA graphs.
@@ -10,6 +12,7 @@ captured ones are, in buffers of fixed size, but not as CUDA graphs.
     python scripts/benchmarks/exactness.py tiny --compile compile --share 125 --output docs/results/exactness_compiled.json
     python scripts/benchmarks/exactness.py tiny --compile rehearsal --share 10 --output docs/results/exactness_rehearsal.json
     python scripts/benchmarks/exactness.py tiny --lossless --output docs/results/exactness_lossless.json
+    python scripts/benchmarks/exactness.py tiny --prefixes --share 10 --output docs/results/exactness_prefixes.json
 
 real: prompts of several data sets in float32, every guess in a queue and the paper's window, against Hugging Face's generate.
 A model with a consistency adapter drafts with it, in the windows that ``cllm tune`` stored or of --width.
@@ -57,6 +60,7 @@ def main() -> None:
     options.add_argument("--cases", type=int, default=1000, help="tiny: how many")
     options.add_argument("--share", type=int, default=1, help="tiny: cases for each decoder")
     options.add_argument("--lossless", action="store_true", help="tiny: draft with a random adapter in every case")
+    options.add_argument("--prefixes", action="store_true", help="tiny: prompts that start alike")
     options.add_argument("--compile", default="auto", help="tiny, real: the decoder's way to run steps")
     options.add_argument("--model")
     options.add_argument("--device")
@@ -72,18 +76,24 @@ def main() -> None:
 
 
 def tiny(args: argparse.Namespace) -> None:
-    from cases import draw_case, draw_drafts
+    from cases import BUDGETS, draw_case, draw_drafts, follow
 
-    wrong, rows, tokens, gave_up, model = [], 0, 0, 0, None
+    wrong, rows, tokens, reused, gave_up, model = [], 0, 0, 0, 0, None
     for number in tqdm(range(args.cases)):
         if number % args.share == 0:
             torch.compiler.reset()
             first = draw_case(number, **(draw_drafts(number) if args.lossless else {}))
-            decoder = first.decoder(compile="off" if args.compile == REHEARSAL else args.compile)
+            mode, budget = "off" if args.compile == REHEARSAL else args.compile, BUDGETS[number // args.share % len(BUDGETS)]
+            decoder, texts = first.decoder(compile=mode, **({"prefix_cache": budget} if args.prefixes else {})), []
             if args.compile == REHEARSAL:
                 decoder.runner = CapturingRunner(decoder.step, lambda step: step)
         case = draw_case(number, **first.setting)
-        model, expected, got = case.model, case.expected(), case.decode(decoder)
+        if args.prefixes:
+            case = follow(case, texts, number)
+        model, expected, results = case.model, case.expected(), case.results(decoder)
+        got = [result.token_ids for result in results]
+        reused += sum(result.reused for result in results)
+        texts += [[*request.prompt, *text] for request, text in zip(case.requests, expected)]
         step = decoder.runner.step
         gave_up += isinstance(step, CompiledStep) and step.compiled is step.plain
         rows, tokens = rows + len(got), tokens + sum(map(len, expected))
@@ -91,7 +101,7 @@ def tiny(args: argparse.Namespace) -> None:
             wrong.append({"case": number, "kind": case.kind, "guess": case.guess, "window": case.window})
             tqdm.write(f"different: {wrong[-1]}")
     result = {"cases": args.cases, "texts": rows, "tokens": tokens, "different": len(wrong), "where": wrong}
-    publish(args, model, result | {"cases after compiling failed": gave_up})
+    publish(args, model, result | {"prompt tokens reused": reused, "cases after compiling failed": gave_up})
 
 
 def real(args: argparse.Namespace) -> None:

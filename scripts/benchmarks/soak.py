@@ -28,6 +28,7 @@ ALLOWED = {408, 429}  # what an overloaded server may say
 GROWTH = 1.1  # of the memory, from the first third of the time to the end
 PROMPTS = 24
 SAMPLES = 12  # of the memory
+MEMORY, PREFIXES = "process_resident_memory_bytes", "cllm_prefix_cache_bytes"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,8 +70,9 @@ def wrong(result: dict[str, Any]) -> bool:
     """Whether the server did anything that it must not."""
     memory = result["memory, MiB"]
     grown = memory[-1] > GROWTH * memory[len(memory) // 3]
+    over = result["prefixes, MiB at most"] > result["prefixes, MiB allowed"]
     faults = ("errors", "unequal answers", "rows left over", "stack traces in the log")
-    return grown or not result["answers"] or any(result[fault] for fault in faults)
+    return grown or over or not result["answers"] or any(result[fault] for fault in faults)
 
 
 class Soak:
@@ -89,14 +91,17 @@ class Soak:
             clients = [
                 asyncio.create_task(self._talk(number, start + self.args.seconds)) for number in range(self.args.clients)
             ]
-            memory = [await self._memory()]
+            memory, prefixes = [await self._mebibytes(MEMORY)], [await self._mebibytes(PREFIXES)]
             for _ in range(SAMPLES):
                 await asyncio.sleep(self.args.seconds / SAMPLES)
-                memory.append(await self._memory())
+                memory.append(await self._mebibytes(MEMORY))
+                prefixes.append(await self._mebibytes(PREFIXES))
             await asyncio.gather(*clients)
-            rows = await self._rows_left()
+            rows, reused = await self._rows_left(), await self._metric("cllm_cached_prompt_tokens_total")
+            allowed = await self._mebibytes("cllm_prefix_cache_budget_bytes")
         counted = ("answers", "hung up", "refused", "errors", "unequal answers")
-        return {name: self.counts[name] for name in counted} | {"rows left over": rows, "memory, MiB": memory}
+        kept = {"prefixes, MiB at most": max(prefixes), "prefixes, MiB allowed": allowed, "prompt tokens reused": reused}
+        return {name: self.counts[name] for name in counted} | {"rows left over": rows, "memory, MiB": memory} | kept
 
     async def _ask_alone(self) -> None:
         """The answers of a single client, which all others must equal."""
@@ -157,8 +162,8 @@ class Soak:
             await asyncio.sleep(0.1)
         return int(rows)
 
-    async def _memory(self) -> float:
-        return round(await self._metric("process_resident_memory_bytes") / 2**20, 1)
+    async def _mebibytes(self, name: str) -> float:
+        return round(await self._metric(name) / 2**20, 3)
 
     async def _metric(self, name: str) -> float:
         lines = (await self.client.get("/metrics")).text.splitlines()

@@ -36,9 +36,9 @@ def main() -> None:
         model, prompts[:half], args.widths, args.guess, [1], max_new_tokens=args.length, eos_ids=stops, progress=tqdm
     )
     best = fastest(measured, 1)
-    methods = [Engine(JacobiDecoder(model, 1, eos_token_ids=stops), AR, AR)]
+    methods = [Engine(JacobiDecoder(model, 1, eos_token_ids=stops, prefix_cache=0), AR, AR)]
     for choice in measured:
-        decoder = JacobiDecoder(model, choice.width, eos_token_ids=stops, guess=choice.guess)
+        decoder = JacobiDecoder(model, choice.width, eos_token_ids=stops, guess=choice.guess, prefix_cache=0)
         methods.append(Engine(decoder, name(choice), name(choice)))
     swept = measure(methods, [[ids] for ids in prompts[half:] * args.rounds], args.length, progress=tqdm)
     figures = {key: of["tokens_per_second"] for key, of in summarise(swept).items() if key != AR}

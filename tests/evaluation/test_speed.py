@@ -89,6 +89,15 @@ def test_a_prefill_ends_with_the_last_prompt_token(monkeypatch):
         assert (result.prefill_seconds, result.seconds) == (expected, expected + 3)
 
 
+def test_every_method_begins_with_no_prefixes():
+    """What the warm-up left would make the first batch quicker."""
+    model, tokens = tiny_model(), []
+    model.register_forward_hook(lambda _, args, kwargs, output: tokens.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    measured = measure([Engine(JacobiDecoder(model, 1), "a", "a")], [[[3] * 90], [[3] * 95]], 1)
+    assert tokens == [90, 90, 5]  # the second batch goes on from the first
+    assert all(0 < run.prefill_seconds < run.seconds for run in measured.runs["a"])
+
+
 def test_a_method_for_single_prompts_gets_them_one_by_one():
     log = []
     result = timed(Stub("a", tiny_model(), log, seconds=0.02, one_by_one=True), [[1, 2], [3], [4]], 4)

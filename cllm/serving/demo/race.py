@@ -51,7 +51,7 @@ class Racer:
         self, method: Method, decoder: JacobiDecoder, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], length: int
     ) -> None:
         self.method, self.tokenizer = method, tokenizer
-        self.iterations = decoder.iterate([prompt], max_new_tokens=length)
+        self.iterations = decoder.iterate([prompt], max_new_tokens=length, scope=None)  # both compute all of the prompt
         self.most = length if decoder.context is None else min(length, decoder.context - len(prompt))
         self.eos = set(decoder.eos_ids.tolist())
         self.text = TextStream(tokenizer)

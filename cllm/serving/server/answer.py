@@ -30,12 +30,13 @@ class Choice:
     written: list[str] = field(default_factory=list)
     reason: str | None = None  # "stop" or "length", once it has ended
     forwards: int = 0
+    reused: int = 0  # tokens of the prompt
 
     def take(self, progress: Progress) -> str:
         """The text that a report of the worker brings, maybe none. Raises AnswerError where it brings a failure."""
         if progress.error:
             raise AnswerError(progress.error)
-        piece = ""
+        self.reused, piece = progress.reused, ""
         for step in progress.steps:
             piece += self.text.put(step)
             self.forwards += 1
@@ -53,15 +54,15 @@ class Choice:
 class Answer:
     """Submits requests to the worker and gathers what it reports. :meth:`cancel` must be called in the end, come what may.
 
-    Raises Busy or Closed where the worker does not take them.
+    ``copies`` of each prompt follow one another. Raises Busy or Closed where the worker does not take them.
     """
 
-    def __init__(self, worker: Worker, requests: Sequence[Request], texts: Sequence[TextStream], prompt_tokens: int) -> None:
+    def __init__(self, worker: Worker, requests: Sequence[Request], texts: Sequence[TextStream], copies: int) -> None:
         loop = asyncio.get_running_loop()
         self._worker = worker
         self._reports: asyncio.Queue[tuple[Choice, Progress]] = asyncio.Queue()
         self.choices = [Choice(index, text) for index, text in enumerate(texts)]
-        self.prompt_tokens = prompt_tokens
+        self._copies = copies
 
         def report(choice: Choice, progress: Progress) -> None:
             loop.call_soon_threadsafe(self._reports.put_nowait, (choice, progress))
@@ -92,8 +93,11 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
+        """A prompt counts once, however many choices it has; as cached counts what none of them had to compute."""
+        first = range(0, len(self.choices), self._copies)
         return Usage(
-            self.prompt_tokens,
+            sum(len(self._jobs[at].request.prompt) for at in first),
+            sum(min(choice.reused for choice in self.choices[at : at + self._copies]) for at in first),
             sum(choice.text.tokens for choice in self.choices),
             sum(choice.forwards for choice in self.choices),
         )

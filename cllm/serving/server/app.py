@@ -38,9 +38,10 @@ class ApiError(Exception):
         self.status, self.content = status, error(message, kind, code, param)
 
 
-def create_app(service: Service, api_key: str | None = None, names: Collection[str] | None = None) -> FastAPI:
+def create_app(service: Service, api_keys: Collection[str] = (), names: Collection[str] | None = None) -> FastAPI:
     """The application; when it shuts down, so does the service.
 
+    ``api_keys``: clients must send one of them, if there are any. What one client's prompts left is reused for that key alone.
     ``names``: what clients without a key may call the server, see :class:`Guard`; a key is proof enough.
     """
 
@@ -57,8 +58,8 @@ def create_app(service: Service, api_key: str | None = None, names: Collection[s
     def count(path: str, status: int) -> None:
         service.metrics.requests.labels(path if path in paths else "other", str(status)).inc()
 
-    known = names if api_key is None else None
-    app.add_middleware(Guard, max_body=service.limits.body_bytes, api_key=api_key, names=known, count=count)
+    known = None if api_keys else names
+    app.add_middleware(Guard, max_body=service.limits.body_bytes, api_keys=api_keys, names=known, count=count)
     return app
 
 
@@ -126,7 +127,7 @@ async def _respond(service: Service, request: Request, body: Generation, chat: b
     _check_model(service, body.model)
     start = time.perf_counter()
     try:
-        answer = await service.answer(body)
+        answer = await service.answer(body, request.headers.get("authorization", ""))
     except UsageError as problem:
         raise ApiError(400, str(problem)) from None
     except Busy as problem:

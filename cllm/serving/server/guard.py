@@ -31,11 +31,11 @@ class Guard:
         self,
         app: ASGIApp,
         max_body: int,
-        api_key: str | None,
+        api_keys: Collection[str],
         names: Collection[str] | None,
         count: Callable[[str, int], None],
     ) -> None:
-        self.app, self.max_body, self.api_key, self.names, self.count = app, max_body, api_key, names, count
+        self.app, self.max_body, self.api_keys, self.names, self.count = app, max_body, api_keys, names, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,9 +60,9 @@ class Guard:
         if self.names is not None and (name := host_name(headers.get("host", ""))) not in self.names:
             message = f"the Host header says {name[:100]!r}; without an API key this server answers to its own names only"
             return JSONResponse(error(message, "invalid_request_error"), 421)
-        if self.api_key is not None and scope["path"] not in OPEN_PATHS:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
+        if self.api_keys and scope["path"] not in OPEN_PATHS:
+            given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+            if not sum(hmac.compare_digest(given, key.encode()) for key in self.api_keys):  # all are compared
                 return JSONResponse(error("a valid API key is needed", "authentication_error", "invalid_api_key"), 401)
         length = headers.get("content-length", "0")
         return self._too_large() if not length.isdecimal() or int(length) > self.max_body else None

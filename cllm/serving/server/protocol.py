@@ -173,6 +173,7 @@ class Usage:
     """What an answer cost. Its forwards are those that its rows took part in."""
 
     prompt_tokens: int
+    cached_tokens: int  # of the prompts
     completion_tokens: int
     forwards: int
 
@@ -187,6 +188,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "cllm": {
                 "forwards": self.forwards,
                 "tokens_per_forward": round(per_forward, 4),

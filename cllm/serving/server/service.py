@@ -50,8 +50,8 @@ class Service:
         self.metrics = Metrics(self.worker)
         self._encoding = ThreadPoolExecutor(1, "encoding")  # long prompts must not hold up the event loop
 
-    async def answer(self, body: Generation) -> Answer:
-        """Put an answer to ``body`` in line, with ``n`` choices for each prompt.
+    async def answer(self, body: Generation, client: str = "") -> Answer:
+        """Put an answer to ``body`` in line, with ``n`` choices for each prompt. Only prompts of one ``client`` share anything.
 
         Raises UsageError for what can never be answered, Busy and Closed as :meth:`Worker.submit` does.
         """
@@ -67,10 +67,10 @@ class Service:
         requests = []
         for number, ids in enumerate(encoded):
             draws = [sampling, *(sampling.of(f"choice {choice}") for choice in range(1, copies))]
-            requests += [Request(ids, length, draw) for draw in draws]
+            requests += [Request(ids, length, draw, client) for draw in draws]
             self.queue.check(requests[-1], "the prompt" if len(encoded) == 1 else f"prompt {number}")
         texts = [TextStream(self.tokenizer, body.stops) for _ in requests]
-        return Answer(self.worker, requests, texts, sum(map(len, encoded)))
+        return Answer(self.worker, requests, texts, copies)
 
     def close(self) -> None:
         """Stop everything; what is not answered yet gets an error."""

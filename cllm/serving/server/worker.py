@@ -30,6 +30,7 @@ class Progress:
     steps: list[list[int]]  # token ids, apart by the forwards that brought them
     stop: Stop | None = None  # said once, at the end
     error: str | None = None  # why the job ended without an answer
+    reused: int = 0  # tokens of the prompt that need not be computed
 
 
 @dataclass(eq=False)
@@ -45,7 +46,7 @@ class Job:
         """Report what is new in ``result``, if anything is."""
         new, self.reported = result.behind(self.reported), max(self.reported, len(result.token_ids))
         if not self.cancelled and (new or stop):
-            self.report(Progress(new, stop))
+            self.report(Progress(new, stop, reused=result.reused))
 
 
 class Worker:

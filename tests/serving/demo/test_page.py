@@ -98,7 +98,7 @@ def test_errors_are_said(page) -> None:
 
 
 def test_a_page_that_asks_for_the_key(browser) -> None:
-    with run_server(Limits(new_tokens=8), eos=[EOS_ID], question="1 + 1?", api_key="sesame") as running:
+    with run_server(Limits(new_tokens=8), eos=[EOS_ID], question="1 + 1?", api_keys=["sesame"]) as running:
         page = browser.new_page()
         page.goto(running.url)
         for key, message in (("wrong", "Error: a valid API key is needed"), ("sesame", "Done")):

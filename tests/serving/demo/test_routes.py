@@ -10,7 +10,7 @@ ASKED = {"prompt": "1 + 1?", "max_tokens": 8}
 
 
 def test_with_a_key() -> None:
-    with run_server(Limits(), question="1 + 1?", api_key="sesame") as running:
+    with run_server(Limits(), question="1 + 1?", api_keys=["sesame"]) as running:
         page, race = httpx.get(running.url), running.url + "/demo/race"
         assert page.status_code == 200 and '"key": true' in page.text and "sesame" not in page.text
         assert httpx.post(race, json=ASKED).status_code == 401
@@ -31,7 +31,7 @@ def test_without_a_key_it_is_for_pages_of_its_own() -> None:
 def test_where_the_key_comes_from(monkeypatch) -> None:
     for command in (serve, demo):
         monkeypatch.setenv(serve.KEY, "environment")
-        assert serve.api_key(command.options().parse_args(["m"])) == "environment"
-        assert serve.api_key(command.options().parse_args(["m", "--api_key", "option"])) == "option"
+        assert serve.api_keys(command.options().parse_args(["m"])) == ["environment"]
+        assert serve.api_keys(command.options().parse_args(["m", "--api_key", "one", "--api_key", "two"])) == ["one", "two"]
         monkeypatch.delenv(serve.KEY)
-        assert serve.api_key(command.options().parse_args(["m"])) is None
+        assert serve.api_keys(command.options().parse_args(["m"])) == []

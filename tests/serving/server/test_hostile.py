@@ -272,10 +272,12 @@ def test_time_outs(start, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keys(start) -> None:
-    with start(Limits(), api_key="sécret") as running:
+    with start(Limits(), api_keys=["sécret", "another"]) as running:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": b"Bearer \xff"}):
             assert post(running, COMPLETE, complete(), headers=headers).status_code == 401
             assert httpx.get(running.url + "/metrics", headers=headers).status_code == 401
+        other = {"authorization": "Bearer another"}
+        assert post(running, COMPLETE, complete(), headers=other).status_code == 200
         right = {"authorization": "Bearer sécret".encode()}
         assert post(running, COMPLETE, complete(), headers=right).status_code == 200
         assert post(running, COMPLETE, complete(), headers=right | {"host": "a.name.of.ours"}).status_code == 200

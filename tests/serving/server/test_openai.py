@@ -43,6 +43,24 @@ def test_chat_is_the_greedy_answer(server) -> None:
     assert usage.cllm == cost | {"tokens_per_forward": pytest.approx(24 / result.forwards, abs=1e-4)}
 
 
+def test_what_is_reused_is_told_and_stays_with_its_key(start) -> None:
+    with start(Limits(), context=1024, api_keys=["one", "two"]) as running:
+
+        def cached(key: str, text: str, **options) -> int:
+            with openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0) as client:
+                answer = client.chat.completions.create(model="tiny", messages=messages(text), **SPEED, **options)
+            assert {choice.message.content for choice in answer.choices} == {alone(running, chat_ids(running, text))}
+            return answer.usage.prompt_tokens_details.cached_tokens
+
+        ids = chat_ids(running, "hello" * 20)
+        assert cached("one", "hello" * 20, n=3) == 0  # the three compute it once
+        assert cached("one", "hello" * 20) == len(ids) - 1
+        assert cached("two", "hello" * 20) == 0
+        assert 0 < cached("two", "hello" * 10) < len(ids)
+        assert running.metric("cllm_cached_prompt_tokens_total") > len(ids)
+        assert 0 < running.metric("cllm_prefix_cache_bytes") < running.metric("cllm_prefix_cache_budget_bytes") == 1 << 30
+
+
 def test_parts_and_the_developer_role(server) -> None:
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     asked = [{"role": "developer", "content": "short"}, {"role": "user", "content": parts}]

@@ -1,0 +1,112 @@
+"""The first iteration of new rows: prompts go through the model, but for what is known of them.
+
+Shapes: B rows, T tokens of a forward, V vocabulary, F numbers of an iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cllm.decoding.batch import Batch
+from cllm.decoding.prefixes import Prefixes, common
+from cllm.decoding.sampling import Chooser
+from cllm.decoding.step import Step, round_up
+
+if TYPE_CHECKING:
+    from cllm.decoding.engine import Request
+
+CHUNK, CHUNK_ON_CPU = 2048, 512
+FORWARD, FORWARD_ON_CPU = 256, 32  # a forward takes about as long as so many of its tokens, however few it has
+
+
+class Prefill:
+    """Computes each token of a batch of prompts once: not what ``prefixes`` has, nor twice what prompts have in common.
+
+    ``chunk``: how many tokens of each prompt go through the model together at most.
+    """
+
+    def __init__(self, step: Step, prefixes: Prefixes, device: torch.device, chunk: int | None) -> None:
+        on_cpu = device.type == "cpu"
+        self.step, self.prefixes, self.device = step, prefixes, device
+        self.chunk = chunk or (CHUNK_ON_CPU if on_cpu else CHUNK)
+        self.forward_tokens = FORWARD_ON_CPU if on_cpu else FORWARD
+
+    def __call__(self, new: Batch, requests: Sequence[Request], width: int) -> tuple[torch.Tensor, list[int]]:
+        """The facts [B, F] of the iteration, and how many tokens of each prompt were known.
+
+        ``width``: how many leading tokens of the windows go through the model. The prompts, aligned on the right, stand
+        in front of the windows; of long ones a chunk at a time goes ahead.
+        """
+        rows, lengths = new.rows, [len(request.prompt) for request in requests]
+        window_BT, after_BT, drafts = self.step.ahead(rows, width)
+        first, width = max(lengths) - 1, window_BT.shape[1]  # where the foremost window begins
+        length = round_up(first + width)
+        new.cache.reserve(len(requests), length)  # at once, or it would grow, and move, with every chunk
+        known, start = self._reuse(new, requests)
+        ahead = max(length - 1 - at for length, at in zip(lengths, start))
+        before_BT = rows.start_B[:, None] + torch.arange(-ahead, 0, device=self.device)
+        before_BT = before_BT.where(before_BT >= torch.tensor(start, device=self.device)[:, None], -1)
+        positions_BT = torch.cat([before_BT, after_BT], dim=1)
+        tokens_BT = torch.cat([rows.text_BS.gather(1, before_BT.clamp(min=0)), window_BT], dim=1)
+        done = 0
+        while ahead - done > self.chunk:
+            chunk = slice(done, done := done + self.chunk)
+            self.step.forward(tokens_BT[:, chunk], positions_BT[:, chunk], new.cache, round_up(first - ahead + done), 1)
+        logits_BTV = self.step.forward(tokens_BT[:, done:], positions_BT[:, done:], new.cache, length, width, drafts)
+        for row, request in enumerate(requests):
+            self.prefixes.store(new.cache, row, request.scope, request.prompt)
+        chooser = Chooser([request.sampling for request in requests])
+        return self.step.advance(rows, *self.step.choose(rows, chooser, logits_BTV, drafts)), known
+
+    def _reuse(self, new: Batch, requests: Sequence[Request]) -> tuple[list[int], list[int]]:
+        """How many tokens of each prompt were known, and how many the cache has now; never the last one.
+
+        Prompts in the order of their ids have the longest beginnings in common with their neighbours. What is left of a few
+        prompts only goes through the model here, lest all others are padded to its length.
+        """
+        rows = range(len(requests))
+        prompts = [np.asarray(request.prompt)[:-1] for request in requests]
+        if not self.prefixes.budget:
+            return [0 for _ in rows], [0 for _ in rows]
+        known = [self.prefixes.load(new.cache, row, requests[row].scope, prompts[row]) for row in rows]
+        start = [*known]
+        order = sorted(rows, key=lambda row: (requests[row].scope or "", prompts[row].tolist()))
+        for row, other in pairwise(order):
+            alike = requests[row].scope == requests[other].scope is not None
+            shared = common(prompts[row], prompts[other]) if alike else 0
+            if shared - max(start[row], start[other]) >= self.forward_tokens:
+                self._read(new, row, start[row], shared)
+                start[row] = shared
+            if (shared := min(shared, start[row])) > start[other]:
+                new.cache.copy(row, other, start[other], shared)
+                known[other] = start[other] = shared
+        if any(known):
+            left = [len(prompt) - at for prompt, at in zip(prompts, start)]
+            last = self._last(left)
+            for row in rows:
+                if left[row] > last:
+                    self._read(new, row, start[row], len(prompts[row]) - last)
+                    start[row] = len(prompts[row]) - last
+        return known, start
+
+    def _last(self, left: list[int]) -> int:
+        """Up to how many tokens of each prompt should wait for the forward of all, if so many are ``left``."""
+
+        def cost(last: int) -> int:
+            alone = [count - last + self.forward_tokens for count in left if count > last]
+            return len(left) * last + sum(alone)
+
+        return min(left, key=cost)
+
+    def _read(self, new: Batch, row: int, start: int, end: int) -> None:
+        """Tokens start .. end - 1 of one row go through the model."""
+        for at in range(start, end, self.chunk):
+            stop = min(at + self.chunk, end)
+            tokens_1T = new.rows.text_BS[row : row + 1, at:stop]
+            positions_1T = torch.arange(at, stop, device=self.device)[None]
+            self.step.forward(tokens_1T, positions_1T, new.cache, round_up(stop), 1, first=row)

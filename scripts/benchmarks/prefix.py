@@ -1,0 +1,152 @@
+"""What prefix reuse saves, and what it costs where prompts share nothing: the same decoder with and without it, in turns.
+
+    python scripts/benchmarks/prefix.py --model MODEL --filename SPIDER --output docs/results/prefix.json
+
+SPIDER: a Spider folder, such as scripts/sql_questions.py writes. Four parts: the second turn of a conversation, up to its first
+tokens; questions about one database, one after the other; samples of one prompt, together; the questions again, each with
+another first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from common import Forwarded, add_options, encode_messages, joined, load_both, publish
+from tqdm import tqdm
+
+from cllm.decoding import GREEDY, JacobiDecoder, Sampling
+from cllm.decoding.result import Tally
+from cllm.evaluation.speed import now
+from cllm.models import stop_token_ids
+from cllm.tasks import get_task
+from cllm.tasks.source import load_examples
+
+ON, OFF = "with reuse", "without"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(options, prompts=60)
+    options.add_argument("--conversation", type=int, default=1500, help="tokens of it when the second turn is asked")
+    options.add_argument("--question", type=int, default=24, help="tokens of that turn's question")
+    options.add_argument("--samples", type=int, default=8)
+    options.add_argument("--sampled", type=int, default=500, help="tokens of the prompt that they answer")
+    options.add_argument("--rounds", type=int, default=5, help="conversations, and sets of samples")
+    options.set_defaults(task="spider", block_size=None)
+    args = options.parse_args()
+    model, tokenizer = load_both(args)
+    prompts = encode_messages(model, tokenizer, args.task, one_database(args))
+    stops = stop_token_ids(model, tokenizer)
+    race = Race({side: JacobiDecoder(model, args.block_size, eos_token_ids=stops, **SIDES[side]) for side in SIDES}, args)
+    result = {
+        "second turn": race.second_turn(prompts),
+        f"{len(prompts)} questions about one database": race.questions(prompts),
+        f"{args.samples} samples of one prompt": race.samples(prompts),
+        "nothing shared": race.questions([[at + 1, *prompt[1:]] for at, prompt in enumerate(prompts)]),
+    }
+    for part, figures in result.items():
+        print(f"{part}: {figures}")
+    publish(args, model, result)
+
+
+SIDES: dict[str, dict[str, Any]] = {ON: {}, OFF: {"prefix_cache": 0}}
+
+
+def one_database(args: argparse.Namespace) -> list[Sequence[Any]]:
+    """Questions about the database that has the most of them, in the file's order."""
+    examples = list(load_examples(get_task(args.task), args.filename, "test"))
+    (database, _), *_ = Counter(example.target["db_id"] for example in examples).most_common(1)
+    return [example.messages for example in examples if example.target["db_id"] == database][: args.prompts]
+
+
+class Race:
+    """Two decoders that take turns, each beginning a part of the benchmark without prefixes."""
+
+    def __init__(self, decoders: dict[str, JacobiDecoder], args: argparse.Namespace) -> None:
+        self.decoders, self.args = decoders, args
+
+    def second_turn(self, prompts: list[list[int]]) -> dict[str, Any]:
+        args, first = self.args, []
+        texts = joined(prompts, args.conversation - args.length - args.question, 1, args.rounds)
+        questions = [text for (text,) in joined(prompts[::-1], args.question, 1, args.rounds)]
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        for (text,), question in zip(texts, questions):
+            for side in self._turns(len(first)):
+                decoder = self.decoders[side]
+                decoder.prefixes.clear()
+                _, _, (reply,) = answer(decoder, [text], args.length)
+                prefill, *_ = answer(decoder, [[*text, *reply, *question]], 1)
+                seconds[side].append(prefill)
+            first.append(len(text) + len(reply) + len(question))
+        return {"tokens": statistics.mean(first)} | _compared("seconds to the first tokens", seconds)
+
+    def questions(self, prompts: list[list[int]]) -> dict[str, Any]:
+        prefills: dict[str, list[float]] = {side: [] for side in SIDES}
+        wholes: dict[str, list[float]] = {side: [] for side in SIDES}
+        texts: dict[str, list[list[list[int]]]] = {side: [] for side in SIDES}
+        self._clear()
+        for at, prompt in enumerate(tqdm(prompts)):
+            for side in self._turns(at):
+                prefill, whole, text = answer(self.decoders[side], [prompt], self.args.length)
+                prefills[side].append(prefill)
+                wholes[side].append(whole)
+                texts[side].append(text)
+        different = sum(one != other for one, other in zip(*texts.values()))
+        figures = _compared("seconds of prefill", prefills) | _compared("seconds", wholes)
+        return {"tokens": sum(map(len, prompts)), "texts that differ": different} | figures
+
+    def samples(self, prompts: list[list[int]]) -> dict[str, Any]:
+        args, count = self.args, self.args.samples
+        samplings = [Sampling(temperature=1.0, seed=seed) for seed in range(count)]
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        through: dict[str, int] = {}
+        for at, (text,) in enumerate(joined(prompts, args.sampled, 1, args.rounds)):
+            for side in self._turns(at):
+                decoder = self.decoders[side]
+                decoder.prefixes.clear()
+                with Forwarded(decoder.model) as forwarded:
+                    prefill, *_ = answer(decoder, [text] * count, 1, samplings)
+                seconds[side].append(prefill)
+                through[side] = forwarded.tokens
+        counted = {f"tokens through the model, {side}": tokens for side, tokens in through.items()}
+        return counted | {"of which windows": count * decoder.width} | _compared("seconds of prefill", seconds)
+
+    def _turns(self, at: int) -> Iterator[str]:
+        yield from [*SIDES] if at % 2 else [*SIDES][::-1]
+
+    def _clear(self) -> None:
+        for decoder in self.decoders.values():
+            decoder.prefixes.clear()
+
+
+def answer(
+    decoder: JacobiDecoder, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling | list[Sampling] = GREEDY
+) -> tuple[float, float, list[list[int]]]:
+    """Seconds of the prefill, seconds in all, and the texts."""
+    start, times, tally = now(decoder.device), [], Tally(decoder.eos_ids.tolist())
+    for iteration in decoder.iterate(prompts, max_new_tokens=length, sampling=sampling):
+        tally.add(iteration)
+        if not times:
+            times.append(now(decoder.device) - start)
+    return times[0], now(decoder.device) - start, [tally.take(row, length).token_ids for row in range(len(prompts))]
+
+
+def _compared(what: str, seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Sums, how many times shorter it is with reuse, and the share of the time without reuse that it takes."""
+    on, off = sum(seconds[ON]), sum(seconds[OFF])
+    shares = [one / other for one, other in zip(seconds[ON], seconds[OFF])]
+    return {
+        f"{what}, {ON}": on,
+        f"{what}, {OFF}": off,
+        f"{what}, times shorter": off / on,
+        f"{what}, share": on / off,
+        f"{what}, median share": statistics.median(shares),
+    }
+
+
+if __name__ == "__main__":
+    main()
