@@ -28,6 +28,7 @@ from transformers import (
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
 from cllm.decoding.engine import JacobiDecoder, Streamer, unpad
+from cllm.decoding.prefixes import DEFAULT_BYTES
 from cllm.decoding.result import Iteration
 from cllm.decoding.sampling import ProcessedSampling, Sampling
 from cllm.errors import UsageError
@@ -128,6 +129,7 @@ def jacobi(
         eos_token_ids=[int(i) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id],
         guess=guess,
         drafts=drafts,
+        prefix_cache=DEFAULT_BYTES if len(prompts) > 1 else 0,  # for prompts of this call: the next one has its own decoder
     )
     most = generation_config.max_length - input_ids.shape[1]
     room = [min(most, (decoder.context or most + len(prompt)) - len(prompt)) for prompt in prompts]

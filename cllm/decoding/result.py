@@ -117,7 +117,7 @@ class Tally:
     def add(self, iteration: Iteration) -> None:
         self._history.append(iteration)
         for row, tokens in iteration.reused.items():
-            self._rows[row] = RowResult(reused=tokens)
+            self._rows.setdefault(row, RowResult(reused=tokens))
 
     def so_far(self, row: int) -> RowResult:
         """What a row has by now; how it stops is said by :meth:`take` alone."""

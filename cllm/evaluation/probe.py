@@ -43,8 +43,8 @@ class Probe:
 
     def _figures(self, model: PreTrainedModel) -> Figures:
         decoder = JacobiDecoder(
-            model, self.block_size, eos_token_ids=self.stop_ids, guess=self.guess, compile="off"
-        )  # nothing is captured: the weights go on changing
+            model, self.block_size, eos_token_ids=self.stop_ids, guess=self.guess, compile="off", prefix_cache=0
+        )  # nothing is captured or kept: the weights go on changing
         prompts = [prompt.ids for prompt in self.prompts]
         results = decoder.generate(prompts, max_new_tokens=self.length)
         decoder.step.linears.clear()  # training needs the memory, and changes what is in it

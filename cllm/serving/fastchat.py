@@ -173,7 +173,7 @@ def generate_stream(
     room = max(1, min(int(params.get("max_new_tokens", 256)), context_len - 2))
     ids = ids[-max(1, context_len - room - 1) :]
     eos = [*stop_token_ids(model, tokenizer), *(params.get("stop_token_ids") or [])]
-    decoder = JacobiDecoder(model, eos_token_ids=eos)
+    decoder = JacobiDecoder(model, eos_token_ids=eos, prefix_cache=0)  # it goes with the request
     stops = params.get("stop") or []
     stream = TextStream(tokenizer, [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop])
 

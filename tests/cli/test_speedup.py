@@ -65,16 +65,18 @@ def test_all_methods_against_a_target_model(tmp_path, tiny_model_dir, data, caps
     assert report["environment"]["versions"]["torch"] == torch.__version__
     assert [row["id"] for row in report["prompts"]] == ["gsm8k-test-1", "gsm8k-test-2", "gsm8k-test-3"]
     printed = capsys.readouterr().out
-    for text in ("Jacobi 6 sliding", "HF prompt lookup 5", "target model", "NLL under the target", "stationary"):
+    for text in ("Jacobi 6 sliding", "HF prompt lookup 5", "target model", "NLL under the target", "prefix reuse within 1024 MiB"):
         assert text in printed
 
 
 def test_every_guess_is_a_method(tmp_path, tiny_model_dir, data, capsys):
-    report = run(tmp_path, tiny_model_dir, data, "--guess", "prompt_lookup", "context", "prompt_lookup")
+    guesses = ["--guess", "prompt_lookup", "context", "prompt_lookup"]
+    report = run(tmp_path, tiny_model_dir, data, *guesses, "--prefix_cache", "0")
     assert list(report["methods"]) == ["jacobi", "jacobi:context", "ar"]
     assert [figures["same_as_ar"] for figures in report["methods"].values()] == [1.0] * 3
-    assert report["settings"]["guess"] == ["prompt_lookup", "context"]
+    assert report["settings"]["guess"] == ["prompt_lookup", "context"] and report["settings"]["prefix_cache"] == 0
     printed = capsys.readouterr().out
+    assert "no prefix reuse" in printed
     assert printed.count("Jacobi 6 sliding, prompt_lookup") == printed.count("Jacobi 6 sliding, context") == 2
 
 
