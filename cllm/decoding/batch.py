@@ -52,19 +52,22 @@ class Batch:
     def put(self, other: Batch, running: Running, slots: int, fixed: bool) -> None:
         """Take in the rows of ``other``, which is used up, in free places first and then behind the last.
 
-        ``slots``: how far the texts may reach. ``fixed``: make room in the cache for all of them now.
+        ``slots``: how far the texts may reach. ``fixed``: make room in the cache for all of them now, and leave it where it is.
         """
         taken = {place for place, _ in running.values()}
         places = list(islice((place for place in count() if place not in taken), len(other.rows)))
-        used = max(self.size, places[-1] + 1)
+        used = max(self.size if running else 0, places[-1] + 1)
         room = max(used, len(self.rows))
         if self.rows.reserve(room, slots):
             self.captured.clear()
-        if fixed:
-            self.cache.reserve(room, slots)
         to = torch.tensor(places, device=self.rows.ids_B.device)
         self.rows.put(other.rows, to)
-        self.cache.put(other.cache, to, room)
+        if fixed:
+            self.cache.reserve(room, slots)
+        if running or fixed:
+            self.cache.put(other.cache, to, room)
+        else:  # nobody else's keys are left
+            self.cache = other.cache
         self.resize(used)
 
     def keep(self, running: Running) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from cllm.adapter import Adapter, attached
 from cllm.attention import check_model
 from cllm.decoding.batch import Batch
+from cllm.decoding.cache import GROWTH
 from cllm.decoding.draft import Guess
 from cllm.decoding.guess import FreshGuess, make_guess
 from cllm.decoding.prefill import Prefill
@@ -24,7 +25,7 @@ from cllm.decoding.result import Iteration, RowResult, Tally
 from cllm.decoding.rows import Rows
 from cllm.decoding.runner import Mode, make_runner
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
-from cllm.decoding.step import Step
+from cllm.decoding.step import LENGTHS, Step
 from cllm.errors import UsageError
 from cllm.models import context_length, default_drafts, default_guess, default_width, embedding_device, read_record
 
@@ -249,7 +250,8 @@ class JacobiDecoder:
                     for number, request in enumerate(requests, fed):
                         self.check(request, f"prompt {number}")
                     new = self._start(requests, fed)
-                    facts_BF, known = self.prefill(new, requests, self._width(new))
+                    unit = LENGTHS if running or self.runner.fixed else GROWTH  # where nothing runs, its cache is the batch's
+                    facts_BF, known = self.prefill(new, requests, self._width(new), unit)
                     yield Iteration(facts_BF, dict(enumerate(known, fed)))
                     inside |= dict(enumerate(requests, fed))
                     fed += len(requests)

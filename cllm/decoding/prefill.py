@@ -36,17 +36,18 @@ class Prefill:
         self.chunk = chunk or (CHUNK_ON_CPU if on_cpu else CHUNK)
         self.forward_tokens = FORWARD_ON_CPU if on_cpu else FORWARD
 
-    def __call__(self, new: Batch, requests: Sequence[Request], width: int) -> tuple[torch.Tensor, list[int]]:
+    def __call__(self, new: Batch, requests: Sequence[Request], width: int, unit: int) -> tuple[torch.Tensor, list[int]]:
         """The facts [B, F] of the iteration, and how many tokens of each prompt were known.
 
-        ``width``: how many leading tokens of the windows go through the model. The prompts, aligned on the right, stand
-        in front of the windows; of long ones a chunk at a time goes ahead.
+        ``width``: how many leading tokens of the windows go through the model. ``unit``: there is room for a multiple of so
+        many slots in the cache. The prompts, aligned on the right, stand in front of the windows; of long ones a chunk at a
+        time goes ahead.
         """
         rows, lengths = new.rows, [len(request.prompt) for request in requests]
         window_BT, after_BT, drafts = self.step.ahead(rows, width)
         first, width = max(lengths) - 1, window_BT.shape[1]  # where the foremost window begins
         length = round_up(first + width)
-        new.cache.reserve(len(requests), length)  # at once, or it would grow, and move, with every chunk
+        new.cache.reserve(len(requests), round_up(length, unit))  # at once, or it would grow, and move, with every chunk
         known, start = self._reuse(new, requests)
         ahead = max(length - 1 - at for length, at in zip(lengths, start))
         before_BT = rows.start_B[:, None] + torch.arange(-ahead, 0, device=self.device)
