@@ -97,6 +97,16 @@ def draw_case(name: Any, **fixed: Any) -> Case:
     return Case(requests=requests, **drawn)
 
 
+def reusing(case: Case, number: int, **options: Any) -> JacobiDecoder:
+    """A decoder of the case that keeps keys and values within one of the budgets.
+
+    It computes what a few rows share, or lack, apart from the others even where it is a single token.
+    """
+    decoder = case.decoder(prefix_cache=BUDGETS[number % len(BUDGETS)], **options)
+    decoder.prefill.forward_tokens = 1
+    return decoder
+
+
 def follow(case: Case, texts: list[list[int]], name: Any) -> Case:
     """The case with prompts that start like earlier ``texts``, or like each other, drawn from ``name``.
 

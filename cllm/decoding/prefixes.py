@@ -71,7 +71,7 @@ class Prefixes:
                 self.clear()
             self._weights = weights
 
-    def load(self, cache: RowCache, row: int, scope: Hashable, ids: Sequence[int]) -> int:
+    def load(self, cache: RowCache, row: int, scope: Hashable, ids: Sequence[int] | np.ndarray) -> int:
         """Fill a row of ``cache``, which has the room reserved, with what is known of ``ids``: how many of its first tokens."""
         if not self.budget or scope is None:
             return 0

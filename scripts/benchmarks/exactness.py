@@ -76,15 +76,15 @@ def main() -> None:
 
 
 def tiny(args: argparse.Namespace) -> None:
-    from cases import BUDGETS, draw_case, draw_drafts, follow
+    from cases import draw_case, draw_drafts, follow, reusing
 
     wrong, rows, tokens, reused, gave_up, model = [], 0, 0, 0, 0, None
     for number in tqdm(range(args.cases)):
         if number % args.share == 0:
             torch.compiler.reset()
             first = draw_case(number, **(draw_drafts(number) if args.lossless else {}))
-            mode, budget = "off" if args.compile == REHEARSAL else args.compile, BUDGETS[number // args.share % len(BUDGETS)]
-            decoder, texts = first.decoder(compile=mode, **({"prefix_cache": budget} if args.prefixes else {})), []
+            mode, texts = "off" if args.compile == REHEARSAL else args.compile, []
+            decoder = reusing(first, number // args.share, compile=mode) if args.prefixes else first.decoder(compile=mode)
             if args.compile == REHEARSAL:
                 decoder.runner = CapturingRunner(decoder.step, lambda step: step)
         case = draw_case(number, **first.setting)

@@ -70,19 +70,19 @@ class Race:
         self.decoders, self.args = decoders, args
 
     def second_turn(self, prompts: list[list[int]]) -> dict[str, Any]:
-        args, first = self.args, []
+        args, lengths = self.args, []
         texts = joined(prompts, args.conversation - args.length - args.question, 1, args.rounds)
         questions = [text for (text,) in joined(prompts[::-1], args.question, 1, args.rounds)]
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         for (text,), question in zip(texts, questions):
-            for side in self._turns(len(first)):
+            for side in self._turns(len(lengths)):
                 decoder = self.decoders[side]
                 decoder.prefixes.clear()
                 _, _, (reply,) = answer(decoder, [text], args.length)
                 prefill, *_ = answer(decoder, [[*text, *reply, *question]], 1)
                 seconds[side].append(prefill)
-            first.append(len(text) + len(reply) + len(question))
-        return {"tokens": statistics.mean(first)} | _compared("seconds to the first tokens", seconds)
+            lengths.append(len(text) + len(reply) + len(question))
+        return {"tokens": statistics.mean(lengths)} | _compared("seconds to the first tokens", seconds)
 
     def questions(self, prompts: list[list[int]]) -> dict[str, Any]:
         prefills: dict[str, list[float]] = {side: [] for side in SIDES}

@@ -39,6 +39,11 @@ def test_the_texts_are_equal(runs) -> None:
         assert len(of(steps, "ar")) == len(result.token_ids) and len(of(steps, "jacobi")) == result.forwards
 
 
+def test_a_race_leaves_no_prefix(runs) -> None:
+    """Or the next one with the same prompt would not be one of both methods' own."""
+    assert all(result.reused == 0 for _, result in runs)
+
+
 def test_kinds_add_up_to_the_engines_counts(runs) -> None:
     for steps, result in runs:
         kinds = [token.kind for step in of(steps, "jacobi") for token in step.gained]
