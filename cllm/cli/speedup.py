@@ -303,7 +303,7 @@ def _head(report: dict[str, Any]) -> str:
 def _reuse(settings: dict[str, Any]) -> str:
     """Whether our engine, in AR and Jacobi decoding alike, began prompts where earlier ones part from them."""
     budget = settings.get("prefix_cache")
-    return f"prefix reuse within {budget >> 20} MiB for each of our methods" if budget else "no prefix reuse"
+    return f"prefix reuse within {budget / 2**20:g} MiB for each of our methods" if budget else "no prefix reuse"
 
 
 def _speed_table(report: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ class Prefill:
         length = round_up(first + width)
         new.cache.reserve(len(requests), round_up(length, unit))  # at once, or it would grow, and move, with every chunk
         known, start = self._reuse(new, requests)
-        ahead = max(length - 1 - at for length, at in zip(lengths, start))
+        ahead = max(tokens - 1 - at for tokens, at in zip(lengths, start))
         before_BT = rows.start_B[:, None] + torch.arange(-ahead, 0, device=self.device)
         before_BT = before_BT.where(before_BT >= torch.tensor(start, device=self.device)[:, None], -1)
         positions_BT = torch.cat([before_BT, after_BT], dim=1)
