@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def api_keys(args: argparse.Namespace) -> list[str]:
-    own = os.environ.get(KEY)
-    return args.api_key or ([own] if own else [])
+    """What clients may send; an empty one is none."""
+    return [key for key in args.api_key or [os.environ.get(KEY, "")] if key]
 
 
 def check_packages() -> None:
