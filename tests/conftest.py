@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +11,34 @@ import torch
 from tiny import tiny_model_dir  # noqa: F401  (a fixture)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A table of what was skipped: how many and why, and the tests by name."""
+    skipped = defaultdict(list)
+    for report in terminalreporter.getreports("skipped"):
+        skipped[report.longrepr[2].removeprefix("Skipped: ")].append(report.nodeid)
+    if skipped:
+        terminalreporter.section(f"{sum(map(len, skipped.values()))} skipped")
+    for reason, names in sorted(skipped.items()):
+        terminalreporter.write_line(f"{len(names):4d}  {reason}")
+        for name in sorted(names):
+            terminalreporter.write_line(f"      {name}")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets: $CLLM_SHARED_DATA, or ../shared/data beside the repository. Skips without it."""
     folder = Path(os.environ.get("CLLM_SHARED_DATA") or Path(__file__).parents[1].parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no shared data in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_cases(shared_data: Path) -> Path:
+    """The folder of small hard inputs beside ``shared_data``. Skips without it."""
+    folder = shared_data.parent / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"no shared cases in {folder}")
     return folder
 
 

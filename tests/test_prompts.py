@@ -3,12 +3,13 @@
 import os
 
 import pytest
-from tiny import EOS_ID, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from tiny import EOS_ID, save_tiny_checkpoint, surround, tiny_config, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from cllm.checkpoints import PUBLISHED, published_of, published_record
 from cllm.errors import UsageError
 from cllm.models import load_model, load_tokenizer, read_record, stop_token_ids, write_record
-from cllm.prompts import DIALOGUES, PromptTemplate, choose_template
+from cllm.prompts import DIALOGUES, PromptTemplate, choose_template, prompt_ids
 
 TALK = [
     {"role": "user", "content": "q1"},
@@ -165,10 +166,47 @@ def test_a_chat_template_without_system_messages():
         template.encode([SYSTEM, TALK[1]], tokenizer)
 
 
-@pytest.mark.real_model
-def test_smollm_stops_at_its_turn_end():
+@pytest.mark.parametrize(
+    ("around", "text", "tokens"),
+    [
+        ("$A <eos>", "hi", "hi"),
+        ("<pad> $A <eos>", "hi", "<pad>hi"),
+        ("<pad> $A <eos> <unk>", "hi", "<pad>hi"),
+        ("<pad> $A", "hi", "<pad>hi"),
+        ("$A <eos>", "a<eos>b<eos>", "a<eos>b<eos>"),  # an end that the text has stays
+        ("<pad> $A <eos>", "<pad>hi", "<pad>hi"),  # a beginning that the text has is not doubled
+        ("<pad> $A <eos>", "", "<pad>"),
+    ],
+)
+@pytest.mark.parametrize("template", [None, "{question}"])
+def test_a_prompt_does_not_end_before_its_reply(around, text, tokens, template):
+    tokenizer = surround(tiny_tokenizer(), around)
+    tokenizer.bos_token = "<pad>"
+    if template:
+        found = PromptTemplate(template).encode([{"role": "user", "content": text}], tokenizer)
+    else:
+        found = prompt_ids(text, tokenizer)
+    assert tokenizer.decode(found) == tokens
+
+
+@pytest.fixture
+def smollm():
     path = os.environ.get("CLLM_TEST_MODEL")
     if not path:
         pytest.skip("CLLM_TEST_MODEL does not name a model")
-    tokenizer = load_tokenizer(path)
-    assert PromptTemplate("chat").stop_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    return load_tokenizer(path)
+
+
+@pytest.mark.real_model
+def test_smollm_stops_at_its_turn_end(smollm):
+    assert PromptTemplate("chat").stop_ids(smollm) == [smollm.convert_tokens_to_ids("<|im_end|>")]
+
+
+@pytest.mark.real_model
+def test_smollm_with_an_end_after_every_text(smollm):
+    template, question = PromptTemplate("Q: {question}\nA:"), [{"role": "user", "content": "How many?"}]
+    plain = template.encode(question, smollm)
+    end = TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", smollm.eos_token_id)])
+    smollm.backend_tokenizer.post_processor = end
+    assert smollm("A:").input_ids[-1] == smollm.eos_token_id
+    assert template.encode(question, smollm) == plain and plain[-1] != smollm.eos_token_id
