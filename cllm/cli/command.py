@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from cllm.errors import UsageError, out_of_memory
+from cllm.errors import LARGEST, UsageError, out_of_memory
 
 if TYPE_CHECKING:
     from cllm.decoding import Sampling
@@ -148,13 +148,13 @@ def add_guess_option(options: argparse.ArgumentParser, several: bool = False) ->
 
 
 def positive(text: str) -> int:
-    """An option's value that must be an integer >= 1."""
+    """An option's value that must be an integer >= 1, and at most LARGEST."""
     try:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    if not 1 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be an integer {'>= 1' if value < 1 else f'<= {LARGEST}'}, got {text!r}")
     return value
 
 

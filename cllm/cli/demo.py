@@ -61,9 +61,9 @@ def _show(args: argparse.Namespace, question: str) -> None:
     from cllm.serving.server.app import create_app
     from cllm.serving.server.run import Server, address, bind, own_names
 
+    key = api_key(args)
     with bind(args.host, args.port) as listener:
         service = open_service(args, question, GREEDY)
-        key = api_key(args)
         app = create_app(service, key, own_names(listener, args.host))
         add_demo(app, service, question, asks_key=key is not None)
         server = Server(app, service.worker, grace=1.0)

@@ -64,15 +64,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cllm.serving.server.run import Server, address, bind, own_names
     from cllm.tasks import DEFAULT_TASK, get_task
 
+    key = api_key(args)
     with bind(args.host, args.port) as listener:
         service = open_service(args, get_task(DEFAULT_TASK).default_question, sampling)
-        app = create_app(service, api_key(args), own_names(listener, args.host))
+        app = create_app(service, key, own_names(listener, args.host))
         print(f"{service.name} on {address(listener)}/v1; Ctrl-C stops it", flush=True)
         Server(app, service.worker, args.grace).run(sockets=[listener])
 
 
 def api_key(args: argparse.Namespace) -> str | None:
-    return args.api_key or os.environ.get(KEY) or None
+    """What clients must send; None where neither the option nor the environment names a key, which opens the server.
+
+    Raises UsageError for an empty one, as a shell makes of a variable that is not set, and for one that no client can send.
+    """
+    key: str | None = os.environ.get(KEY) if args.api_key is None else args.api_key
+    if key is not None and (not key or key != key.strip()):
+        raise UsageError(f"the API key is empty or has blanks around it; for none, unset {KEY} and leave --api_key out")
+    return key
 
 
 def check_packages() -> None:

@@ -45,15 +45,14 @@ class Service:
         self.name, self.queue, self.limits = name, queue, limits
         self.tokenizer, self.template, self.sampling = tokenizer, template, sampling
         self.started = int(time.time())
-        self.vocabulary = queue.decoder.model.config.get_text_config(decoder=True).vocab_size
         self.worker = Worker(queue, limits.waiting)
         self.metrics = Metrics(self.worker)
         self._encoding = ThreadPoolExecutor(1, "encoding")  # long prompts must not hold up the event loop
 
     async def answer(self, body: Generation) -> Answer:
-        """Put an answer to ``body`` in line, with ``n`` choices for each prompt.
+        """An answer to ``body`` that is yet to be submitted, with ``n`` choices for each prompt.
 
-        Raises UsageError for what can never be answered, Busy and Closed as :meth:`Worker.submit` does.
+        Raises UsageError for what can never be answered.
         """
         most = self.limits.new_tokens
         if (length := body.length(most)) > most:
@@ -88,6 +87,4 @@ class Service:
         if isinstance(prompt, str):
             ids: list[int] = self.tokenizer(prompt).input_ids
             return ids
-        if (largest := max(prompt, default=0)) >= self.vocabulary:
-            raise UsageError(f"token ids must be below {self.vocabulary}, got {largest}")
         return list(prompt)
