@@ -194,7 +194,7 @@ def test_dialogue_parts_write_the_templates_own_prompts(name):
 
 
 IN_PARTS = (
-    "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}{{ part['text'] }}{% endfor %}\n{% endfor %}"
+    "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -203,13 +203,13 @@ def test_a_template_that_loops_over_parts():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = IN_PARTS
     parts = ours.dialogue_parts(PromptTemplate("chat"), tokenizer)
-    assert rendered(parts, MESSAGES) == "<user>q1\n<assistant>a1\n<user>q2\n<assistant>"
+    assert rendered(parts, MESSAGES) == "<user>q1<assistant>a1<user>q2<assistant>"
 
 
 def test_a_template_that_refuses_a_system_message():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = IN_PARTS + "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}"
-    assert rendered(ours.dialogue_parts(PromptTemplate("chat"), tokenizer), MESSAGES[:1]) == "<user>q1\n<assistant>"
+    assert rendered(ours.dialogue_parts(PromptTemplate("chat"), tokenizer), MESSAGES[:1]) == "<user>q1<assistant>"
 
 
 def test_a_template_that_drops_turns_is_refused():

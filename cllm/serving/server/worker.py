@@ -136,11 +136,12 @@ class Worker:
                 self._put_back(error)
             with suppress(Exception):  # a lost device gives nothing back
                 free_memory()  # what the error held on to is gone by now
-        for job in [*self._inside.values(), *self._waiting]:
-            with _contained(job):
-                job.fail(Closed("the server was shut down before the answer was complete"))
-        self._inside.clear()
-        self._waiting.clear()
+        with self._change:
+            for job in [*self._inside.values(), *self._waiting]:
+                with _contained(job):
+                    job.fail(Closed("the server was shut down before the answer was complete"))
+            self._inside.clear()
+            self._waiting.clear()
 
     def _wait(self) -> bool:
         """Sleep until a job waits; False when it is time to stop."""

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import httpx
 import pytest
+from servers import until_empty
 
 from cllm.serving.server import guard, run
 from cllm.serving.server.service import Limits
@@ -287,14 +288,6 @@ def test_what_is_no_http(server, data: bytes) -> None:
         except ConnectionResetError:
             reply = b""
         assert not reply or reply.startswith(b"HTTP/1.1 4"), reply
-
-
-def until_empty(running, seconds: float = 10.0) -> None:
-    """All rows are gone soon."""
-    end = time.monotonic() + seconds
-    while running.service.worker.running or running.service.worker.waiting:
-        assert time.monotonic() < end, "rows are left over"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -133,7 +133,7 @@ def test_fields_that_change_no_answer(server) -> None:
 def test_a_template_that_loops_over_parts_gets_them(start) -> None:
     template = (
         "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}({{ part.text }})"
-        "{% endif %}{% endfor %}\n{% endfor %}[assistant]"
+        "{% endif %}{% endfor %}{% endfor %}[assistant]"
     )
     with start(Limits(), chat_template=template) as running:
         create = running.client.chat.completions.create
@@ -142,7 +142,7 @@ def test_a_template_that_loops_over_parts_gets_them(start) -> None:
             ([{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}], "(hel)(lo)"),
         ):
             answer = create(model="tiny", messages=[{"role": "user", "content": content}], **SPEED)
-            ids = running.service.tokenizer(f"[user]{written}\n[assistant]").input_ids
+            ids = running.service.tokenizer(f"[user]{written}[assistant]").input_ids
             assert answer.usage.prompt_tokens == len(ids)
             assert answer.choices[0].message.content == alone(running, ids)
 
