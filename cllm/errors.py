@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+LARGEST = 2**31 - 1  # of the counts and lengths that a user may ask for: no tensor or loop overflows on it
+
 
 class UsageError(ValueError):
     """Input that cannot be worked with. The message says what was got and what is allowed.

@@ -201,6 +201,12 @@ def embedding_device(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
+def embedding_count(model: PreTrainedModel) -> int:
+    """How many token ids the model can be given; its logits may have fewer."""
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return int(size or model.config.get_text_config(decoder=True).vocab_size)
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """How many tokens the model can look at, None where its configuration sets no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
-
+from cllm.chat_template import Messages, apply_chat_template, text_of
 from cllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ CHAT = "chat"
 PLAIN = "plain"
 PLACE = "{question}"
 REPLY = "{reply}"
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,11 @@ class Dialogue:
         return (self.system + self.system_end if self.system else "") + self.user
 
     def render(self, messages: Messages) -> str:
-        system = "".join(m["content"] for m in messages if m["role"] == "system") or self.system
+        system = "".join(text_of(m["content"]) for m in messages if m["role"] == "system") or self.system
         turns = [
-            self.reply.replace(REPLY, m["content"])
+            self.reply.replace(REPLY, text_of(m["content"]))
             if m["role"] == "assistant"
-            else self.user.replace(PLACE, m["content"])
+            else self.user.replace(PLACE, text_of(m["content"]))
             for m in messages
             if m["role"] != "system"
         ]
@@ -92,18 +90,20 @@ class PromptTemplate:
     def encode(self, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of the conversation up to where the reply starts.
 
-        A chat template that takes no system message gets it in front of the first question. Raises UsageError where the
-        template refuses the conversation all the same.
+        A chat template that takes no system message, or writes nothing of it, gets it in front of the first question.
+        Raises UsageError where the template refuses the conversation or leaves some of it out all the same.
         """
         if self.text != CHAT:
             return prompt_ids(self.render(messages), tokenizer)
         try:
-            return _chat_ids(messages, tokenizer)
-        except Exception as error:  # a template is a program: beside its own refusals, anything may go wrong in it
-            folded = _fold_system(messages)
-            if len(folded) == len(messages):
-                raise UsageError(f"the tokenizer's chat template refuses the conversation: {error}") from error
-            return self.encode(folded, tokenizer)
+            ids: list[int] = apply_chat_template(
+                messages, tokenizer, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except UsageError:
+            if all(m["role"] != "system" for m in messages):
+                raise
+            ids = self.encode(_fold_system(messages), tokenizer)
+        return ids
 
     def render(self, messages: Messages) -> str:
         """The conversation as text, for all but the tokenizer's own template; earlier turns stand first."""
@@ -158,19 +158,14 @@ def choose_template(
     return PromptTemplate(plain_template if text == PLAIN else text)
 
 
-def _chat_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids: Any = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return ids
-
-
-def _fold_system(messages: Messages) -> list[dict[str, str]]:
+def _fold_system(messages: Messages) -> list[dict[str, Any]]:
     """The conversation with its system message in front of the first user turn."""
-    system = "".join(m["content"] + "\n\n" for m in messages if m["role"] == "system")
+    system = "\n\n".join(text_of(m["content"]) for m in messages if m["role"] == "system")
     turns = [dict(m) for m in messages if m["role"] != "system"]
-    if system and turns:
-        turns[0]["content"] = system + turns[0]["content"]
+    first = next((turn for turn in turns if turn["role"] == "user"), None)
+    if first is None:
+        return [{"role": "user", "content": system}, *turns]
+    first["content"] = f"{system}\n\n{text_of(first['content'])}"
     return turns
 
 
@@ -179,8 +174,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     mark = "reply-of-the-assistant"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError, ValueError):
+        text = str(apply_chat_template(messages, tokenizer, tokenize=False))
+    except UsageError:
         return []
     behind = text.rpartition(mark)[2].lstrip() if mark in text else ""
     ids = tokenizer(behind, add_special_tokens=False).input_ids if behind else []

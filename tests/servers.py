@@ -1,10 +1,11 @@
 """A server with a tiny model in a thread of the test process, on a free port of the loopback interface.
 
-from servers import Running, run_server
+from servers import Running, run_server, until_empty
 """
 
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ class Running:
         """The sum of a metric's samples, whatever their labels."""
         families = text_string_to_metric_families(self.service.metrics.text().decode())
         return sum(s.value for family in families for s in family.samples if s.name == name)
+
+
+def until_empty(running: Running, seconds: float = 10.0) -> None:
+    """All rows are gone soon."""
+    end = time.monotonic() + seconds
+    while running.service.worker.running or running.service.worker.waiting:
+        assert time.monotonic() < end, "rows are left over"
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ LAYERS = (  # from the bottom; a module may import its own layer and those below
     {"result_file"},
     {"tasks", "scoring"},
     {"adapter"},
-    {"attention", "prompts", "models"},
+    {"attention", "chat_template", "prompts", "models"},
     {"packing", "decoding", "reference", "custom_generate"},
     {"trajectory", "training", "evaluation", "serving"},
     {"cli"},

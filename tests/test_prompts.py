@@ -163,7 +163,83 @@ def test_a_chat_template_without_system_messages():
     template = PromptTemplate("chat")
     assert tokenizer.decode(template.encode([SYSTEM, *TALK], tokenizer)) == "[user]S.\n\nq1[assistant]a1[user]q2"
     with pytest.raises(UsageError, match="refuses the conversation: by turns"):
-        template.encode([SYSTEM, TALK[1]], tokenizer)
+        template.encode([SYSTEM, TALK[0], TALK[2]], tokenizer)
+
+
+def template_of(user: str, system: str | None = None) -> str:
+    """A chat template that writes contents by one piece of Jinja, those of system messages maybe by another one."""
+    content = user if system is None else f"{{% if m.role == 'system' %}}{system}{{% else %}}{user}{{% endif %}}"
+    return f"{{% for m in messages %}}<{{{{ m.role }}}}>{content}{{% endfor %}}<reply>"
+
+
+TEXT = "{{ m.content }}"
+LOOP = "{% for part in m.content %}{% if part.type == 'text' %}({{ part.text | trim }}){% endif %}{% endfor %}"
+EITHER = f"{{% if m.content is string %}}{TEXT}{{% else %}}{LOOP}{{% endif %}}"
+FIRST = "{{ m.content[0]['text'] }}"
+FILTER = "{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') }}"
+STRICT = "{{ 'says: ' + m.content[0].text }}"  # an error on a text
+SHOUT = "{{ m.content | upper }}"
+JSON = "{{ m.content | tojson }}"
+ASKED = [{"role": "system", "content": "be Kind"}, {"role": "user", "content": "how are you?"}]
+IN_PARTS = [
+    ASKED[0],
+    {"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "are you?"}]},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "texts", "parts"),
+    [
+        (template_of(TEXT), "<system>be Kind<user>how are you?", None),
+        (template_of(LOOP), "<system>(be Kind)<user>(how are you?)", "<system>(be Kind)<user>(how)(are you?)"),
+        (template_of(EITHER), "<system>be Kind<user>how are you?", "<system>be Kind<user>(how)(are you?)"),
+        (template_of(LOOP, system=TEXT), "<system>be Kind<user>(how are you?)", "<system>be Kind<user>(how)(are you?)"),
+        (template_of(TEXT, system=LOOP), "<system>(be Kind)<user>how are you?", None),
+        (template_of(FIRST), "<system>be Kind<user>how are you?", None),
+        (template_of(FILTER), "<system>be Kind<user>how are you?", None),
+        (template_of(STRICT), "<system>says: be Kind<user>says: how are you?", None),
+        (template_of(SHOUT), "<system>BE KIND<user>HOW ARE YOU?", None),
+        (template_of(JSON), '<system>"be Kind"<user>"how are you?"', None),
+        (template_of(LOOP, system=""), "<user>(be Kind\n\nhow are you?)", None),  # it writes nothing of a system message
+        (template_of(TEXT, system=""), "<user>be Kind\n\nhow are you?", None),
+    ],
+)
+def test_a_chat_template_gets_contents_as_it_writes_them(template, texts, parts):
+    """Nothing is lost, whether the template writes texts, loops over parts, or does both; parts are kept apart if it can."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    encoded = {name: PromptTemplate("chat").encode(talk, tokenizer) for name, talk in (("texts", ASKED), ("parts", IN_PARTS))}
+    assert tokenizer.decode(encoded["texts"]) == texts + "<reply>"
+    assert tokenizer.decode(encoded["parts"]) == (parts or texts) + "<reply>"
+
+
+IMAGES = "{% for part in m.content %}{{ part.image }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", ["nothing", "{{ messages[-1].content }}", template_of(IMAGES)])
+def test_a_chat_template_that_leaves_something_out_is_refused(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match="leaves out message 1, of the user"):
+        PromptTemplate("chat").encode(TALK, tokenizer)
+
+
+def test_a_system_message_alone_is_not_lost():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM
+    assert tokenizer.decode(PromptTemplate("chat").encode([SYSTEM], tokenizer)) == "[user]S."
+
+
+@pytest.mark.parametrize("name", ["vicuna", "abel", "Q: {question}"])
+def test_parts_in_templates_without_them(name):
+    assert PromptTemplate(name).render(IN_PARTS) == PromptTemplate(name).render(ASKED)
+
+
+def test_the_turn_end_of_a_template_that_loops_over_parts():
+    tokenizer = chatml_tokenizer()
+    loop = "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", loop)
+    assert PromptTemplate("chat").stop_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 @pytest.mark.parametrize(

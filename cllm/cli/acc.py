@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _sampling(args: argparse.Namespace, task: Any) -> Sampling:
     sampling = sampling_of(args, args.seed)
-    if task.num_samples > 1 and sampling.temperature == 0:
+    if task.num_samples > 1 and not sampling.draws:
         raise UsageError(
             f"num_samples must be 1 at temperature 0, got {task.num_samples}: greedy decoding gives the same sample every "
             "time; pass a --temperature above 0"

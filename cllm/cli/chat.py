@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_TASK,
         help="whose plain template and default question to use",
     )
-    options.add_argument("--block_size", type=int, help="default: what `cllm tune` or the training stored, else 16")
+    options.add_argument("--block_size", type=positive, help="default: what `cllm tune` or the training stored, else 16")
     options.add_argument("--max_new_seq_len", type=positive, default=512, help="longest answer, in tokens")
     add_guess_option(options)
     add_prefix_option(options)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from cllm.errors import UsageError, out_of_memory
+from cllm.errors import LARGEST, UsageError, out_of_memory
 
 if TYPE_CHECKING:
     from cllm.decoding import Sampling
@@ -160,8 +160,8 @@ def add_prefix_option(options: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """An option's value that must be an integer >= 1."""
-    return _integer(text, 1)
+    """An option's value that must be an integer >= 1, and at most LARGEST."""
+    return _integer(text, 1, LARGEST)
 
 
 def natural(text: str) -> int:
@@ -169,13 +169,15 @@ def natural(text: str) -> int:
     return _integer(text, 0)
 
 
-def _integer(text: str, least: int) -> int:
+def _integer(text: str, least: int, most: int | None = None) -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
+    if most is not None and value > most:
+        raise argparse.ArgumentTypeError(f"must be an integer <= {most}, got {text!r}")
     return value
 
 

@@ -61,9 +61,9 @@ def _show(args: argparse.Namespace, question: str) -> None:
     from cllm.serving.server.app import create_app
     from cllm.serving.server.run import Server, address, bind, own_names
 
+    keys = api_keys(args)
     with bind(args.host, args.port) as listener:
         service = open_service(args, question, GREEDY)
-        keys = api_keys(args)
         app = create_app(service, keys, own_names(listener, args.host))
         add_demo(app, service, question, asks_key=bool(keys))
         server = Server(app, service.worker, grace=1.0)

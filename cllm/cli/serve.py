@@ -70,16 +70,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cllm.serving.server.run import Server, address, bind, own_names
     from cllm.tasks import DEFAULT_TASK, get_task
 
+    keys = api_keys(args)
     with bind(args.host, args.port) as listener:
         service = open_service(args, get_task(DEFAULT_TASK).default_question, sampling)
-        app = create_app(service, api_keys(args), own_names(listener, args.host))
+        app = create_app(service, keys, own_names(listener, args.host))
         print(f"{service.name} on {address(listener)}/v1; Ctrl-C stops it", flush=True)
         Server(app, service.worker, args.grace).run(sockets=[listener])
 
 
 def api_keys(args: argparse.Namespace) -> list[str]:
-    """What clients may send; an empty one is none."""
-    return [key for key in args.api_key or [os.environ.get(KEY, "")] if key]
+    """What clients may send; none where neither the option nor the environment names a key, which opens the server.
+
+    Raises UsageError for an empty one, as a shell makes of a variable that is not set, and for one that no client can send.
+    """
+    keys: list[str] = args.api_key or [os.environ[name] for name in (KEY,) if name in os.environ]
+    if any(not key or key != key.strip() for key in keys):
+        raise UsageError(f"the API key is empty or has blanks around it; for none, unset {KEY} and leave --api_key out")
+    return keys
 
 
 def check_packages() -> None:

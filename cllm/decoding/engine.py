@@ -26,8 +26,16 @@ from cllm.decoding.rows import Rows
 from cllm.decoding.runner import Mode, make_runner
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
 from cllm.decoding.step import LENGTHS, Step
-from cllm.errors import UsageError
-from cllm.models import context_length, default_drafts, default_guess, default_width, embedding_device, read_record
+from cllm.errors import LARGEST, UsageError
+from cllm.models import (
+    context_length,
+    default_drafts,
+    default_guess,
+    default_width,
+    embedding_count,
+    embedding_device,
+    read_record,
+)
 
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
@@ -103,7 +111,7 @@ class JacobiDecoder:
         check_model(model)
         record = read_record(model.config)
         block_size = default_width(record) if block_size is None else block_size
-        self.context = context_length(model.config)
+        self.context, self.vocabulary = context_length(model.config), embedding_count(model)
         if not 1 <= block_size <= (self.context or block_size):
             raise UsageError(f"block_size must be between 1 and the context length {self.context}, got {block_size}")
         if window not in ("sliding", "block"):
@@ -224,14 +232,17 @@ class JacobiDecoder:
     def check(self, request: Request, name: str = "the prompt") -> None:
         """Raise UsageError, calling the prompt ``name``, where a request cannot be decoded."""
         length = len(request.prompt)
-        if request.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be >= 1, got {request.max_new_tokens}")
+        if not 1 <= request.max_new_tokens <= LARGEST:
+            raise UsageError(f"max_new_tokens must be between 1 and {LARGEST}, got {request.max_new_tokens}")
         if length == 0:
             raise UsageError(f"{name} is empty; decoding needs at least one token to start from")
         if self.context is not None and length >= self.context:
             raise UsageError(
                 f"{name} has {length} tokens, which leaves no room in the model's context of {self.context}"
             )
+        for token in (min(request.prompt), max(request.prompt)):
+            if not 0 <= token < self.vocabulary:
+                raise UsageError(f"token ids must be between 0 and {self.vocabulary - 1}, and {name} has {token}")
 
     # ------------------------------------------------------------- internals
 

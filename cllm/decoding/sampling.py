@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 
 from cllm.decoding.noise import gumbel_noise
-from cllm.errors import UsageError
+from cllm.errors import LARGEST, UsageError
 
 OPTIONS = 5  # O: how many numbers Sampling.options gives
-COLDEST = 1e-5  # temperatures between this and 0 would overflow float32
+COLDEST, HOTTEST = 1e-5, 100_000  # temperatures, and penalties, whose scores float32 can still tell apart
 CHUNK = 1 << 25  # logits that are worked on together, to bound the memory
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # text so far [t], scores of what follows [V] -> scores [V]
 
@@ -29,29 +29,34 @@ class Sampling:
     """How the tokens of one row are chosen; the default is greedy. The options have the meaning they have in transformers.
 
     Rows with the same prompt and the same options get the same text: give each sample a seed of its own.
-    Raises UsageError for a value that is out of range.
+    Raises UsageError for a value that is out of range; whatever passes fits into the tensors of a batch.
     """
 
     temperature: float = 0.0  # 0: greedy, and top_k, top_p and min_p have no meaning
     top_k: int = 0  # only the k most likely tokens; 0: off
-    top_p: float = 1.0  # only the most likely tokens that have this probability together; 1: off
+    top_p: float = 1.0  # only the most likely tokens that have this probability together; 1: off; 0: greedy
     min_p: float = 0.0  # only tokens at least this times as likely as the most likely one; 0: off
     repetition_penalty: float = 1.0  # on tokens of the prompt and of the output so far; 1: off
-    seed: int = 0
+    seed: int = 0  # an int64
 
     def __post_init__(self) -> None:
-        if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
-            raise UsageError(f"temperature must be 0 (greedy) or at least {COLDEST}, got {self.temperature}")
-        if self.top_k < 0:
-            raise UsageError(f"top_k must be 0 (off) or more, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not (self.temperature == 0 or COLDEST <= self.temperature <= HOTTEST):
+            raise UsageError(f"temperature must be 0 (greedy) or between {COLDEST} and {HOTTEST}, got {self.temperature}")
+        if not 0 <= self.top_k <= LARGEST:
+            raise UsageError(f"top_k must be between 0 (off) and {LARGEST}, got {self.top_k}")
+        if not 0 <= self.top_p <= 1:
+            raise UsageError(f"top_p must be between 0 and 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p must be between 0 and 1, got {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
-        if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        if not COLDEST <= self.repetition_penalty <= HOTTEST:
+            raise UsageError(f"repetition_penalty must be between {COLDEST} and {HOTTEST}, got {self.repetition_penalty}")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise UsageError(f"seed must be between -2**63 and 2**63 - 1, got {self.seed}")
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a say. Where it has none, the likeliest token is chosen."""
+        return self.temperature > 0 and self.top_p > 0
 
     def of(self, name: str) -> Sampling:
         """The same with a seed of its own, which depends on this one's seed and on ``name`` alone."""
@@ -60,7 +65,7 @@ class Sampling:
 
     def options(self) -> tuple[float, ...]:
         """The O numbers that a :class:`Chooser` needs of a row. A greedy row keeps every token."""
-        if self.temperature == 0:
+        if not self.draws:
             return (0.0, 0.0, 1.0, 0.0, self.repetition_penalty)
         return (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
@@ -69,7 +74,7 @@ class Sampling:
         """The options that matter, for people: "temperature 0.8, top_p 0.95"."""
         named = zip(fields(self), self.options(), strict=False)  # all but the seed
         changed = [f"{field.name} {value}" for field, value in named if value != field.default]
-        return ", ".join([*["greedy"][: self.temperature == 0], *changed])
+        return ", ".join([*["greedy"][: not self.draws], *changed])
 
 
 GREEDY = Sampling()
@@ -111,7 +116,7 @@ class Chooser:
 
     def __init__(self, samplings: Sequence[Sampling], places: Iterable[int] | None = None) -> None:
         """``places``: where each one's row stands in the batch, in the order of ``samplings`` unless given."""
-        drawn = [s for s in samplings if s.temperature > 0]
+        drawn = [s for s in samplings if s.draws]
         self.draws = bool(drawn)
         self.penalises = any(s.repetition_penalty != 1 for s in samplings)
         self.largest_k = max((s.top_k for s in drawn), default=0)

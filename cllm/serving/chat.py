@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
@@ -43,7 +43,7 @@ class Reply:
 class Conversation:
     """Keeps the turns so far; an answer that fails or is interrupted leaves them as they were.
 
-    Every answer draws with the next seed, so a question that is asked again gets another answer. ``decoder`` may be
+    Every answer draws with a seed of its own, so a question that is asked again gets another answer. ``decoder`` may be
     changed between two answers.
     """
 
@@ -61,7 +61,7 @@ class Conversation:
         Raises UsageError when the conversation no longer fits into the model's context.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
-        self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
+        self.sampling = self.sampling.of("the next answer")
         self.last = self._answer(messages, self.sampling, show)
         self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
         return self.last

@@ -10,22 +10,25 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.adapter import ADAPTER
+from cllm.chat_template import apply_chat_template
 from cllm.checkpoints import published_record
 from cllm.decoding import JacobiDecoder, Sampling
-from cllm.errors import UsageError
+from cllm.errors import LARGEST, UsageError
 from cllm.models import attach_own, context_length, folder_record, load_tokenizer, read_record, stop_token_ids
 from cllm.prompts import CHAT, PromptTemplate, choose_template, prompt_ids
 from cllm.serving.text import TextStream
 
 logger = logging.getLogger(__name__)
+Number = TypeVar("Number", int, float)
+Item = TypeVar("Item", int, str)
 
 DEFAULT_CONTEXT = 2048
 PLAIN_CHAT = "USER: {question}\nASSISTANT: "  # where neither the checkpoint nor its tokenizer says anything
@@ -135,9 +138,9 @@ def dialogue_parts(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase)
     parts = {"roles": (user, last), "sep2": between[: len(between) - len(user)]}
     if prompt != last:
         logger.warning("the chat template closes the last question in another way than earlier ones; FastChat cannot")
-    with_system = _render(template, [{"role": "system", "content": system}, *turns[:1]], tokenizer)
     before = start[: len(start) - len(user)]
     try:
+        with_system = _render(template, [{"role": "system", "content": system}, *turns[:1]], tokenizer)
         head, tail, _ = _cut(with_system, (system, first))
     except UsageError:
         head, tail = "", ""
@@ -172,12 +175,12 @@ def generate_stream(
     ids = prompt_ids(prompt, tokenizer)
     if not ids:
         raise ValueError("the prompt is empty")
-    room = max(1, min(int(params.get("max_new_tokens", 256)), context_len - 2))
+    room = max(1, min(_number(params, "max_new_tokens", 256, int), context_len - 2))
     ids = ids[-max(1, context_len - room - 1) :]
-    eos = [*stop_token_ids(model, tokenizer), *(params.get("stop_token_ids") or [])]
+    eos = [*stop_token_ids(model, tokenizer), *_list_of(int, params, "stop_token_ids")]
+    eos = [token for token in eos if 0 <= token <= LARGEST]
     decoder = JacobiDecoder(model, eos_token_ids=eos, prefix_cache=0)  # it goes with the request
-    stops = params.get("stop") or []
-    stream = TextStream(tokenizer, [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop])
+    stream = TextStream(tokenizer, [stop for stop in _list_of(str, params, "stop") if stop])
 
     text = prompt if params.get("echo", True) else ""
     output: list[int] = []
@@ -203,18 +206,36 @@ def _item(text: str, prompt_tokens: int, tokens: int, finish_reason: str | None)
 
 def _sampling(params: Mapping[str, Any]) -> Sampling:
     """As FastChat's own ``generate_stream`` reads a request: a temperature or top_p next to 0 is greedy, top_k -1 is off."""
-    temperature, top_p = float(params.get("temperature") or 0), float(params.get("top_p", 1.0))
-    penalty = float(params.get("repetition_penalty") or 1)
+    temperature, top_p = _number(params, "temperature", 0.0, float), _number(params, "top_p", 1.0, float)
+    penalty = _number(params, "repetition_penalty", 1.0, float) or 1.0
     if temperature < 1e-5 or top_p < 1e-8:
         return Sampling(repetition_penalty=penalty)
-    top_k = max(0, int(params.get("top_k", 0)))
+    top_k = max(0, _number(params, "top_k", 0, int))
     return Sampling(temperature, top_k, top_p, repetition_penalty=penalty, seed=random.getrandbits(63))
+
+
+def _number(params: Mapping[str, Any], name: str, default: Number, kind: Callable[[Any], Number]) -> Number:
+    """A parameter that may be missing or null. FastChat's worker survives a ValueError, and nothing else that is raised."""
+    value = params.get(name)
+    try:
+        return default if value is None else kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a number, got {value!r}") from error
+
+
+def _list_of(kind: type[Item], params: Mapping[str, Any], name: str) -> list[Item]:
+    """A parameter that may be one item, several, or missing. Raises ValueError for what is of another kind."""
+    value = params.get(name) or []
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, kind) for item in items):
+        raise ValueError(f"{name} must hold items of type {kind.__name__} only, got {value!r}")
+    return items
 
 
 def _render(template: PromptTemplate, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
     if template.text != CHAT:
         return template.render(messages)
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    return str(apply_chat_template(messages, tokenizer, add_generation_prompt=True, tokenize=False))
 
 
 def _cut(text: str, marks: Sequence[str]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Many clients at once against ``cllm serve``, some of which hang up: errors, leaked rows, memory, equality of the answers.
+"""Many clients at once against ``cllm serve``: errors, leaked rows, memory, equality of the answers.
+
+Some of them hang up, some ask for what must be refused, and some for what makes the model fail on its whole batch
+(:mod:`faulty`): their requests fail, and no other does.
 
     python scripts/benchmarks/soak.py --model MODEL --seconds 300 --output docs/results/soak.json
 
@@ -13,18 +16,35 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
+from faulty import FAULT, MESSAGE
 
 from cllm.evaluation.environment import environment
 from cllm.files import write_json
 
 ALLOWED = {408, 429}  # what an overloaded server may say
+HANG_UP, BAD, FAULTY = 0.3, 0.1, 0.02  # shares of the requests
+BAD_REQUESTS: list[dict[str, Any]] = [
+    {"temperature": 1.0, "top_k": 10**30},
+    {"temperature": 1e30},
+    {"temperature": 1.0, "top_p": -1},
+    {"repetition_penalty": 1e300},
+    {"seed": 2**63},
+    {"max_tokens": 2**63},
+    {"n": 2**40},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+    {"messages": [{"role": "user", "content": "word " * 10_000}]},
+    {"bogus": 1},
+]
 GROWTH = 1.1  # of the memory, from the first third of the time to the end
 PROMPTS = 24
 SAMPLES = 12  # of the memory
@@ -33,18 +53,21 @@ MEMORY, PREFIXES = "process_resident_memory_bytes", "cllm_prefix_cache_bytes"
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options().parse_args(argv)
-    command = [sys.executable, "-m", "cllm", "serve", args.model, "--port", "0", "--served_model_name", "model"]
-    server = subprocess.Popen([*command, *args.options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert server.stdout and server.stderr
-    first = server.stdout.readline().split()
-    if not first:
-        sys.exit(server.stderr.read())
-    try:
-        result = asyncio.run(Soak(first[2].rstrip(";"), args).run())
-    finally:
-        server.terminate()
-        log = server.stderr.read()
-    result["stack traces in the log"] = log.count("Traceback")
+    serve = [sys.executable, str(Path(__file__).with_name("faulty.py")), "serve", args.model, "--served_model_name", "model"]
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen([*serve, "--port", "0", *args.options], stdout=subprocess.PIPE, stderr=log, text=True)
+        assert server.stdout
+        first = server.stdout.readline().split()
+        try:
+            result = asyncio.run(Soak(first[2].rstrip(";"), args).run()) if first else {}
+        finally:
+            server.terminate()
+            server.wait()
+            log.seek(0)
+            text = log.read()
+    if not result:
+        sys.exit(text)
+    result["stack traces in the log"] = text.count("Traceback") - text.count(f"RuntimeError: {MESSAGE}")
     for name, value in result.items():
         print(f"{name}: {value}")
     if args.output:
@@ -76,7 +99,7 @@ def wrong(result: dict[str, Any]) -> bool:
 
 
 class Soak:
-    """Clients that ask, compare, and hang up at random."""
+    """Clients that ask and compare, hang up, or ask for what must fail, at random."""
 
     def __init__(self, url: str, args: argparse.Namespace) -> None:
         self.url, self.args = url.removesuffix("/v1"), args
@@ -99,7 +122,7 @@ class Soak:
             await asyncio.gather(*clients)
             rows, reused = await self._rows_left(), await self._metric("cllm_cached_prompt_tokens_total")
             allowed = await self._mebibytes("cllm_prefix_cache_budget_bytes")
-        counted = ("answers", "hung up", "refused", "errors", "unequal answers")
+        counted = ("answers", "hung up", "bad requests", "faulty requests", "refused", "errors", "unequal answers")
         kept = {"prefixes, MiB at most": max(prefixes), "prefixes, MiB allowed": allowed, "prompt tokens reused": reused}
         return {name: self.counts[name] for name in counted} | {"rows left over": rows, "memory, MiB": memory} | kept
 
@@ -116,9 +139,14 @@ class Soak:
         while time.monotonic() < end:
             (text, length), expected = draw.choice([*self.expected.items()])
             body = self._body(text, length)
+            way = draw.random()
             try:
-                if draw.random() < 0.3:
+                if way < HANG_UP:
                     await self._hang_up(body, draw)
+                elif way < HANG_UP + BAD:
+                    await self._fail("bad requests", HTTPStatus.BAD_REQUEST, body | draw.choice(BAD_REQUESTS), draw)
+                elif way < HANG_UP + BAD + FAULTY:
+                    await self._fail("faulty requests", HTTPStatus.INTERNAL_SERVER_ERROR, body | {"seed": FAULT}, draw)
                 else:
                     await self._compare(body, expected, stream=draw.random() < 0.5)
             except httpx.HTTPStatusError as error:
@@ -134,6 +162,16 @@ class Soak:
         text = _streamed(answer.text) if stream else answer.json()["choices"][0]["message"]["content"]
         self.counts["answers"] += 1
         self.counts["unequal answers"] += text != expected
+
+    async def _fail(self, name: str, status: int, body: dict[str, Any], draw: random.Random) -> None:
+        """Get just this error, as the status or, where a stream had begun, in an event of its own."""
+        answer = await self.client.post("/v1/chat/completions", json=body | {"stream": draw.random() < 0.5})
+        if answer.status_code == HTTPStatus.OK and status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            self.counts["errors"] += '"server_error"' not in answer.text
+        elif answer.status_code != status:
+            answer.raise_for_status()
+            self.counts["errors"] += 1
+        self.counts[name] += 1
 
     async def _hang_up(self, body: dict[str, Any], draw: random.Random) -> None:
         """After some events of a stream, or after some time without any."""

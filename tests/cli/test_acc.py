@@ -229,9 +229,9 @@ def test_which_prompt_wins(option, prompt_type, record, chat, expected):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temperature", "-0.7"], "temperature must be 0 (greedy) or at least 1e-05, got -0.7"),
-        (["--temperature", "1", "--seed", "-1"], "seed must be between 0 and 2**63 - 1, got -1"),
-        (["--top_p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
+        (["--temperature", "-0.7"], "temperature must be 0 (greedy) or between 1e-05 and 100000, got -0.7"),
+        (["--temperature", "1", "--seed", str(1 << 63)], "seed must be between -2**63 and 2**63 - 1, got 9223372036854775808"),
+        (["--top_p", "-1"], "top_p must be between 0 and 1, got -1.0"),
         (["--filename", "missing.jsonl"], "cannot read missing.jsonl"),
         (["--dev_set", "svamp"], "no row has the source 'svamp'; choose from all, math, gsm8k"),
         (["--eval_only", "--data_size", "2"], "leave out --data_size"),

@@ -165,13 +165,18 @@ def test_draws_can_be_repeated(talk) -> None:
     assert len({tuple(talk("hi", options=options)[0]) for _ in range(3)}) > 1  # without a seed, every talk is another
 
 
+@pytest.mark.parametrize("seed", [-(1 << 63), (1 << 63) - 1])
+def test_the_first_and_the_last_seed_serve_a_whole_talk(talk, seed: int) -> None:
+    talk("hi", "and?", "and?", options=("--temperature", "1", "--top_p", "0.9", "--seed", str(seed)))
+
+
 def test_bad_sampling_options(talk, capsys) -> None:
     for words, message in (
-        (("--temperature", "-1"), "temperature must be 0 (greedy) or at least 1e-05, got -1.0"),
-        (("--temperature", "1", "--top_k", "-2"), "top_k must be 0 (off) or more, got -2"),
+        (("--temperature", "-1"), "temperature must be 0 (greedy) or between 1e-05 and 100000, got -1.0"),
+        (("--temperature", "1", "--top_k", "-2"), "top_k must be between 0 (off) and 2147483647, got -2"),
         (("--min_p", "2"), "min_p must be between 0 and 1, got 2.0"),
-        (("--repetition_penalty", "0"), "repetition_penalty must be above 0, got 0.0"),
-        (("--seed", "-1"), "seed must be between 0 and 2**63 - 1, got -1"),
+        (("--repetition_penalty", "0"), "repetition_penalty must be between 1e-05 and 100000, got 0.0"),
+        (("--seed", str(1 << 63)), "seed must be between -2**63 and 2**63 - 1, got 9223372036854775808"),
     ):
         with pytest.raises(SystemExit) as exit_:
             talk("hi", options=words)

@@ -86,13 +86,15 @@ def test_rows_that_cannot_be_answered_trouble_no_other(
         {"prompt": "z" * 300, "id": "long"},
         {"question": "?"},
         {"prompt": "p", "max_tokens": 0},
+        {"prompt": "p", "max_tokens": 10**30, "id": "huge"},
     ]
     write_rows(tmp_path / "prompts.jsonl", given)
     generate.main(words)
     found, printed = rows(tmp_path), capsys.readouterr().out
-    assert set(found) == {"x", "talk", "long"}
+    assert set(found) == {"x", "talk", "long", "huge"}
     assert found["x"]["tokens"] <= 3 and "leaves no room in the model's context" in found["long"]["error"]
-    assert "2 replies" in printed and "1 prompts that cannot be answered" in printed
+    assert "max_new_tokens must be between 1 and 2147483647" in found["huge"]["error"]
+    assert "2 replies" in printed and "2 prompts that cannot be answered" in printed
     for reason in ("not valid JSON", "the last message is not the user's", "id given twice", "neither prompt nor messages"):
         assert f"1 rows passed over: {reason}" in printed
 
@@ -121,7 +123,8 @@ def test_out_of_memory_a_smaller_batch_is_tried(
     [
         (["--prompts", "none.jsonl"], "cannot read none.jsonl"),
         (["--batch_size", "0"], "must be an integer >= 1, got '0'"),
-        (["--top_p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
+        (["--top_p", "1.5"], "top_p must be between 0 and 1, got 1.5"),
+        (["--batch_size", "1" + "0" * 18], "must be an integer <= 2147483647, got '1000000000000000000'"),
         (["--guess", "magic"], "magic"),
         (["--output", "."], "folder"),
         (["--block_size", "300"], "got 300"),

@@ -233,7 +233,11 @@ def test_training_mode_is_put_back():
         (lambda m: JacobiDecoder(m, 4, window="round"), "'sliding' or 'block'"),
         (lambda m: JacobiDecoder(m, 4).generate([[]], max_new_tokens=4), "prompt 0 is empty"),
         (lambda m: JacobiDecoder(m, 4).generate([[1], [1] * 256], max_new_tokens=4), "prompt 1 has 256 tokens"),
-        (lambda m: JacobiDecoder(m, 4).generate([[1]], max_new_tokens=0), "max_new_tokens must be >= 1, got 0"),
+        (lambda m: JacobiDecoder(m, 4).generate([[1]], max_new_tokens=0), "must be between 1 and 2147483647, got 0"),
+        (lambda m: JacobiDecoder(m, 4).generate([[1]], max_new_tokens=1 << 31), "2147483647, got 2147483648"),
+        (lambda m: JacobiDecoder(m, 4).generate([[1], [1, 97]], max_new_tokens=4), "between 0 and 96, and prompt 1 has 97"),
+        (lambda m: JacobiDecoder(m, 4).generate([[3, -1, 2]], max_new_tokens=4), "between 0 and 96, and prompt 0 has -1"),
+        (lambda m: JacobiDecoder(m, 4).generate([[1 << 70]], max_new_tokens=4), "between 0 and 96, and prompt 0 has 11805"),
         (lambda m: JacobiDecoder(m, 4).generate(torch.ones(3, dtype=torch.long), max_new_tokens=1), "shape"),
         (
             lambda m: JacobiDecoder(m, 4).generate([[1], [2]], max_new_tokens=4, streamer=TextStreamer(tiny_tokenizer())),

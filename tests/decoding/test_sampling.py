@@ -258,18 +258,24 @@ def test_a_large_batch_is_worked_on_in_parts(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be 0 (greedy) or at least 1e-05, got -1.0"),
-        ({"temperature": 1e-9}, "temperature must be 0 (greedy) or at least 1e-05, got 1e-09"),
-        ({"temperature": math.nan}, "temperature must be 0 (greedy) or at least 1e-05, got nan"),
-        ({"temperature": math.inf}, "temperature must be 0 (greedy) or at least 1e-05, got inf"),
-        ({"top_k": -1}, "top_k must be 0 (off) or more, got -1"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
-        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ({"temperature": -1.0}, "temperature must be 0 (greedy) or between 1e-05 and 100000, got -1.0"),
+        ({"temperature": 1e-9}, "temperature must be 0 (greedy) or between 1e-05 and 100000, got 1e-09"),
+        ({"temperature": math.nan}, "temperature must be 0 (greedy) or between 1e-05 and 100000, got nan"),
+        ({"temperature": math.inf}, "temperature must be 0 (greedy) or between 1e-05 and 100000, got inf"),
+        ({"temperature": 1e30}, "temperature must be 0 (greedy) or between 1e-05 and 100000, got 1e+30"),
+        ({"top_k": -1}, "top_k must be between 0 (off) and 2147483647, got -1"),
+        ({"top_k": 1 << 31}, "top_k must be between 0 (off) and 2147483647, got 2147483648"),
+        ({"top_k": 10**400}, f"top_k must be between 0 (off) and 2147483647, got {10**400}"),
+        ({"top_p": -0.1}, "top_p must be between 0 and 1, got -0.1"),
+        ({"top_p": 1.1}, "top_p must be between 0 and 1, got 1.1"),
+        ({"top_p": math.nan}, "top_p must be between 0 and 1, got nan"),
         ({"min_p": -0.1}, "min_p must be between 0 and 1, got -0.1"),
         ({"min_p": 1.5}, "min_p must be between 0 and 1, got 1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0"),
-        ({"seed": -1}, "seed must be between 0 and 2**63 - 1, got -1"),
-        ({"seed": 1 << 63}, f"seed must be between 0 and 2**63 - 1, got {1 << 63}"),
+        ({"min_p": math.nan}, "min_p must be between 0 and 1, got nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be between 1e-05 and 100000, got 0.0"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be between 1e-05 and 100000, got 1e+39"),
+        ({"seed": -(1 << 63) - 1}, f"seed must be between -2**63 and 2**63 - 1, got {-(1 << 63) - 1}"),
+        ({"seed": 1 << 63}, f"seed must be between -2**63 and 2**63 - 1, got {1 << 63}"),
     ],
 )
 def test_bad_values(options, message):
@@ -278,7 +284,54 @@ def test_bad_values(options, message):
     assert str(error.value) == message
 
 
+EDGES = [
+    {"temperature": 1e-5},
+    {"temperature": 1e5},
+    {"temperature": 1.0, "top_k": (1 << 31) - 1},
+    {"temperature": 1.0, "top_p": 5e-324},
+    {"temperature": 1.0, "min_p": 5e-324},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 1e-5, "repetition_penalty": 1e5},
+    {"temperature": 1e5, "repetition_penalty": 1e-5},
+    {"temperature": 1.0, "seed": -(1 << 63)},
+    {"temperature": 1.0, "seed": (1 << 63) - 1},
+]
+
+
+@pytest.mark.parametrize("options", EDGES, ids=str)
+def test_whatever_passes_can_be_decoded(options):
+    """In company with a greedy row, which it leaves as it is; and a wide window draws what token by token is drawn."""
+    model = tiny_model(vocab_size=97, eos_token_id=None)
+    samplings = [GREEDY, Sampling(**options)]
+    prompts = [[1, 2, 3], [4, 5]]
+    texts = [
+        [row.token_ids for row in JacobiDecoder(model, width).generate(prompts, max_new_tokens=12, sampling=samplings)]
+        for width in (1, 6)
+    ]
+    assert texts[0] == texts[1] and all(0 <= token < 97 for token in texts[0][1])
+    assert texts[0][0] == JacobiDecoder(model, 6).generate(prompts[:1], max_new_tokens=12)[0].token_ids
+
+
+def test_top_p_0_is_the_likeliest_token():
+    """Also where the text is nearly uniform, so that sums of probabilities are rounded."""
+    model = tiny_model(vocab_size=97, eos_token_id=None)
+    for temperature in (0.5, 1e5):
+        sampling = Sampling(temperature, top_p=0.0, seed=3, repetition_penalty=1.3)
+        decoder = JacobiDecoder(model, 4)
+        (drawn,) = decoder.generate([[1, 2]], max_new_tokens=20, sampling=sampling)
+        (greedy,) = decoder.generate([[1, 2]], max_new_tokens=20, sampling=Sampling(repetition_penalty=1.3))
+        assert drawn.token_ids == greedy.token_ids
+
+
+def test_seeds_below_0_draw_texts_of_their_own():
+    model = tiny_model(vocab_size=97, eos_token_id=None)
+    samplings = [Sampling(1.5, seed=seed) for seed in (-1, -2, -(1 << 63), 1, 2)]
+    texts = JacobiDecoder(model, 4).generate([[1, 2]] * 5, max_new_tokens=20, sampling=samplings)
+    assert len({tuple(text.token_ids) for text in texts}) == 5
+
+
 def test_the_label_names_what_matters():
+    assert Sampling(0.8, top_p=0.0).label == "greedy"
     assert GREEDY.label == Sampling(top_p=0.5, top_k=3, seed=7).label == "greedy"
     assert Sampling(repetition_penalty=1.2).label == "greedy, repetition_penalty 1.2"
     assert Sampling(0.8, top_k=40, top_p=0.95, seed=7).label == "temperature 0.8, top_k 40, top_p 0.95"

@@ -112,8 +112,41 @@ def test_what_cannot_be_had_is_said():
         stream("x", logprobs=1)
     with pytest.raises(ValueError, match="empty"):
         stream("")
-    with pytest.raises(ValueError, match="top_p must be above 0 and at most 1, got 1.5"):
+    with pytest.raises(ValueError, match="top_p must be between 0 and 1, got 1.5"):
         stream("Hello", temperature=0.7, top_p=1.5)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": "hot"},
+        {"temperature": float("inf")},
+        {"temperature": 1.0, "top_p": [0.5]},
+        {"temperature": 1.0, "top_k": 10**30},
+        {"temperature": 1.0, "top_k": float("inf")},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": 10**400},
+        {"max_new_tokens": float("inf")},
+        {"max_new_tokens": float("nan")},
+        {"max_new_tokens": {}},
+        {"stop_token_ids": ["x"]},
+        {"stop_token_ids": {"a": 1}},
+        {"stop": [1]},
+        {"stop": 7},
+    ],
+)
+def test_whatever_a_request_says_only_a_value_error_is_raised(params):
+    """Of anything else FastChat's worker would not tell the client, and keep the request's place in line for ever."""
+    with pytest.raises(ValueError):
+        stream("Hello", **params)
+
+
+def test_what_a_request_may_leave_open_or_overdo():
+    text = greedy("Hello")[0]
+    nothing = dict.fromkeys(("top_p", "top_k", "repetition_penalty", "stop", "stop_token_ids"))
+    for params in (nothing, {"stop": ["", "never"]}):
+        assert stream("Hello", **params)[-1]["text"] == text
+    assert stream("Hello", stop_token_ids=[10**30, -(10**30)], max_new_tokens=20)[-1]["text"] == text
 
 
 def test_a_request_is_sampled_as_it_asks():
@@ -150,10 +183,29 @@ def test_dialogue_parts_write_the_templates_own_prompts(name):
         assert rendered(parts, MESSAGES, "Be terse.") == ours._render(template, system + MESSAGES, tokenizer)
 
 
+IN_PARTS = (
+    "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_that_loops_over_parts():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = IN_PARTS
+    parts = ours.dialogue_parts(PromptTemplate("chat"), tokenizer)
+    assert rendered(parts, MESSAGES) == "<user>q1<assistant>a1<user>q2<assistant>"
+
+
+def test_a_template_that_refuses_a_system_message():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = IN_PARTS + "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}"
+    assert rendered(ours.dialogue_parts(PromptTemplate("chat"), tokenizer), MESSAGES[:1]) == "<user>q1<assistant>"
+
+
 def test_a_template_that_drops_turns_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}>"
-    with pytest.raises(UsageError, match="leaves a turn out"):
+    with pytest.raises(UsageError, match="leaves out message 1, of the user"):
         ours.dialogue_parts(PromptTemplate("chat"), tokenizer)
 
 

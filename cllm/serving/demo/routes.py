@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from cllm import decoding
 from cllm.errors import UsageError
 from cllm.serving.demo.race import race, token_by_token
-from cllm.serving.server.app import ApiError, EventStream, read_body
+from cllm.serving.server.app import ApiError, EventStream, api_errors, read_body
+from cllm.serving.server.protocol import Positive
 from cllm.serving.server.service import Service
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -29,7 +30,7 @@ class RaceRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     prompt: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Positive
 
 
 def add_demo(app: FastAPI, service: Service, question: str, asks_key: bool = False) -> None:
@@ -46,13 +47,11 @@ def add_demo(app: FastAPI, service: Service, question: str, asks_key: bool = Fal
     @app.post("/demo/race")
     async def run(request: Request) -> Response:
         body = await read_body(request, RaceRequest)
-        try:
+        with api_errors():
             prompt = service.template.encode([{"role": "user", "content": body.prompt}], service.tokenizer)
             service.queue.check(decoding.Request(prompt, body.max_tokens))
             if body.max_tokens > service.limits.new_tokens:
                 raise UsageError(f"max_tokens must be at most {service.limits.new_tokens}, got {body.max_tokens}")
-        except UsageError as problem:
-            raise ApiError(400, str(problem)) from None
         events = _events(service, ar, prompt, body.max_tokens)
         return EventStream(events, closing(events), asyncio.get_running_loop().time() + service.limits.seconds)
 
@@ -63,7 +62,10 @@ def _events(service: Service, ar: decoding.JacobiDecoder, prompt: Sequence[int],
         yield 'data: {"error": "others are using the model; try again"}\n\n'
         return
     try:
-        for step in race(ar, service.queue.decoder, service.tokenizer, prompt, max_tokens):
-            yield f"data: {json.dumps(asdict(step))}\n\n"
+        with api_errors():
+            for step in race(ar, service.queue.decoder, service.tokenizer, prompt, max_tokens):
+                yield f"data: {json.dumps(asdict(step))}\n\n"
+    except ApiError as problem:
+        yield f"data: {json.dumps({'error': str(problem)})}\n\n"
     finally:
         service.worker.device.release()

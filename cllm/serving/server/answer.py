@@ -13,10 +13,6 @@ from cllm.serving.server.worker import Job, Progress, Worker
 from cllm.serving.text import TextStream
 
 
-class AnswerError(Exception):
-    """The worker could not finish; the message says why."""
-
-
 @dataclass(eq=False)
 class Choice:
     """One response: its text so far, why it ended, what it cost.
@@ -33,9 +29,9 @@ class Choice:
     reused: int = 0  # tokens of the prompt
 
     def take(self, progress: Progress) -> str:
-        """The text that a report of the worker brings, maybe none. Raises AnswerError where it brings a failure."""
+        """The text that a report of the worker brings, maybe none. Raises Failed or Closed where it brings that."""
         if progress.error:
-            raise AnswerError(progress.error)
+            raise progress.error
         self.reused, piece = progress.reused, ""
         for step in progress.steps:
             piece += self.text.put(step)
@@ -52,9 +48,8 @@ class Choice:
 
 
 class Answer:
-    """Submits requests to the worker and gathers what it reports. :meth:`cancel` must be called in the end, come what may.
-
-    ``copies`` of each prompt follow one another. Raises Busy or Closed where the worker does not take them.
+    """Requests for the worker, and what it reports of them. Nothing is submitted before :meth:`submit`, and after it
+    :meth:`cancel` must be called in the end, come what may. ``copies`` of each prompt follow one another.
     """
 
     def __init__(self, worker: Worker, requests: Sequence[Request], texts: Sequence[TextStream], copies: int) -> None:
@@ -68,12 +63,19 @@ class Answer:
             loop.call_soon_threadsafe(self._reports.put_nowait, (choice, progress))
 
         self._jobs = [Job(request, partial(report, choice)) for request, choice in zip(requests, self.choices, strict=True)]
-        worker.submit(self._jobs)
+
+    def submit(self) -> None:
+        """Put the requests in line. Raises Busy or Closed where the worker does not take them."""
+        self._worker.submit(self._jobs)
+
+    def cancel(self) -> None:
+        """Let go of the rows that are still running."""
+        self._worker.cancel(self._jobs)
 
     async def pieces(self, deadline: float) -> AsyncIterator[tuple[Choice, str]]:
         """Each choice with its next piece of text, as they come; with the last piece it has a reason. Maybe empty texts.
 
-        Raises AnswerError where the worker fails, TimeoutError at ``deadline`` (seconds of the event loop's clock).
+        Raises what :meth:`Choice.take` does, and TimeoutError at ``deadline`` (seconds of the event loop's clock).
         """
         left = len(self.choices)
         while left:
@@ -86,10 +88,6 @@ class Answer:
                 left -= 1
                 self._worker.cancel([self._jobs[choice.index]])
             yield choice, piece
-
-    def cancel(self) -> None:
-        """Let go of the rows that are still running."""
-        self._worker.cancel(self._jobs)
 
     @property
     def usage(self) -> Usage:

@@ -6,8 +6,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -17,11 +17,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from cllm.errors import UsageError
-from cllm.serving.server.answer import Answer, AnswerError
+from cllm.serving.server.answer import Answer
 from cllm.serving.server.guard import Guard
 from cllm.serving.server.protocol import ChatRequest, CompletionRequest, Form, Generation, error, models
 from cllm.serving.server.service import Service
-from cllm.serving.server.worker import Busy, Closed
+from cllm.serving.server.worker import Busy, Closed, Failed
 
 logger = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
@@ -36,6 +36,26 @@ class ApiError(Exception):
         super().__init__(message)
         kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.status, self.content = status, error(message, kind, code, param)
+
+
+@contextmanager
+def api_errors() -> Iterator[None]:
+    """Whatever goes wrong inside is raised as an ApiError."""
+    try:
+        yield
+    except ApiError:
+        raise
+    except UsageError as problem:
+        raise ApiError(400, str(problem)) from None
+    except Busy as problem:
+        raise ApiError(429, str(problem), "busy") from None
+    except Closed as problem:
+        raise ApiError(503, str(problem)) from None
+    except Failed as problem:
+        raise ApiError(500, str(problem)) from None
+    except Exception as problem:
+        logger.error("a request failed: %s", problem, exc_info=problem)
+        raise ApiError(500, "the server failed on this request; its log says why") from None
 
 
 def create_app(service: Service, api_keys: Collection[str] = (), names: Collection[str] | None = None) -> FastAPI:
@@ -126,25 +146,21 @@ def _check_model(service: Service, name: str) -> None:
 async def _respond(service: Service, request: Request, body: Generation, chat: bool) -> Response:
     _check_model(service, body.model)
     start = time.perf_counter()
-    try:
+    with api_errors():
         answer = await service.answer(body, request.headers.get("authorization", ""))
-    except UsageError as problem:
-        raise ApiError(400, str(problem)) from None
-    except Busy as problem:
-        raise ApiError(429, str(problem), "busy") from None
-    except Closed as problem:
-        raise ApiError(503, str(problem)) from None
     writing = Writing(service, answer, start)
-    form = Form(service.name, chat)
+    form = Form(service.name, chat, bool(body.stream_options and body.stream_options.include_usage))
     if body.stream:
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(writing, form, usage), writing, writing.deadline + 1)
+        return EventStream(_events(writing, form), writing, writing.deadline + 1)
     with writing:
         return JSONResponse(await _while_connected(request, _whole(writing, form)))
 
 
 class Writing:
-    """An answer on its way to the client: within its time, counted when it ends, and let go of whatever happens."""
+    """An answer on its way to the client: submitted on entering, within its time, counted and let go of on leaving.
+
+    Entering raises ApiError where the worker does not take it.
+    """
 
     def __init__(self, service: Service, answer: Answer, start: float) -> None:
         self.answer, self._metrics, self._start = answer, service.metrics, start
@@ -155,20 +171,21 @@ class Writing:
     async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
         """Index, text and reason of each piece that says anything. Raises ApiError where the answer cannot go on."""
         first = True
-        try:
-            async for choice, piece in self.answer.pieces(self.deadline):
-                if piece and first:
-                    first = False
-                    self._metrics.first_seconds.observe(time.perf_counter() - self._start)
-                if piece or choice.reason:
-                    yield choice.index, piece, choice.reason
-        except TimeoutError:
-            raise ApiError(408, f"the answer was not complete after {self._limit:g} seconds") from None
-        except AnswerError as problem:
-            raise ApiError(503, str(problem)) from None
+        with api_errors():
+            try:
+                async for choice, piece in self.answer.pieces(self.deadline):
+                    if piece and first:
+                        first = False
+                        self._metrics.first_seconds.observe(time.perf_counter() - self._start)
+                    if piece or choice.reason:
+                        yield choice.index, piece, choice.reason
+            except TimeoutError:
+                raise ApiError(408, f"the answer was not complete after {self._limit:g} seconds") from None
         self._complete = True
 
     def __enter__(self) -> Writing:
+        with api_errors():
+            self.answer.submit()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -186,7 +203,7 @@ async def _whole(writing: Writing, form: Form) -> dict[str, Any]:
     return form.answer(choices, writing.answer.usage)
 
 
-async def _events(writing: Writing, form: Form, usage: bool) -> AsyncIterator[str]:
+async def _events(writing: Writing, form: Form) -> AsyncIterator[str]:
     """Server-sent events; one may hold the text of several tokens."""
     try:
         for choice in writing.answer.choices:
@@ -194,7 +211,7 @@ async def _events(writing: Writing, form: Form, usage: bool) -> AsyncIterator[st
                 yield _event(opening)
         async for index, text, reason in writing.pieces():
             yield _event(form.piece(index, text, reason))
-        if usage:
+        if form.with_usage:
             yield _event(form.closing(writing.answer.usage))
     except ApiError as problem:
         yield _event(problem.content)

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from cllm.decoding import Sampling
+from cllm.errors import LARGEST
 
 MAX_STOPS = 16
+LONGEST_ERROR = 280  # characters of a client's own words that an error says back
 USUAL_COMPLETION = 16  # tokens of a completion whose request says nothing
 
 
@@ -34,11 +36,19 @@ def _no_logprobs(value: Any) -> Any:
     raise PydanticCustomError("unsupported", "log-probabilities are not supported: Jacobi decoding keeps none")
 
 
+def _text_only(content: Any) -> Any:
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, dict) and (kind := part.get("type", "text")) != "text":
+            message = "a part of type {kind} is not supported here, only text is"
+            raise PydanticCustomError("unsupported", message, {"kind": repr(kind)})
+    return content
+
+
 Unsupported = Annotated[Any, AfterValidator(_off)]
 NoLogprobs = Annotated[Any, AfterValidator(_no_logprobs)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 class _Body(BaseModel):
@@ -94,11 +104,12 @@ class Generation(_Body):
 class TextPart(_Body):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None
 
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Annotated[str | Annotated[list[TextPart], Field(min_length=1)], BeforeValidator(_text_only)]
     name: Any = None
     annotations: Unsupported = None  # empty in answers that clients send back
     audio: Unsupported = None
@@ -106,11 +117,11 @@ class Message(_Body):
     refusal: Unsupported = None
     tool_calls: Unsupported = None
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """As prompt templates know it."""
         role = "system" if self.role == "developer" else self.role
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": role, "content": text}
+        parts = self.content if isinstance(self.content, str) else [{"type": "text", "text": p.text} for p in self.content]
+        return {"role": role, "content": parts}
 
 
 class ChatRequest(Generation):
@@ -131,8 +142,11 @@ class ChatRequest(Generation):
     tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
 
+    moderation: Unsupported = None
     parallel_tool_calls: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
     safety_identifier: Any = None
     service_tier: Any = None
     store: Any = None
@@ -199,10 +213,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Form:
-    """How answers to one request are written: whole, or as the chunks of a stream."""
+    """How answers to one request are written: whole, or as the chunks of a stream.
+
+    ``with_usage``: the last chunk has the usage, and all others say that they have none.
+    """
 
     model: str
     chat: bool
+    with_usage: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -232,7 +250,8 @@ class Form:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
     def _chunk(self, index: int, content: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
-        return self._frame(self._chunk_kind, [self._choice(index, content, reason)])
+        usage = {"usage": None} if self.with_usage else {}
+        return self._frame(self._chunk_kind, [self._choice(index, content, reason)]) | usage
 
     def _choice(self, index: int, content: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
         return {"index": index, **content, "logprobs": None, "finish_reason": reason}
@@ -249,4 +268,9 @@ def models(name: str, created: int, context: int | None) -> dict[str, Any]:
 
 
 def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """What an answer says that is an error; what a client said at length, shortened."""
+    return {"error": {"message": _shortened(message), "type": kind, "param": param and _shortened(param), "code": code}}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + "..."

@@ -45,15 +45,16 @@ class Service:
         self.name, self.queue, self.limits = name, queue, limits
         self.tokenizer, self.template, self.sampling = tokenizer, template, sampling
         self.started = int(time.time())
-        self.vocabulary = queue.decoder.model.config.get_text_config(decoder=True).vocab_size
         self.worker = Worker(queue, limits.waiting)
         self.metrics = Metrics(self.worker)
         self._encoding = ThreadPoolExecutor(1, "encoding")  # long prompts must not hold up the event loop
 
     async def answer(self, body: Generation, client: str = "") -> Answer:
-        """Put an answer to ``body`` in line, with ``n`` choices for each prompt. Only prompts of one ``client`` share anything.
+        """An answer to ``body`` that is yet to be submitted, with ``n`` choices for each prompt.
 
-        Raises UsageError for what can never be answered, Busy and Closed as :meth:`Worker.submit` does.
+        Only prompts of one ``client`` share anything.
+
+        Raises UsageError for what can never be answered.
         """
         most = self.limits.new_tokens
         if (length := body.length(most)) > most:
@@ -87,6 +88,4 @@ class Service:
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             return prompt_ids(prompt, self.tokenizer)
-        if (largest := max(prompt, default=0)) >= self.vocabulary:
-            raise UsageError(f"token ids must be below {self.vocabulary}, got {largest}")
         return list(prompt)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Condition, Lock, Thread
 
@@ -23,13 +25,17 @@ class Closed(Exception):
     """The worker takes no more requests."""
 
 
+class Failed(Exception):
+    """Something went wrong with one request."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a job has gained since the last report."""
 
     steps: list[list[int]]  # token ids, apart by the forwards that brought them
     stop: Stop | None = None  # said once, at the end
-    error: str | None = None  # why the job ended without an answer
+    error: Exception | None = None  # Failed or Closed: why the job ended without an answer
     reused: int = 0  # tokens of the prompt that need not be computed
 
 
@@ -41,6 +47,7 @@ class Job:
     report: Callable[[Progress], None]
     cancelled: bool = False
     reported: int = 0  # tokens
+    company: float = math.inf  # how many jobs may be decoded together with this one, itself included
 
     def update(self, result: RowResult, stop: Stop | None = None) -> None:
         """Report what is new in ``result``, if anything is."""
@@ -48,12 +55,19 @@ class Job:
         if not self.cancelled and (new or stop):
             self.report(Progress(new, stop, reused=result.reused))
 
+    def fail(self, error: Exception) -> None:
+        """End without an answer. A row that the job still has leaves the batch like that of any cancelled job."""
+        if not self.cancelled:
+            self.cancelled = True
+            self.report(Progress([], error=error))
+
 
 class Worker:
     """Decodes jobs in the order they were submitted, as many at once as ``queue`` allows.
 
-    Out of memory, those inside are decoded again, half as many together. ``device`` is held while anything is decoded, so
-    that others can use the model between two runs.
+    Out of memory, those inside are decoded again, half as many together. After any other error, too, but then it is only
+    these jobs that have less company: so the one at fault is alone in the end, and fails, and the others go on where they
+    were. ``device`` is held while anything is decoded, so that others can use the model between two runs.
     """
 
     def __init__(self, queue: Queue, max_waiting: int) -> None:
@@ -119,14 +133,16 @@ class Worker:
                 with self.device:
                     self._decode()
                 continue
-            except Exception as error:  # one bad batch must not end the server
-                if self.queue.shrink(error):
-                    self._put_back()
-                else:
-                    logger.error("decoding failed: %s", error, exc_info=True)
-                    self._fail("the model failed on this batch of requests; the server's log says why")
-            free_memory()  # what the error held on to is gone by now
-        self._fail("the server was shut down before the answer was complete")
+            except Exception as error:
+                self._put_back(error)
+            with suppress(Exception):  # a lost device gives nothing back
+                free_memory()  # what the error held on to is gone by now
+        with self._change:
+            for job in [*self._inside.values(), *self._waiting]:
+                with _contained(job):
+                    job.fail(Closed("the server was shut down before the answer was complete"))
+            self._inside.clear()
+            self._waiting.clear()
 
     def _wait(self) -> bool:
         """Sleep until a job waits; False when it is time to stop."""
@@ -145,10 +161,9 @@ class Worker:
             self._report(tally, running)
             unwanted.clear()
             unwanted.update(row for row, job in self._inside.items() if job.cancelled)
-            taken = self._take()
-            self._inside.update(enumerate(taken, fed))
+            taken = self._take(fed)
             fed += len(taken)
-            return [job.request for job in taken]
+            return taken
 
         for iteration in self.queue.decoder.flow(feed, unwanted):
             tally.add(iteration)
@@ -156,37 +171,69 @@ class Worker:
                 return
 
     def _report(self, tally: Tally, running: list[int]) -> None:
-        for row in running:
-            self._inside[row].update(tally.so_far(row))
-        for row in sorted(self._inside.keys() - set(running)):
-            job = self._inside.pop(row)
-            result = tally.take(row, job.request.max_new_tokens)
-            job.update(result, result.stop)
+        for row, job in [*self._inside.items()]:
+            ended = row not in running
+            result = tally.take(row, job.request.max_new_tokens) if ended else tally.so_far(row)
+            with _contained(job):
+                job.update(result, result.stop if ended else None)
+            if ended:
+                del self._inside[row]
 
-    def _take(self) -> list[Job]:
-        """The jobs next in line that there is room for."""
-        taken: list[Job] = []
-        beside = [job.request for job in self._inside.values()]
+    def _take(self, row: int) -> list[Request]:
+        """The requests next in line that there is room for. Their jobs are inside from now on, the first one as ``row``."""
+        taken: list[Request] = []
         with self._change:
-            while self._waiting and self.queue.fits([*beside, self._waiting[0].request]):
-                taken.append(self._waiting.popleft())
-                beside.append(taken[-1].request)
+            while self._waiting:
+                job = self._waiting[0]
+                with _contained(job):
+                    if self._inside and not self._fits(job):
+                        break
+                    self.queue.check(job.request)
+                    self._inside[row + len(taken)] = job
+                    taken.append(job.request)
+                self._waiting.popleft()
         return taken
 
-    def _put_back(self) -> None:
-        """Let those inside wait again, before all others. They are decoded anew, and report what they have not yet."""
-        with self._change:
-            self._waiting.extendleft(job for job in reversed(self._inside.values()) if not job.cancelled)
-            self._inside.clear()
+    def _fits(self, job: Job) -> bool:
+        together = [*self._inside.values(), job]
+        most = min(one.company for one in together)
+        return len(together) <= most and self.queue.fits([one.request for one in together])
 
-    def _fail(self, reason: str) -> None:
-        """End what is running, and, when the worker stops, what waits."""
+    def _put_back(self, error: Exception) -> None:
+        """Let those inside wait again, before all others, or fail the only one. They report what they have not yet."""
         with self._change:
-            failed = list(self._inside.values())
+            if not self._inside and self._waiting:  # nobody got in: it must not be tried for ever
+                self._inside[0] = self._waiting.popleft()
+            jobs = [*self._inside.values()]
             self._inside.clear()
-            if self._stopped:
-                failed += self._waiting
-                self._waiting.clear()
-        for job in failed:
-            if not job.cancelled:
-                job.report(Progress([], error=reason))
+            if not self._shrinks(error):
+                if len(jobs) == 1:
+                    _fail(jobs.pop(), error)
+                else:
+                    logger.warning("decoding failed; what was decoded is tried again, apart: %s", error, exc_info=error)
+                for job in jobs:
+                    job.company = len(jobs) // 2
+            self._waiting.extendleft(job for job in reversed(jobs) if not job.cancelled)
+
+    def _shrinks(self, error: Exception) -> bool:
+        """Whether memory ran out, and less of it will be needed from now on."""
+        try:
+            return self.queue.shrink(error)
+        except Exception as another:
+            logger.error("cannot go on in less memory: %s", another, exc_info=another)
+            return False
+
+
+@contextmanager
+def _contained(job: Job) -> Iterator[None]:
+    """What goes wrong inside ends this job alone."""
+    try:
+        yield
+    except Exception as error:
+        _fail(job, error)
+
+
+def _fail(job: Job, error: Exception) -> None:
+    logger.error("a request failed: %s", error, exc_info=error)
+    with suppress(Exception):  # where telling is what failed, nobody can be told
+        job.fail(Failed("the model failed on this request; the server's log says why"))

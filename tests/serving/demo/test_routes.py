@@ -1,6 +1,8 @@
 """The demo's routes without a browser: who may use them."""
 
 import httpx
+import pytest
+from commands import refused
 from servers import run_server
 
 from cllm.cli import demo, serve
@@ -35,3 +37,14 @@ def test_where_the_key_comes_from(monkeypatch) -> None:
         assert serve.api_keys(command.options().parse_args(["m", "--api_key", "one", "--api_key", "two"])) == ["one", "two"]
         monkeypatch.delenv(serve.KEY)
         assert serve.api_keys(command.options().parse_args(["m"])) == []
+
+
+@pytest.mark.parametrize("command", [serve, demo])
+@pytest.mark.parametrize("key", ["", " ", "secret ", "\tsecret", "secret\r"])
+@pytest.mark.parametrize("given", ["option", "environment"])
+def test_an_empty_key_does_not_open_the_server(tiny_model_dir, monkeypatch, capsys, command, key: str, given: str) -> None:
+    """``--api_key "$KEY"`` where no such variable is set, or a file's line end came with the key."""
+    monkeypatch.setenv(serve.KEY, key if given == "environment" else "right")
+    words = ["--port", "0", *(["--api_key", key] if given == "option" else [])]
+    message = refused(capsys, command.main, tiny_model_dir, *words)
+    assert "the API key is empty or has blanks around it" in message and "secret" not in message

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import httpx
 import pytest
+from servers import until_empty
 
 from cllm.serving.server import guard, run
 from cllm.serving.server.service import Limits
@@ -29,6 +30,18 @@ def chat(**changes) -> dict:
 
 def complete(**changes) -> dict:
     return {"model": "tiny", "prompt": "x"} | changes
+
+
+def says(*parts, role: str = "user") -> dict:
+    """A chat whose only message has these parts as its content."""
+    return chat(messages=[{"role": role, "content": list(parts)}])
+
+
+def draws(**changes) -> dict:
+    return complete(temperature=1.0, max_tokens=4) | changes
+
+
+BIG = 10**400  # too large for any float, and for the integers of a tensor
 
 
 BAD = [
@@ -74,12 +87,10 @@ BAD = [
     (COMPLETE, complete(temperature="hot")),
     (COMPLETE, b'{"model": "tiny", "prompt": "x", "temperature": NaN}'),
     (COMPLETE, b'{"model": "tiny", "prompt": "x", "temperature": 1e999}'),
-    (COMPLETE, complete(top_p=0)),
     (COMPLETE, complete(top_p=2)),
     (COMPLETE, complete(top_k=-1)),
     (COMPLETE, complete(min_p=7)),
     (COMPLETE, complete(repetition_penalty=0)),
-    (COMPLETE, complete(seed=-1)),
     (COMPLETE, complete(seed=2**63)),
     (COMPLETE, complete(stop="")),
     (COMPLETE, complete(stop=["x"] * 17)),
@@ -91,6 +102,74 @@ BAD = [
     (COMPLETE, complete(best_of=3)),
     (COMPLETE, complete(logit_bias={"5": 100})),
     (COMPLETE, complete(presence_penalty=0.5)),
+    # numbers that no tensor holds, and their neighbours
+    (COMPLETE, draws(top_k=2**31)),
+    (COMPLETE, draws(top_k=2**63)),
+    (COMPLETE, draws(top_k=10**30)),
+    (COMPLETE, draws(top_k=BIG)),
+    (COMPLETE, draws(top_k=-BIG)),
+    (COMPLETE, b'{"model": "tiny", "prompt": "x", "temperature": 1, "top_k": 1' + b"0" * 5000 + b"}"),
+    (COMPLETE, draws(top_k=1.5)),
+    (COMPLETE, draws(temperature=10**6)),
+    (COMPLETE, draws(temperature=1e-9)),
+    (COMPLETE, draws(temperature=BIG)),
+    (COMPLETE, draws(temperature=True)),
+    (COMPLETE, draws(top_p=-1e-300)),
+    (COMPLETE, draws(top_p=1.0000001)),
+    (COMPLETE, draws(top_p=BIG)),
+    (COMPLETE, b'{"model": "tiny", "prompt": "x", "top_p": NaN}'),
+    (COMPLETE, draws(min_p=-0.001)),
+    (COMPLETE, draws(min_p=BIG)),
+    (COMPLETE, draws(repetition_penalty=1e39)),
+    (COMPLETE, draws(repetition_penalty=1e-39)),
+    (COMPLETE, draws(repetition_penalty=-1)),
+    (COMPLETE, draws(repetition_penalty=BIG)),
+    (COMPLETE, draws(seed=-(2**63) - 1)),
+    (COMPLETE, draws(seed=BIG)),
+    (COMPLETE, draws(seed=0.5)),
+    (COMPLETE, complete(max_tokens=2**31)),
+    (COMPLETE, complete(max_tokens=2**63)),
+    (COMPLETE, complete(max_tokens=BIG)),
+    (CHAT, chat(max_completion_tokens=2**63)),
+    (CHAT, chat(max_completion_tokens=0)),
+    (COMPLETE, complete(n=2**31)),
+    (COMPLETE, complete(n=BIG)),
+    (COMPLETE, complete(n=60, prompt=["x", "y"])),
+    (COMPLETE, complete(prompt=[99])),  # the first id that the model has not
+    (COMPLETE, complete(prompt=[1, 2**31])),
+    (COMPLETE, complete(prompt=[[1], [2**64]])),
+    (COMPLETE, complete(prompt=[BIG])),
+    (COMPLETE, complete(prompt=[True])),
+    (COMPLETE, complete(prompt={"x": 1})),
+    # what is long or deep
+    (CHAT, chat(model="m" * 10_000)),
+    (CHAT, chat(**{"k" * 10_000: 1})),
+    (CHAT, chat(messages=[{"role": "r" * 10_000, "content": "x"}])),
+    (CHAT, b'{"model": "tiny", "metadata": ' + b"[" * 9_000 + b"]" * 9_000 + b', "messages": []}'),
+    (COMPLETE, complete(stop="s" * 257)),
+    (COMPLETE, complete(prompt=["x"] * 3000)),
+    # parts that are no text
+    (CHAT, says({"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}})),
+    (CHAT, says({"type": "file", "file": {"file_id": "x"}})),
+    (CHAT, says({"type": "refusal", "refusal": "no"}, role="assistant")),
+    (CHAT, says({"type": "text", "text": "look:"}, {"type": "image_url", "image_url": {"url": "x"}})),
+    (CHAT, says({"type": "t" * 10_000})),
+    (CHAT, says({"type": ["text"], "text": "x"})),
+    (CHAT, says({"type": {}, "text": "x"})),
+    (CHAT, says({"type": None, "text": "x"})),
+    (CHAT, says({"type": "text"})),
+    (CHAT, says({"text": "x"})),
+    (CHAT, says({"type": "text", "text": 5})),
+    (CHAT, says({"type": "text", "text": "x", "bogus": 1})),
+    (CHAT, says("x")),
+    (CHAT, says(None)),
+    (CHAT, says()),
+    (CHAT, chat(messages=[{"role": "user", "content": {"type": "text", "text": "x"}}])),
+    (CHAT, chat(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])),
+    (CHAT, chat(messages=[None])),
+    (CHAT, chat(response_format={"type": "json_schema", "json_schema": {}})),
+    (CHAT, chat(stream_options={"include_usage": 1})),
+    (CHAT, chat(moderation={"model": "x"})),
 ]
 
 
@@ -105,12 +184,58 @@ def test_bad_requests(server, path: str, body) -> None:
         assert message and "Traceback" not in message and len(message) < 300
 
 
+GOOD = [
+    draws(top_p=0),
+    draws(top_p=1),
+    draws(top_p=5e-324),
+    draws(top_k=2**31 - 1),
+    draws(top_k=0),
+    draws(min_p=1),
+    draws(min_p=5e-324),
+    draws(temperature=2),
+    draws(temperature=100_000),
+    draws(repetition_penalty=2),
+    draws(seed=-1),
+    draws(seed=-(2**63)),
+    draws(seed=2**63 - 1),
+    draws(n=3, seed=-7),
+    draws(prompt=[98]),
+]
+
+
+@pytest.mark.parametrize("body", GOOD, ids=range(len(GOOD)))
+def test_what_is_in_range(server, body) -> None:
+    for stream in (False, True):
+        response = post(server, COMPLETE, body | {"stream": stream})
+        assert response.status_code == 200 and '"error"' not in response.text, response.text
+
+
+def test_top_p_0_is_the_likeliest_token(server) -> None:
+    answers = [post(server, COMPLETE, draws(max_tokens=20) | more) for more in ({"temperature": 0}, {"top_p": 0}, {"top_k": 1})]
+    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url"])
+def test_a_part_that_is_no_text_is_named(server, kind: str) -> None:
+    response = post(server, CHAT, says({"type": "text", "text": "what is this?"}, {"type": kind, kind: {"url": "x"}}))
+    assert response.status_code == 400 and response.json()["error"]["param"] == "messages.0.content"
+    assert f"a part of type '{kind}' is not supported here, only text is" in response.json()["error"]["message"]
+
+
+def test_the_shared_requests(server, shared_cases) -> None:
+    rows = [json.loads(line) for line in (shared_cases / "requests.jsonl").read_text().splitlines()]
+    answers = {row.pop("id"): post(server, CHAT, row) for row in rows}
+    assert {name: answer.status_code for name, answer in answers.items()} == {"v08": 200, "v27": 200, "v59": 400}
+    assert "image_url" in answers["v59"].json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", CHAT), ("DELETE", "/v1/models"), ("GET", "/v1/%00%ff"), ("POST", "/../x")]
+    ("method", "path"),
+    [("GET", CHAT), ("DELETE", "/v1/models"), ("GET", "/v1/%00%ff"), ("POST", "/../x"), ("GET", "/" + "x" * 9000)],
 )
 def test_bad_routes(server, method: str, path: str) -> None:
     response = httpx.request(method, server.url + path)
-    assert response.status_code in (404, 405) and response.json()["error"]["message"]
+    assert response.status_code in (404, 405) and 0 < len(response.json()["error"]["message"]) < 300
 
 
 def test_huge_bodies(server) -> None:
@@ -163,14 +288,6 @@ def test_what_is_no_http(server, data: bytes) -> None:
         except ConnectionResetError:
             reply = b""
         assert not reply or reply.startswith(b"HTTP/1.1 4"), reply
-
-
-def until_empty(running, seconds: float = 10.0) -> None:
-    """All rows are gone soon."""
-    end = time.monotonic() + seconds
-    while running.service.worker.running or running.service.worker.waiting:
-        assert time.monotonic() < end, "rows are left over"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,11 +4,15 @@ import asyncio
 import json
 import subprocess
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
 from tiny import surround
+from openai.types import completion_create_params as legacy_params
+from openai.types.chat import completion_create_params
 
+from cllm.serving.server.protocol import ChatRequest, CompletionRequest
 from cllm.serving.server.service import Limits
 
 SPEED = {"temperature": 0, "max_tokens": 24}
@@ -90,6 +94,76 @@ def test_a_stream_has_the_same_text(server) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].usage == whole.usage
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_which_chunks_say_what_was_used(server, kind: str) -> None:
+    """Asked for, the last one does, and all others say null; unasked, none speaks of it."""
+    asks = {"chat": ("/chat/completions", {"messages": messages("hello")}), "completion": ("/completions", {"prompt": "ab"})}
+    path, body = asks[kind]
+    for options in ({"include_usage": True}, {"include_usage": False}, None):
+        asked = {"model": "tiny", "stream": True, "stream_options": options, "n": 2} | body | SPEED
+        lines = httpx.post(f"{server.url}/v1{path}", json=asked, timeout=60).text.splitlines()
+        *chunks, last = [json.loads(line.removeprefix("data: ")) for line in lines if line and line != "data: [DONE]"]
+        if options and options["include_usage"]:
+            assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
+            assert last["usage"]["completion_tokens"] == 48 and last["choices"] == []
+        else:
+            assert not any("usage" in chunk for chunk in [*chunks, last])
+
+
+def test_every_field_of_the_protocol_is_known(server) -> None:
+    """Null says nothing, so it is taken for each of them; what is no field of the protocol's is an error."""
+    fields = {
+        ChatRequest: completion_create_params.CompletionCreateParamsBase,
+        CompletionRequest: legacy_params.CompletionCreateParamsBase,
+    }
+    for kind, params in fields.items():
+        assert set(params.__annotations__) <= set(kind.model_fields)
+        optional = [name for name, of in kind.model_fields.items() if not of.is_required()]
+        body = {"messages": messages("x")} if kind is ChatRequest else {"prompt": "x"}
+        kind.model_validate({"model": "tiny"} | body | dict.fromkeys(optional))
+
+
+IGNORED = {
+    "prompt_cache_retention": "24h",
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"mode": "explicit", "ttl": "30m"},
+    "safety_identifier": "s",
+    "service_tier": "flex",
+    "store": True,
+    "user": "u",
+    "metadata": {"a": "b"},
+    "verbosity": "low",
+    "parallel_tool_calls": True,
+}
+
+
+def test_fields_that_change_no_answer(server) -> None:
+    plain = server.client.chat.completions.create(model="tiny", messages=messages("hello"), **SPEED)
+    for more in ({name: value} for name, value in IGNORED.items()):
+        answer = server.client.chat.completions.create(model="tiny", messages=messages("hello"), extra_body=more, **SPEED)
+        assert answer.choices == plain.choices
+    parts = [{"type": "text", "text": "hello", "prompt_cache_breakpoint": {"mode": "explicit"}}]
+    answer = server.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": parts}], **SPEED)
+    assert answer.choices == plain.choices
+
+
+def test_a_template_that_loops_over_parts_gets_them(start) -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}({{ part.text }})"
+        "{% endif %}{% endfor %}{% endfor %}[assistant]"
+    )
+    with start(Limits(), chat_template=template) as running:
+        create = running.client.chat.completions.create
+        for content, written in (
+            ("hello", "(hello)"),
+            ([{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}], "(hel)(lo)"),
+        ):
+            answer = create(model="tiny", messages=[{"role": "user", "content": content}], **SPEED)
+            ids = running.service.tokenizer(f"[user]{written}[assistant]").input_ids
+            assert answer.usage.prompt_tokens == len(ids)
+            assert answer.choices[0].message.content == alone(running, ids)
 
 
 def test_completions_of_texts_and_of_ids(server) -> None:
