@@ -42,6 +42,11 @@ class Batch:
         facts = torch.stack([self.live.ids_B, self.live.start_B, self.live.done_B.long()], dim=1).tolist()
         return {row: (place, start) for place, (row, start, done) in enumerate(facts) if not done}
 
+    def texts(self) -> dict[int, list[int]]:
+        """The verified text of each row, by number, those that have just ended included. The host waits here, too."""
+        texts = zip(self.live.ids_B.tolist(), self.live.start_B.tolist(), self.live.text_BS.tolist(), strict=True)
+        return {row: text[: start + 1] for row, start, text in texts}
+
     def useful(self) -> int:
         """How many leading tokens of the windows are worth a forward, for some running row. The host waits here, too."""
         return int(self.live.useful_B.masked_fill(self.live.done_B, 1).amax())

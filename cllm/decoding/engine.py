@@ -23,8 +23,18 @@ from cllm.decoding.rows import Rows
 from cllm.decoding.runner import Mode, make_runner
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
 from cllm.decoding.step import Step, round_up
+from cllm.decoding.trial import try_out
 from cllm.errors import UsageError
-from cllm.models import context_length, default_drafts, default_guess, default_width, embedding_device, read_record
+from cllm.models import (
+    context_length,
+    default_drafts,
+    default_guess,
+    default_width,
+    embedding_device,
+    read_record,
+    reread_length,
+)
+from cllm.modes import evaluating
 
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
@@ -69,11 +79,14 @@ class JacobiDecoder:
     weights where they are now, so use a new decoder for a model that was moved.
     On an x86 CPU the model's linear layers are meanwhile computed by oneDNN, see :class:`cllm.decoding.linear.Linears`, and
     attention makes no copies of the cache, see :func:`cllm.decoding.grouped_attention.grouped_attention`.
+    Where rotary frequencies depend on the length of a text, each token has those of AR decoding, see
+    :class:`cllm.decoding.rotary.Rotary`.
     ``prefill_chunk``: how many tokens of each prompt go through the model together, to bound the memory and what a mask hides
     in vain; by default 512 on a CPU, else 2,048. The forwards of a long prompt count as one.
 
     Raises UsageError for a block size below 1 or beyond the model's context, for an unknown guess and for a way of compiling
-    that there is not, UnsupportedModelError for models whose cache cannot be rolled back.
+    that there is not, UnsupportedModelError for models that :func:`cllm.attention.check_model` or
+    :func:`cllm.decoding.trial.try_out` refuses.
     """
 
     def __init__(
@@ -93,7 +106,7 @@ class JacobiDecoder:
         check_model(model)
         record = read_record(model.config)
         block_size = default_width(record) if block_size is None else block_size
-        self.context = context_length(model.config)
+        self.context, self.reread_length = context_length(model.config), reread_length(model.config)
         if not 1 <= block_size <= (self.context or block_size):
             raise UsageError(f"block_size must be between 1 and the context length {self.context}, got {block_size}")
         if window not in ("sliding", "block"):
@@ -118,6 +131,7 @@ class JacobiDecoder:
             adapter=adapter if drafts else None,
             drafts=drafts,
         )
+        try_out(self.step)
         self.width = self.step.width
         self.compile: Mode = compile
         self.runner = make_runner(self.step, compile)
@@ -179,14 +193,10 @@ class JacobiDecoder:
         whose numbers stand in ``unwanted``, which the caller may fill meanwhile, end before ``feed`` is asked.
         Raises UsageError for an empty prompt, or one that leaves no room in the model's context.
         """
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             self.step.linears.refresh(self.step.adapter)
-            with self.runner.batch(self._start([], 0).rows) as batch:
+            with self.runner.batch(self._start([], []).rows) as batch:
                 yield from self._loop(feed, unwanted, batch)
-        finally:
-            self.model.train(training)
 
     def narrower(self) -> JacobiDecoder:
         """A decoder that writes the same texts with half the window and half the draft tokens, in less memory."""
@@ -225,14 +235,19 @@ class JacobiDecoder:
                 if unwanted:
                     batch.drop(unwanted)
                 running = batch.look()
+                ended = {row: of for row, of in inside.items() if row not in running and row not in unwanted}
+                joining = self._reread(batch, ended)
                 inside = {row: inside[row] for row in running}
-                if requests := feed(list(inside)):
-                    for number, request in enumerate(requests, fed):
+                if not joining:
+                    joining = dict(enumerate(feed(list(inside)), fed))
+                    fed += len(joining)
+                if joining:
+                    requests = list(joining.values())
+                    for number, request in joining.items():
                         self.check(request, f"prompt {number}")
-                    new = self._start(requests, fed)
+                    new = self._start(requests, list(joining))
                     yield self._prefill(new, requests)
-                    inside |= dict(enumerate(requests, fed))
-                    fed += len(requests)
+                    inside |= joining
                     most = max(map(self._end, inside.values())) + self.step.span
                     batch.put(new, running, self.runner.length(most), self.runner.fixed)
                     batch.resize(self.runner.size(batch.size, len(batch.rows)))
@@ -249,8 +264,19 @@ class JacobiDecoder:
             reach = min(reach + self.step.verified, most)  # no row's tokens stand beyond this
             yield Iteration(self.runner.run(batch, chooser, self.runner.length(reach), self._width(batch)))
 
-    def _start(self, requests: Sequence[Request], first: int) -> Batch:
-        """Rows ``first``, ... before their first forward."""
+    def _reread(self, batch: Batch, ended: dict[int, Request]) -> dict[int, Request]:
+        """Of the rows that have ended, those that go on once the model has read their text anew, with what is left to do."""
+        ended = {row: request for row, request in ended.items() if self._end(request) < self._last(request)}
+        texts = batch.texts() if ended else {}
+        eos = set(self.eos_ids.tolist()) if ended else set()
+        return {
+            row: Request(text, len(request.prompt) + request.max_new_tokens - len(text), request.sampling)
+            for row, request in ended.items()
+            if len(text := texts[row]) == self._end(request) and text[-1] not in eos
+        }
+
+    def _start(self, requests: Sequence[Request], numbers: Sequence[int]) -> Batch:
+        """Rows of these numbers before their first forward."""
         B = len(requests)
         prompts = [torch.as_tensor(request.prompt, dtype=torch.long) for request in requests]
         length = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long, device=self.device)
@@ -259,7 +285,7 @@ class JacobiDecoder:
         for row, prompt in enumerate(prompts):
             text[row, : len(prompt)] = prompt
         rows = Rows(
-            ids_B=torch.arange(first, first + B, device=self.device),
+            ids_B=torch.tensor(numbers, dtype=torch.long, device=self.device),
             seed_B=torch.full_like(length, self.seed),
             options_BO=torch.tensor([r.sampling.options() for r in requests], device=self.device).view(B, OPTIONS),
             noise_seed_B=torch.tensor([r.sampling.seed for r in requests], dtype=torch.long, device=self.device),
@@ -282,10 +308,15 @@ class JacobiDecoder:
         """How many tokens of each window go through the model."""
         return batch.useful() if self.runner.narrows and self.sync_interval == 1 else self.width
 
-    def _end(self, request: Request) -> int:
-        """The first position that a request's row may not fill."""
+    def _last(self, request: Request) -> int:
+        """How long the text of a request may become."""
         end = len(request.prompt) + request.max_new_tokens
         return end if self.context is None else min(end, self.context)
+
+    def _end(self, request: Request) -> int:
+        """The first position that a request's row may not fill, at least until its text is read anew."""
+        last, reread = self._last(request), self.reread_length
+        return last if reread is None or len(request.prompt) >= reread else min(last, reread)
 
     def _prefill(self, new: Batch, requests: Sequence[Request]) -> Iteration:
         """The first iteration of new rows: their prompts, aligned on the right, stand in front of the windows.
@@ -299,12 +330,15 @@ class JacobiDecoder:
         before_BT = (rows.start_B[:, None] + torch.arange(-ahead, 0, device=self.device)).clamp(min=-1)
         positions_BT = torch.cat([before_BT, after_BT], dim=1)
         tokens_BT = torch.cat([rows.text_BS.gather(1, before_BT.clamp(min=0)), window_BT], dim=1)
+        reach_BT = torch.maximum(positions_BT, rows.start_B[:, None])
         length, done = round_up(ahead + width), 0
         new.cache.reserve(len(requests), length)  # at once, or it would grow, and move, with every chunk
         while ahead - done > self.prefill_chunk:
             chunk = slice(done, done := done + self.prefill_chunk)
-            self.step.forward(tokens_BT[:, chunk], positions_BT[:, chunk], new.cache, round_up(done), 1)
-        logits_BTV = self.step.forward(tokens_BT[:, done:], positions_BT[:, done:], new.cache, length, width, drafts)
+            at = tokens_BT[:, chunk], positions_BT[:, chunk]
+            self.step.forward(*at, new.cache, round_up(done), 1, reach_BT=reach_BT[:, chunk])
+        at = tokens_BT[:, done:], positions_BT[:, done:]
+        logits_BTV = self.step.forward(*at, new.cache, length, width, drafts, reach_BT[:, done:])
         chooser = Chooser([request.sampling for request in requests])
         return Iteration(self.step.advance(rows, *self.step.choose(rows, chooser, logits_BTV, drafts)))
 

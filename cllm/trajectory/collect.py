@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cllm.decoding import JacobiDecoder, Queue, Request
 from cllm.decoding.guess import STARTS
 from cllm.errors import UsageError
-from cllm.models import DEFAULT_GUESS, context_length, stop_token_ids
+from cllm.models import DEFAULT_GUESS, packed_length, stop_token_ids
 from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
 from cllm.trajectory.hygiene import Seen, augment, degenerate
@@ -92,7 +92,7 @@ class Collector:
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.template = PromptTemplate(settings.prompt_template)
-        context = context_length(model.config)
+        context = packed_length(model.config)
         if context is not None and settings.block_size >= context:
             raise UsageError(f"block size must be below the model's context of {context}, got {settings.block_size}")
         self.context = context
@@ -158,6 +158,8 @@ class Collector:
         good, dropped = [], []
         for prompt, ids in responses:
             reason = "empty response" if len(ids) < 2 else degenerate(ids)
+            if self.context is not None and len(prompt.ids) + len(ids) > self.context:
+                reason = "longer than what can be packed"
             if reason:
                 dropped.append(Dropped(prompt.row_id, reason))
             else:
