@@ -18,6 +18,7 @@ setup(
         "tqdm",
         "math-verify>=0.8",
         "jinja2",
+        "xxhash>=3",
     ],
     extras_require={
         "chat": ["rich"],

@@ -5,7 +5,8 @@ Shapes: B rows, T query tokens, L key slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ FLEX = "flex_attention"
 SDPA = "sdpa"
 GROUPED = "cllm_grouped"  # the same while a model decodes, see cllm.decoding.grouped_attention
 MASKABLE = (SDPA, "eager")  # take a 4-D mask; flash attention takes none
+GIVEN = ("attention_mask", "position_ids", "past_key_values")  # arguments of a model's forward
 TRAINABLE = (*MASKABLE, FLEX)  # FlexAttention's own form of mask serves packed training, not decoding
 
 ModelMask = torch.Tensor | BlockMask | dict[str, torch.Tensor] | dict[str, BlockMask]
@@ -46,6 +48,7 @@ def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
 def check_model(model: PreTrainedModel, attention: Sequence[str] = MASKABLE) -> None:
     """Raise UnsupportedModelError where a cache cannot be rolled back or explicit masks and positions cannot be given.
 
+    Kinds of models that nothing here knows are left to :func:`cllm.decoding.trial.try_out`.
     ``attention``: the implementations of it that will do.
     """
     config = model.config
@@ -57,10 +60,32 @@ def check_model(model: PreTrainedModel, attention: Sequence[str] = MASKABLE) -> 
     if getattr(model, "_is_stateful", False) or not croppable:
         raise UnsupportedModelError(f"the cache of {name} cannot be rolled back (recurrent state), which Jacobi decoding needs")
     attention_windows(config)
+    if missing := [argument for argument in GIVEN if argument not in _arguments(model)]:
+        raise UnsupportedModelError(f"{name} takes no {' and no '.join(missing)}, which Jacobi decoding has to give to a model")
+    if getattr(text, "alibi", False):
+        raise UnsupportedModelError(f"{name} with alibi derives distances from a 2-D mask; Jacobi decoding needs 4-D masks")
+    if getattr(text, "attention_type", None) == "block_sparse":
+        raise UnsupportedModelError(f"{name} has block-sparse attention, which takes no 4-D masks; Jacobi decoding needs them")
+    if tables := [table for table, buffer in model.named_buffers() if _is_mask(buffer)]:
+        raise UnsupportedModelError(
+            f"{name} masks by the length of its cache ({tables[0]}), while Jacobi decoding needs masks by explicit positions"
+        )
     if config._attn_implementation not in (*attention, GROUPED):  # it may be decoding in another thread
         raise UnsupportedModelError(
             f"attn_implementation is {config._attn_implementation!r}; explicit masks need one of {', '.join(attention)}"
         )
+
+
+def _arguments(model: PreTrainedModel) -> Collection[str]:
+    """What the forward of a model takes, whatever adapters were put around it."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base = unwrap() if unwrap else model
+    return inspect.signature(base.forward).parameters
+
+
+def _is_mask(buffer: torch.Tensor) -> bool:
+    """Whether it is a table of who may look at whom."""
+    return buffer.dim() == 4 and buffer.shape[:2] == (1, 1) and buffer.shape[2] == buffer.shape[3] > 1
 
 
 def model_mask(

@@ -32,6 +32,8 @@ WIDTH, DRAFTS, GUESS = "decoding_width", "decoding_drafts", "decoding_guess"  # 
 TRAINED_GUESS = "guess"  # the key of what stood in the place of unknown tokens in training
 ORIGINS = ("target_model", "base_model")  # keys that name the checkpoint a model was made of
 RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
+LONGROPE = "longrope"  # rotary embeddings with two sets of frequencies
+REREADING = ("phi3", "phimoe", "phi4_multimodal")  # see their prepare_inputs_for_generation
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -210,6 +212,27 @@ def embedding_count(model: PreTrainedModel) -> int:
 def context_length(config: PretrainedConfig) -> int | None:
     """How many tokens the model can look at, None where its configuration sets no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def packed_length(config: PretrainedConfig) -> int | None:
+    """How long the texts in a packed forward may be: as the context, or as one set of rotary frequencies holds."""
+    bounds = (context_length(config), rotary_switch(config))
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def rotary_switch(config: PretrainedConfig) -> int | None:
+    """The first position where other rotary frequencies hold (longrope); None where all positions share theirs."""
+    ropes: Any = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [ropes, *(kind for kind in ropes.values() if isinstance(kind, dict))]  # one for all layers, or one a type
+    switches = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == LONGROPE]
+    return min(switches, default=None)
+
+
+def reread_length(config: PretrainedConfig) -> int | None:
+    """How long a text is when ``generate`` lets the model read it all anew, with other rotary frequencies; None: never."""
+    if config.model_type not in REREADING or rotary_switch(config) is None:
+        return None
+    return config.original_max_position_embeddings + 1
 
 
 def stop_token_ids(

@@ -22,6 +22,8 @@ import torch
 from transformers import PretrainedConfig
 
 from cllm.attention import FLEX, ModelMask, flex_mask, model_mask
+from cllm.errors import UsageError
+from cllm.models import rotary_switch
 
 PADDING, CLEAN = -1, 0  # block numbers; blocks count from 1
 
@@ -97,7 +99,16 @@ def visibility(queries: Layout, keys: Layout) -> torch.Tensor:
 
 
 def packed_mask(config: PretrainedConfig, queries: Layout, keys: Layout, dtype: torch.dtype) -> ModelMask:
-    """The ``attention_mask`` argument for a packed forward of a model with this configuration."""
+    """The ``attention_mask`` argument for a packed forward of a model with this configuration.
+
+    Raises UsageError for texts so long that a model with longrope would read all texts of the forward with other frequencies.
+    """
+    switch = rotary_switch(config)
+    if switch is not None and (length := int(queries.position_BT.max()) + 1) > switch:
+        raise UsageError(
+            f"the rotary frequencies of {config.model_type} (longrope) are others beyond {switch} tokens, which packed texts "
+            f"must not exceed, got {length}"
+        )
     if config._attn_implementation == FLEX:
         return flex_mask(config, partial(sees, queries, keys), queries.position_BT, keys.position_BT)
     return model_mask(config, visibility(queries, keys), queries.position_BT, keys.position_BT, dtype)

@@ -87,7 +87,7 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrained
 def random_adapter(model: PreTrainedModel, seed: int = 0, rank: int = 4, size: float = 0.5) -> Adapter:
     """An adapter that was never trained, of every linear layer but the output layer."""
     draw, head = torch.Generator().manual_seed(seed), model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    layers = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
     down = {name: size * torch.randn(rank, layer.in_features, generator=draw) for name, layer in layers.items()}
     return Adapter(down, {name: size * torch.randn(layers[name].out_features, rank, generator=draw) for name in layers})
 

@@ -37,7 +37,7 @@ class RunArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     from transformers import IntervalStrategy, TrainingArguments
 
-    from cllm.models import context_length, load_tokenizer, read_record, write_record
+    from cllm.models import load_tokenizer, packed_length, read_record, write_record
     from cllm.prompts import choose_template
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(run.model)
     model = open_weights(run.model, dtype=run.dtype, **lora.loading(str(args.device)))
     template = choose_template(run.prompt_template, task.plain_template, tokenizer, read_record(model.config))
-    context = context_length(model.config)
+    context = packed_length(model.config)
     rows = AnswerDataset(examples, template, tokenizer, context)
     for reason, count in rows.left_out.items():
         logger.warning("%d examples left out: %s", count, reason)

@@ -6,8 +6,8 @@ Shapes: B rows, W window width, P longest prompt, T tokens of a forward, S posit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from cllm.decoding.rows import Rows
 from cllm.decoding.runner import Mode, make_runner
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
 from cllm.decoding.step import LENGTHS, Step
+from cllm.decoding.trial import try_out
 from cllm.errors import LARGEST, UsageError
 from cllm.models import (
     context_length,
@@ -35,7 +36,9 @@ from cllm.models import (
     embedding_count,
     embedding_device,
     read_record,
+    reread_length,
 )
+from cllm.modes import evaluating
 
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
@@ -83,6 +86,8 @@ class JacobiDecoder:
     weights where they are now, so use a new decoder for a model that was moved.
     On an x86 CPU the model's linear layers are meanwhile computed by oneDNN, see :class:`cllm.decoding.linear.Linears`, and
     attention makes no copies of the cache, see :func:`cllm.decoding.grouped_attention.grouped_attention`.
+    Where rotary frequencies depend on the length of a text, each token has those of AR decoding, see
+    :class:`cllm.decoding.rotary.Rotary`.
     ``prefill_chunk``: how many tokens of each prompt go through the model together, to bound the memory and what a mask hides
     in vain; by default 512 on a CPU, else 2,048. The forwards of a long prompt count as one.
     ``prefix_cache``: how many bytes of keys and values are kept beside those of the rows being decoded, by default 1 GiB. A
@@ -90,7 +95,8 @@ class JacobiDecoder:
     prompts that are prefilled together. 0: every prompt is computed as a whole. See :mod:`cllm.decoding.prefixes`.
 
     Raises UsageError for a block size below 1 or beyond the model's context, for an unknown guess and for a way of compiling
-    that there is not, UnsupportedModelError for models whose cache cannot be rolled back.
+    that there is not, UnsupportedModelError for models that :func:`cllm.attention.check_model` or
+    :func:`cllm.decoding.trial.try_out` refuses.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class JacobiDecoder:
         record = read_record(model.config)
         block_size = default_width(record) if block_size is None else block_size
         self.context, self.vocabulary = context_length(model.config), embedding_count(model)
+        self.reread_length = reread_length(model.config)
         if not 1 <= block_size <= (self.context or block_size):
             raise UsageError(f"block_size must be between 1 and the context length {self.context}, got {block_size}")
         if window not in ("sliding", "block"):
@@ -135,7 +142,8 @@ class JacobiDecoder:
             adapter=adapter if drafts else None,
             drafts=drafts,
         )
-        self.prefixes = Prefixes(prefix_cache)
+        try_out(self.step)
+        self.prefixes = Prefixes(0 if self.step.rotary else prefix_cache)  # there, keys depend on the rest of the prompt
         self.prefill = Prefill(self.step, self.prefixes, self.device, prefill_chunk)
         self.width = self.step.width
         self.compile: Mode = compile
@@ -203,15 +211,11 @@ class JacobiDecoder:
         whose numbers stand in ``unwanted``, which the caller may fill meanwhile, end before ``feed`` is asked.
         Raises UsageError for an empty prompt, or one that leaves no room in the model's context.
         """
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             self.step.linears.refresh(self.step.adapter)
             self.prefixes.expect(self.model)
-            with self.runner.batch(self._start([], 0).rows) as batch:
+            with self.runner.batch(self._start([], []).rows) as batch:
                 yield from self._loop(feed, unwanted, batch)
-        finally:
-            self.model.train(training)
 
     def narrower(self) -> JacobiDecoder:
         """A decoder that writes the same texts with half the window and half the draft tokens, in less memory."""
@@ -253,19 +257,24 @@ class JacobiDecoder:
             if step % self.sync_interval == 0:
                 if unwanted:
                     batch.drop(unwanted)
-                running, ended = batch.look()
-                for row in inside.keys() & ended.keys():
-                    self._keep(batch, inside[row], *ended[row])
+                running, places = batch.look()
+                ended = {row: (inside[row], *places[row]) for row in inside.keys() & places.keys()}
+                for text in ended.values():
+                    self._keep(batch, *text)
+                joining = self._reread(batch, {row: text for row, text in ended.items() if row not in unwanted})
                 inside = {row: inside[row] for row in running}
-                if requests := feed(list(inside)):
-                    for number, request in enumerate(requests, fed):
+                if not joining:
+                    joining = dict(enumerate(feed(list(inside)), fed))
+                    fed += len(joining)
+                if joining:
+                    requests = list(joining.values())
+                    for number, request in joining.items():
                         self.check(request, f"prompt {number}")
-                    new = self._start(requests, fed)
+                    new = self._start(requests, list(joining))
                     unit = LENGTHS if running or self.runner.fixed else GROWTH  # where nothing runs, its cache is the batch's
                     facts_BF, known = self.prefill(new, requests, self._width(new), unit)
-                    yield Iteration(facts_BF, dict(enumerate(known, fed)))
-                    inside |= dict(enumerate(requests, fed))
-                    fed += len(requests)
+                    yield Iteration(facts_BF, dict(zip(joining, known, strict=True)))
+                    inside |= joining
                     most = max(map(self._end, inside.values())) + self.step.span
                     batch.put(new, running, self.runner.length(most), self.runner.fixed)
                     batch.resize(self.runner.size(batch.size, len(batch.rows)))
@@ -282,8 +291,22 @@ class JacobiDecoder:
             reach = min(reach + self.step.verified, most)  # no row's tokens stand beyond this
             yield Iteration(self.runner.run(batch, chooser, self.runner.length(reach), self._width(batch)))
 
-    def _start(self, requests: Sequence[Request], first: int) -> Batch:
-        """Rows ``first``, ... before their first forward."""
+    def _reread(self, batch: Batch, ended: Mapping[int, tuple[Request, int, int]]) -> dict[int, Request]:
+        """Of the rows that have ended, those that go on once the model has read their text anew, with what is left to do.
+
+        ``ended``: the request of each row, its place in the batch and where its window begins.
+        """
+        going_on: dict[int, Request] = {}
+        for row, (request, place, start) in ended.items():
+            if start + 1 == self._end(request) < self._last(request):
+                text_S = batch.rows.text_BS[place, : start + 1]
+                if not bool(torch.isin(text_S[-1], self.eos_ids)):
+                    left = len(request.prompt) + request.max_new_tokens - len(text_S)
+                    going_on[row] = replace(request, prompt=text_S.tolist(), max_new_tokens=left)
+        return going_on
+
+    def _start(self, requests: Sequence[Request], numbers: Sequence[int]) -> Batch:
+        """Rows of these numbers before their first forward."""
         B = len(requests)
         prompts = [torch.as_tensor(request.prompt, dtype=torch.long) for request in requests]
         length = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long, device=self.device)
@@ -292,7 +315,7 @@ class JacobiDecoder:
         for row, prompt in enumerate(prompts):
             text[row, : len(prompt)] = prompt
         rows = Rows(
-            ids_B=torch.arange(first, first + B, device=self.device),
+            ids_B=torch.tensor(numbers, dtype=torch.long, device=self.device),
             seed_B=torch.full_like(length, self.seed),
             options_BO=torch.tensor([r.sampling.options() for r in requests], device=self.device).view(B, OPTIONS),
             noise_seed_B=torch.tensor([r.sampling.seed for r in requests], dtype=torch.long, device=self.device),
@@ -315,10 +338,15 @@ class JacobiDecoder:
         """How many tokens of each window go through the model."""
         return batch.useful() if self.runner.narrows and self.sync_interval == 1 else self.width
 
-    def _end(self, request: Request) -> int:
-        """The first position that a request's row may not fill."""
+    def _last(self, request: Request) -> int:
+        """How long the text of a request may become."""
         end = len(request.prompt) + request.max_new_tokens
         return end if self.context is None else min(end, self.context)
+
+    def _end(self, request: Request) -> int:
+        """The first position that a request's row may not fill, at least until its text is read anew."""
+        last, reread = self._last(request), self.reread_length
+        return last if reread is None or len(request.prompt) >= reread else min(last, reread)
 
     def _keep(self, batch: Batch, request: Request, place: int, start: int) -> None:
         """Let later prompts start from the text of a row that has ended, up to where its window begins."""

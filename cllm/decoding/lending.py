@@ -8,7 +8,10 @@ from threading import Lock, get_ident
 from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary, ref
 
+from torch import nn
 from transformers import PreTrainedModel
+
+Forward = Callable[..., Any]
 
 
 class Lending(ABC):
@@ -61,3 +64,30 @@ class Lending(ABC):
     @abstractmethod
     def _take_out(self) -> None:
         """The lock is held; nothing may be in."""
+
+
+class LentForward:
+    """The ``forward`` of a layer while it is lent: a kind of it is called in the place of ``plain``."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.own = layer, own_forward(layer)
+        self.plain = self.own or layer.forward
+        self._attributes = layer.__dict__
+
+    def put_in(self) -> None:
+        if self._attributes.get("forward") is self.own:
+            self._attributes["forward"] = self
+
+    def take_out(self) -> None:
+        if self._attributes.get("forward") is not self:
+            return
+        if self.own is None:
+            del self._attributes["forward"]
+        else:
+            self._attributes["forward"] = self.own
+
+
+def own_forward(layer: nn.Module) -> Forward | None:
+    """The forward that others gave the layer instead of its type's."""
+    forward = layer.__dict__.get("forward")
+    return forward.own if isinstance(forward, LentForward) else forward

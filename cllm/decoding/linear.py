@@ -8,7 +8,7 @@ all on weights that were laid out for it before. On an Intel CPU MKL is the fast
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +19,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from xxhash import xxh3_128_digest
 
 from cllm.adapter import Adapter
 from cllm.decoding.deltas import Deltas, Drafting
-from cllm.decoding.lending import Lending
+from cllm.decoding.lending import Forward, Lending, LentForward, own_forward
 
-Forward = Callable[..., torch.Tensor]
+Fingerprint = tuple[torch.Size, bytes]
 PACKED_BYTES = 2 << 30  # of weights that are kept a second time, laid out for oneDNN
 PACKED_ROWS = 16  # the number of input rows that they are laid out for
 
@@ -45,7 +46,7 @@ class Linears(Lending):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._products: list[_Product] = []
-        self._seen: list[torch.Tensor] = []  # what tells the weights that were packed from others
+        self._seen: list[Fingerprint] = []  # of the weights that were packed
         self._deltas: WeakKeyDictionary[Adapter, Deltas] = WeakKeyDictionary()
         self._active = _Active(self._inside)
         self._tracing = Lock()
@@ -74,16 +75,16 @@ class Linears(Lending):
     def _find_products(self, model: PreTrainedModel) -> None:
         adapted = {name for deltas in self._deltas.values() for name in deltas.pairs}
         fast = bool(torch.backends.mkldnn.enabled)
-        named = [(name, layer, fast and _suits(layer), _own_forward(layer)) for name, layer in model.named_modules()]
+        named = [(name, layer, fast and _suits(layer), own_forward(layer)) for name, layer in model.named_modules()]
         layers: list[tuple[str, Any, bool, Forward | None]] = [item for item in named if item[2] or item[0] in adapted]
         weights = [layer.weight for _, layer, suits, _ in layers if suits]
-        seen = [_multiply(_probe(weight), weight) for weight in weights]
+        packs = sum(weight.nbytes for weight in weights) <= PACKED_BYTES
+        seen = [_fingerprint(weight) for weight in weights] if packs else []
         known = [(product.name, product.layer, product.fast, product.own) for product in self._products]
-        if known == layers and all(map(torch.equal, seen, self._seen)):
+        if known == layers and seen == self._seen:
             return
         self._drop()  # the old copies go before new ones are made
-        packs = sum(weight.nbytes for weight in weights) <= PACKED_BYTES
-        self._products = [_Product(*item, packs, self._active) for item in layers]
+        self._products = [_Product(name, layer, fast, packs, self._active) for name, layer, fast, _ in layers]
         self._seen = seen
         if self._inside:  # other threads
             self._put_in()
@@ -144,28 +145,14 @@ class _Active:
         self.fast = True  # is oneDNN switched on
 
 
-class _Product:
+class _Product(LentForward):
     """The ``forward`` of a linear layer: on its weights as they are or packed, then with an adapter's delta."""
 
-    def __init__(self, name: str, layer: Any, fast: bool, own: Forward | None, packs: bool, active: _Active) -> None:
-        """``own``: see :func:`_own_forward`."""
-        self.name, self.layer, self.fast, self.own, self.active = name, layer, fast, own, active
-        self.attributes = layer.__dict__
-        self.plain = own or layer.forward
+    def __init__(self, name: str, layer: Any, fast: bool, packs: bool, active: _Active) -> None:
+        super().__init__(layer)
+        self.name, self.fast, self.active = name, fast, active
         self.packed = _packed(layer.weight) if fast and packs else None
         self.fewest = _fewest_rows() * layer.weight.shape[1] if fast else 0  # numbers of an input that oneDNN is faster for
-
-    def put_in(self) -> None:
-        if self.attributes.get("forward") is self.own:
-            self.attributes["forward"] = self
-
-    def take_out(self) -> None:
-        if self.attributes.get("forward") is not self:
-            return
-        if self.own is None:
-            del self.attributes["forward"]
-        else:
-            self.attributes["forward"] = self.own
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
@@ -183,14 +170,8 @@ class _Product:
         return output
 
 
-def _own_forward(layer: nn.Module) -> Forward | None:
-    """The forward that others gave the layer instead of its type's."""
-    forward = layer.__dict__.get("forward")
-    return forward.own if isinstance(forward, _Product) else forward
-
-
 def _suits(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or _own_forward(layer) is not None:
+    if type(layer) is not nn.Linear or own_forward(layer) is not None:
         return False
     weight = layer.weight
     plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.is_contiguous()
@@ -204,7 +185,7 @@ def _supported() -> bool:
         return False
     weight = torch.zeros(8, 8)
     try:
-        _multiply(_probe(weight), _packed(weight))
+        _multiply(weight, _packed(weight))
     except (AttributeError, RuntimeError):
         return False
     return True
@@ -218,9 +199,9 @@ def _fewest_rows() -> int:
     return 4 if "GenuineIntel" in name else 1
 
 
-def _probe(weight: torch.Tensor) -> torch.Tensor:
-    """[1, in]: no two of its numbers are alike, so that a product with it tells weights from others, in any order."""
-    return torch.linspace(1, 2, weight.shape[1])[None]
+def _fingerprint(weight: torch.Tensor) -> Fingerprint:
+    """Of every bit; edits through ``.data`` or numpy leave version counters and data pointers as they were."""
+    return weight.shape, xxh3_128_digest(weight.detach().numpy().data)
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:

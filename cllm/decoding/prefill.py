@@ -54,11 +54,14 @@ class Prefill:
         before_BT = before_BT.where(before_BT >= torch.tensor(start, device=self.device)[:, None], -1)
         positions_BT = torch.cat([before_BT, after_BT], dim=1)
         tokens_BT = torch.cat([rows.text_BS.gather(1, before_BT.clamp(min=0)), window_BT], dim=1)
+        reach_BT = torch.maximum(positions_BT, rows.start_B[:, None])  # AR decoding computes a prompt in one forward
         done = 0
         while ahead - done > self.chunk:
             chunk = slice(done, done := done + self.chunk)
-            self.step.forward(tokens_BT[:, chunk], positions_BT[:, chunk], new.cache, round_up(first - ahead + done), 1)
-        logits_BTV = self.step.forward(tokens_BT[:, done:], positions_BT[:, done:], new.cache, length, width, drafts)
+            at = tokens_BT[:, chunk], positions_BT[:, chunk]
+            self.step.forward(*at, new.cache, round_up(first - ahead + done), 1, reach_BT=reach_BT[:, chunk])
+        at = tokens_BT[:, done:], positions_BT[:, done:]
+        logits_BTV = self.step.forward(*at, new.cache, length, width, drafts, reach_BT=reach_BT[:, done:])
         for row, request in enumerate(requests):
             self.prefixes.store(new.cache, row, request.scope, request.prompt)
         chooser = Chooser([request.sampling for request in requests])

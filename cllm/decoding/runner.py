@@ -169,7 +169,7 @@ def make_runner(step: Step, mode: Mode) -> Runner:
     """``off``: steps as they are; ``graph``: captured as CUDA graphs; ``compile``: under torch.compile, and captured on a GPU;
     ``auto``: ``graph`` where the whole model is on one GPU, else ``off``.
 
-    Raises UsageError for another mode, and for ``graph`` where no graph can be captured.
+    Raises UsageError for another mode, for ``graph`` where no graph can be captured, and for ``compile`` with longrope.
     """
     if mode not in get_args(Mode):
         raise UsageError(f"compile must be one of {', '.join(get_args(Mode))}, got {mode!r}")
@@ -177,6 +177,8 @@ def make_runner(step: Step, mode: Mode) -> Runner:
     capturable = len(devices) == 1 and next(iter(devices)).type == "cuda"
     if mode == "graph" and not capturable:
         raise UsageError(f"compile='graph' needs the whole model on one CUDA device, got {', '.join(map(str, devices))}")
+    if mode == "compile" and step.rotary:
+        raise UsageError("compile='compile' takes no model with longrope, whose frequencies are chosen outside of its code")
     function = CompiledStep(step) if mode == "compile" else step
     if mode == "off" or not capturable:
         return Runner(function, narrows=(step.narrows or step.drafts > 0) and function is step)

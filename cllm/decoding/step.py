@@ -34,6 +34,7 @@ from cllm.decoding.draft import Draft, Guess, token_before
 from cllm.decoding.grouped_attention import GroupedAttention
 from cllm.decoding.linear import Linears
 from cllm.decoding.result import Iteration
+from cllm.decoding.rotary import Rotary
 from cllm.decoding.rows import Rows
 from cllm.decoding.sampling import Chooser, Windows
 
@@ -66,7 +67,7 @@ class Step:
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self.narrows = sliding and guess.narrows and not drafts  # refined guesses are what a draft is for
         self.order_W = torch.arange(self.width, device=eos_ids.device)
-        self.linears, self.attention = Linears.of(model), GroupedAttention.of(model)
+        self.linears, self.attention, self.rotary = Linears.of(model), GroupedAttention.of(model), Rotary.of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int, width: int) -> torch.Tensor:
@@ -108,11 +109,13 @@ class Step:
         width: int,
         drafts: int = 0,
         first: int = 0,
+        reach_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The logits [B, width, V] after the last ``width`` tokens. Position -1 marks padding.
 
         The last ``drafts`` tokens are draft tokens, which stand after the first verify token and see no other one.
         ``first``: the cache's row of the first of these rows.
+        ``reach_BT``: the longest position of the forward in which AR decoding computes each token, by default its own.
         """
         seen_BT = positions_BT.clamp(min=0)
         slots_BT, visible_BTL, keys_BL = self._visible(positions_BT, seen_BT, length, drafts)
@@ -120,9 +123,10 @@ class Step:
         keep = {"logits_to_keep": width} if self._keeps_logits else {}
         output = self._run_model(
             drafts,
+            positions_BT if reach_BT is None else reach_BT,
             input_ids=tokens_BT,
             attention_mask=model_mask(self.model.config, visible_BTL, seen_BT, keys_BL, self.model.dtype),
-            position_ids=seen_BT if self.context is None else seen_BT.clamp(max=self.context - 1),
+            position_ids=seen_BT if self.context is None else seen_BT.clamp(max=self.context - 2),  # the last that leads on
             past_key_values=cache,
             use_cache=True,
             **keep,
@@ -150,10 +154,11 @@ class Step:
         keys_BL = torch.where(draft_BL, slots_1L - last_B1 + first_B1, slots_1L)
         return torch.cat([verify_BT, slots_BD], dim=1), visible_BTL, keys_BL
 
-    def _run_model(self, drafts: int, **inputs: Any) -> Any:
+    def _run_model(self, drafts: int, reach_BT: torch.Tensor, **inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.model(**inputs)
-        with self.linears.drafting(self.adapter, inputs["input_ids"].shape[1], drafts), self.attention:
+        drafting = self.linears.drafting(self.adapter, inputs["input_ids"].shape[1], drafts)
+        with drafting, self.attention, self.rotary.reaching(reach_BT):
             return self.model(**inputs)
 
     @contextmanager

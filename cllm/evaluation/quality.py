@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.evaluation.interval import Interval, mean_interval, ratio_interval
 from cllm.evaluation.table import format_table, percent_with_interval, with_interval
+from cllm.modes import evaluating
 from cllm.tasks.base import Example, Task
 from cllm.trajectory.hygiene import repetition
 
@@ -136,12 +137,8 @@ def _of_each(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
 ) -> list[float]:
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return [figure(model, p, r) for p, r in zip(prompts, responses, strict=True)]
-    finally:
-        model.train(was_training)
 
 
 QUALITY_ROWS: tuple[tuple[str, str, str | None, bool], ...] = (  # title, field, field of the interval, in percent

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from cllm.attention import MASKABLE, check_model
 from cllm.errors import UsageError
+from cllm.modes import evaluating
 from cllm.packing import PADDING, Layout, packed_mask
 from cllm.training.arguments import NO_CHECKPOINTING, LosslessTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer, at
@@ -119,10 +120,5 @@ class LosslessTrainer(TokenMeanTrainer):
 @contextmanager
 def _target(own: Any) -> Iterator[None]:
     """Meanwhile a model with an adapter is the target model: adapter off, dropout off."""
-    training = own.training
-    with own.disable_adapter():
-        own.eval()
-        try:
-            yield
-        finally:
-            own.train(training)
+    with own.disable_adapter(), evaluating(own):
+        yield

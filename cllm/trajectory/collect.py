@@ -19,7 +19,7 @@ from cllm.decoding import JacobiDecoder, Queue, Request
 from cllm.decoding.guess import STARTS
 from cllm.decoding.prefixes import DEFAULT_BYTES
 from cllm.errors import UsageError
-from cllm.models import DEFAULT_GUESS, context_length, stop_token_ids
+from cllm.models import DEFAULT_GUESS, packed_length, stop_token_ids
 from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
 from cllm.trajectory.hygiene import Seen, augment, degenerate
@@ -99,7 +99,7 @@ class Collector:
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.template = PromptTemplate(settings.prompt_template)
-        context = context_length(model.config)
+        context = packed_length(model.config)
         if context is not None and settings.block_size >= context:
             raise UsageError(f"block size must be below the model's context of {context}, got {settings.block_size}")
         self.context = context
@@ -166,6 +166,8 @@ class Collector:
         good, dropped = [], []
         for prompt, ids in responses:
             reason = "empty response" if len(ids) < 2 else degenerate(ids)
+            if self.context is not None and len(prompt.ids) + len(ids) > self.context:
+                reason = "longer than what can be packed"
             if reason:
                 dropped.append(Dropped(prompt.row_id, reason))
             else:

@@ -93,6 +93,32 @@ def test_weights_are_those_of_now(change):
                 torch.testing.assert_close(layer(x), x @ weight.T)
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-7])
+@pytest.mark.parametrize("place", [(3, 5), (3, 31), (0, 1)])
+def test_a_small_edit_beside_a_huge_weight(size, place):
+    model = tiny_model(tie_word_embeddings=False)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data[:, 0] = 1e12
+    Linears.fresh(model)
+    weight.data[place] = size
+    x = torch.zeros(1, 32)
+    x[0, place[1]] = 1
+    with torch.inference_mode(), Linears.fresh(model):
+        assert float(model.model.layers[1].mlp.up_proj(x)[0, place[0]]) == pytest.approx(size)
+
+
+def test_weights_that_were_exchanged():
+    model = tiny_model(tie_word_embeddings=False)
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers[:2])
+    x = torch.randn(2, 32)
+    with torch.inference_mode():
+        expected = second(x)
+        Linears.fresh(model)
+        first.weight.data, second.weight.data = second.weight.data, first.weight.data
+        with Linears.fresh(model):
+            torch.testing.assert_close(first(x), expected)
+
+
 def test_training_in_the_midst_of_decoding():
     """Gradients flow as ever while iterations are being fetched, and the next text is that of the new weights."""
     model, decoder = tiny_model(), None

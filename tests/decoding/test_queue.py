@@ -110,10 +110,10 @@ def test_a_row_that_is_too_wide(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     model = tiny_model(vocab_size=97, eos_token_id=None)
     forward, most = Step.forward, 9
 
-    def short(self, tokens, *arguments):
+    def short(self, tokens, *arguments, **options):
         if tokens.shape[1] > most:
             raise torch.OutOfMemoryError
-        return forward(self, tokens, *arguments)
+        return forward(self, tokens, *arguments, **options)
 
     wanted = requests(1, 2)
     expected = [r.token_ids for r in alone(JacobiDecoder(model, 1), wanted)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import AROUND_THE_SWITCH, longrope
 from tiny import KINDS, tiny_model
 
 from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling
@@ -62,6 +63,16 @@ def test_captured_steps_give_the_same_texts(guess: str) -> None:
         plain, decoder = dict(Queue(whole, 3).run(wanted)), capturing(model, width, **options)
         assert dict(Queue(decoder, 3).run(wanted)) == plain, kind
         assert decoder.runner.capture.replays > decoder.runner.capture.captures > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_captured_steps_with_longrope(name: str) -> None:
+    """Frequencies are chosen on the device, and a text is read anew some iterations after its row has ended."""
+    model = longrope(name)
+    plain, decoder = dict(Queue(JacobiDecoder(model, 4), 3).run(AROUND_THE_SWITCH)), capturing(model, 4)
+    found = dict(Queue(decoder, 3).run(AROUND_THE_SWITCH))
+    assert {number: row.token_ids for number, row in found.items()} == {number: row.token_ids for number, row in plain.items()}
+    assert decoder.runner.capture.replays > 0
 
 
 def test_rows_with_a_process_of_their_own() -> None:

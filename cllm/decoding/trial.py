@@ -1,0 +1,91 @@
+"""A few random tokens through a model that no test covers: does it compute what Jacobi decoding relies on?
+
+Shapes: B = 2 rows, T tokens of a forward, S tokens of the texts, W window width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakSet
+
+import torch
+from transformers import PreTrainedModel
+
+from cllm.decoding.cache import RowCache
+from cllm.decoding.step import Step, round_up
+from cllm.errors import UnsupportedModelError, out_of_memory
+from cllm.models import embedding_device, first_line
+from cllm.modes import evaluating
+
+TOLERANCE, TOLERANCE_16 = 0.01, 1.0  # in standard deviations of the logits; in 16 bits an expert may be chosen by rounding
+FAMILIES = frozenset(  # whose texts tests/decoding/test_families.py has compared with AR decoding's
+    """
+    afmoe apertus arcee aria_text axk1 beam bert bert-generation biogpt bitnet camembert codegen cohere cohere2
+    cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 electra ernie
+    ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text
+    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa
+    granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3
+    iquestcoder jais2 jetmoe kolibri1 laguna llama longcat_flash megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2
+    minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe
+    opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roberta roberta-prelayernorm roc_bert seed_oss
+    smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl youtu
+    """.split()
+)
+
+_tried: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def try_out(step: Step) -> None:
+    """Raise UnsupportedModelError where the logits of windows in a ragged batch are not those of plain forwards.
+
+    Costs two short forwards, and two plain ones, once for each model; none for families in FAMILIES. Texts are too short to
+    reach beyond a sliding window.
+    """
+    name = step.model.config.model_type
+    if name in FAMILIES or step.model in _tried:
+        return
+    try:
+        off = largest_difference(step)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"{name} fails with the masks and positions of Jacobi decoding: {first_line(error)}"
+        ) from error
+    most = TOLERANCE_16 if step.model.dtype.itemsize <= 2 else TOLERANCE
+    if not off <= most:
+        raise UnsupportedModelError(
+            f"{name} does not compute AR decoding's logits under the masks and positions of Jacobi decoding: they are off by "
+            f"{off:.2g} standard deviations, where {most} may be rounding"
+        )
+    _tried.add(step.model)
+
+
+@torch.inference_mode()
+def largest_difference(step: Step, longest: int = 8, width: int = 4) -> float:
+    """Between logits by windows of ``width`` tokens and by plain forwards, in standard deviations of the latter.
+
+    Two rows of random tokens: prompts of a third of ``longest`` tokens and of all of them go through the model with a window
+    of wrong guesses, then the right ones go over what those left in the cache.
+    """
+    model, device = step.model, embedding_device(step.model)
+    ids_BS = torch.randint(step.vocabulary, (2, longest + width), generator=torch.Generator().manual_seed(0)).to(device)
+    start_B1 = torch.tensor([[longest // 3], [longest - 1]], device=device)
+    positions_BT = (start_B1 + torch.arange(1 - longest, width, device=device)).clamp(min=-1)
+    tokens_BT = ids_BS.gather(1, positions_BT.clamp(min=0))
+    tokens_BT[:, longest:] = (tokens_BT[:, longest:] + 1) % step.vocabulary
+    next_BW = start_B1 + torch.arange(1, width + 1, device=device)
+    cache, slots = RowCache(), round_up(longest + width)
+    reach_BT = torch.maximum(positions_BT, start_B1)
+    with evaluating(model):
+        first_BWV = step.forward(tokens_BT, positions_BT, cache, slots, width, reach_BT=reach_BT)
+        second_BWV = step.forward(ids_BS.gather(1, next_BW), next_BW, cache, slots, width)
+        texts = [ids_S[None, : end + 1] for ids_S, end in zip(ids_BS, next_BW[:, -1].tolist(), strict=True)]
+        plain = [model(input_ids=text, position_ids=_positions(text), use_cache=False).logits for text in texts]
+    plain_BWV = torch.cat([logits[:, -width - 1 :] for logits in plain]).float()
+    found_BWV = torch.cat([first_BWV[:, :1], second_BWV], dim=1).float()
+    return float((found_BWV - plain_BWV).abs().max() / plain_BWV.std())
+
+
+def _positions(text_1S: torch.Tensor) -> torch.Tensor:
+    """As ``generate`` gives them; some models count from another number by themselves."""
+    return torch.arange(text_1S.shape[1], device=text_1S.device)[None]
