@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from xxhash import xxh3_128_digest
 
 from cllm.adapter import Adapter
 from cllm.decoding.deltas import Deltas, Drafting
@@ -38,9 +37,9 @@ class Linears(Lending):
 
     Outside, and in all that can be seen of it, the model is as it was. Weights are those of the last :meth:`refresh`. Left
     to torch are models that are not in float32 on an x86 CPU, up to three rows of input on an Intel CPU, layers of another type
-    than ``nn.Linear`` or with a ``forward`` of their own, and everything under ``torch.backends.mkldnn.flags(enabled=False)``, autocast or
-    torch.compile. Memory: a second copy of these layers' weights where they have PACKED_BYTES at most, until the model goes or
-    :meth:`clear`; larger models are computed on the weights as they are.
+    than ``nn.Linear`` or with a ``forward`` of their own, and everything under autocast, torch.compile or
+    ``torch.backends.mkldnn.flags(enabled=False)``. Memory: a second copy of these layers' weights where they have PACKED_BYTES
+    at most, until the model goes or :meth:`clear`; larger models are computed on the weights as they are.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -201,6 +200,8 @@ def _fewest_rows() -> int:
 
 def _fingerprint(weight: torch.Tensor) -> Fingerprint:
     """Of every bit; edits through ``.data`` or numpy leave version counters and data pointers as they were."""
+    from xxhash import xxh3_128_digest  # a GPU needs none of this
+
     return weight.shape, xxh3_128_digest(weight.detach().numpy().data)
 
 

@@ -8,9 +8,9 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
-from tiny import surround
 from openai.types import completion_create_params as legacy_params
 from openai.types.chat import completion_create_params
+from tiny import surround
 
 from cllm.serving.server.protocol import ChatRequest, CompletionRequest
 from cllm.serving.server.service import Limits
