@@ -1,4 +1,4 @@
-"""Text files in and out: rows of JSON with or without gzip, atomic writes, and result files that survive a kill."""
+"""Files and folders: rows of JSON with or without gzip, atomic writes, result files that survive a kill, numbered folders."""
 
 import errno
 import gzip
@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Iterable, Iterator
@@ -108,6 +109,12 @@ def _row(text: str, number: int) -> dict[str, Any] | BadRow:
 
 def _no_object(value: Any, number: int) -> BadRow:
     return BadRow(number, "not a JSON object", f"got {type(value).__name__}")
+
+
+def numbered_folders(parent: StrPath, name: str) -> dict[int, Path]:
+    """The folders ``NAME-NUMBER`` in ``parent`` by their numbers, in rising order. ``NAME-2-backup`` is none of them."""
+    found = ((re.fullmatch(rf"{re.escape(name)}-(0|[1-9][0-9]*)", path.name), path) for path in Path(parent).glob(f"{name}-*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_dir()))
 
 
 def write_text(path: StrPath, text: str) -> None:

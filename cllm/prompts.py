@@ -96,7 +96,7 @@ class PromptTemplate:
         template refuses the conversation all the same.
         """
         if self.text != CHAT:
-            return tokenizer(self.render(messages)).input_ids
+            return prompt_ids(self.render(messages), tokenizer)
         try:
             return _chat_ids(messages, tokenizer)
         except Exception as error:  # a template is a program: beside its own refusals, anything may go wrong in it
@@ -120,6 +120,23 @@ class PromptTemplate:
     def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """What a model learns to write behind a reply."""
         return (self.stop_ids(tokenizer) or [tokenizer.eos_token_id])[0]
+
+
+def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text that goes on: with what the tokenizer puts before it (BOS), without what it puts after it (EOS).
+
+    BOS is not doubled where the text begins with it, as chat templates write it.
+    """
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not begun).input_ids
+    return ids if begun else ids[: len(ids) - _appended(tokenizer)]
+
+
+def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the tokenizer puts after every text."""
+    alone = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    return next((count for count in range(len(whole)) if whole[: len(whole) - count][-len(alone) :] == alone), 0)
 
 
 def template_names() -> list[str]:

@@ -19,6 +19,15 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shared_cases(shared_data: Path) -> Path:
+    """The folder of small hard inputs beside ``shared_data``. Skips without it."""
+    folder = shared_data.parent / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"no shared cases in {folder}")
+    return folder
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch with one thread, which is faster than several where models are tiny."""

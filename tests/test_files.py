@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 
 from cllm import files
 from cllm.errors import UsageError
-from cllm.files import BadRow, append_jsonl, open_text, read_jsonl_tolerant, read_rows, write_json, write_text
+from cllm.files import (
+    BadRow,
+    append_jsonl,
+    numbered_folders,
+    open_text,
+    read_jsonl_tolerant,
+    read_rows,
+    write_json,
+    write_text,
+)
 
 ROWS: list[dict[str, Any]] = [{"a": 1}, {"b": "ü\u2028"}, {"c": [1.5, None]}]
 
@@ -53,6 +62,14 @@ def test_items_of_a_list_that_are_no_objects(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1}, 3, {"a": 2}]')
     assert list(read_rows(path)) == [(1, {"a": 1}), (2, BadRow(2, "not a JSON object", "got int")), (3, {"a": 2})]
+
+
+def test_numbered_folders(tmp_path: Path) -> None:
+    for name in ("part-10", "part-9", "part-0", "part-2-backup", "part-", "part-03", "part-1.5", "apart-4", "part-٤"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "part-7").touch()
+    assert list(numbered_folders(tmp_path, "part").items()) == [(n, tmp_path / f"part-{n}") for n in (0, 9, 10)]
+    assert numbered_folders(tmp_path / "none", "part") == {}
 
 
 def test_a_damaged_list_names_the_line(tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 import os
 
 import pytest
-from tiny import EOS_ID, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from tiny import EOS_ID, save_tiny_checkpoint, surround, tiny_config, tiny_model, tiny_tokenizer
 
 from cllm.checkpoints import PUBLISHED, published_of, published_record
 from cllm.errors import UsageError
 from cllm.models import load_model, load_tokenizer, read_record, stop_token_ids, write_record
-from cllm.prompts import DIALOGUES, PromptTemplate, choose_template
+from cllm.prompts import DIALOGUES, PromptTemplate, choose_template, prompt_ids
 
 TALK = [
     {"role": "user", "content": "q1"},
@@ -163,6 +163,29 @@ def test_a_chat_template_without_system_messages():
     assert tokenizer.decode(template.encode([SYSTEM, *TALK], tokenizer)) == "[user]S.\n\nq1[assistant]a1[user]q2"
     with pytest.raises(UsageError, match="refuses the conversation: by turns"):
         template.encode([SYSTEM, TALK[1]], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("around", "text", "tokens"),
+    [
+        ("$A <eos>", "hi", "hi"),
+        ("<pad> $A <eos>", "hi", "<pad>hi"),
+        ("<pad> $A <eos> <unk>", "hi", "<pad>hi"),
+        ("<pad> $A", "hi", "<pad>hi"),
+        ("$A <eos>", "a<eos>b<eos>", "a<eos>b<eos>"),  # an end that the text has stays
+        ("<pad> $A <eos>", "<pad>hi", "<pad>hi"),  # a beginning that the text has is not doubled
+        ("<pad> $A <eos>", "", "<pad>"),
+    ],
+)
+@pytest.mark.parametrize("template", [None, "{question}"])
+def test_a_prompt_does_not_end_before_its_reply(around, text, tokens, template):
+    tokenizer = surround(tiny_tokenizer(), around)
+    tokenizer.bos_token = "<pad>"
+    if template:
+        found = PromptTemplate(template).encode([{"role": "user", "content": text}], tokenizer)
+    else:
+        found = prompt_ids(text, tokenizer)
+    assert tokenizer.decode(found) == tokens
 
 
 @pytest.mark.real_model

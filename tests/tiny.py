@@ -1,6 +1,6 @@
 """Tiny random models and a tokenizer of single characters, for tests that need a real checkpoint but no real text.
 
-    from tiny import Successor, save_tiny_adapter, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+    from tiny import Successor, save_tiny_adapter, save_tiny_checkpoint, surround, tiny_config, tiny_model, tiny_tokenizer
 
 The weights have a standard deviation of 0.3, so that greedy outputs vary. Sliding windows are 12 tokens.
 """
@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -144,6 +145,13 @@ def tiny_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:
     if chat_template:
         wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
+
+
+def surround(tokenizer: PreTrainedTokenizerFast, text: str) -> PreTrainedTokenizerFast:
+    """Let the tokenizer put special tokens around every text: ``surround(tokenizer, "<pad> $A <eos>")``."""
+    special = [(token, VOCABULARY.index(token)) for token in text.split() if token != "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=text, special_tokens=special)
+    return tokenizer
 
 
 def save_tiny_checkpoint(

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from cllm.cli.command import STARTS, add_model_options, add_task_option, command, parser, positive
 from cllm.errors import UsageError
 
-DATA_FOLDER = Path(__file__).parents[2] / "data"
+if TYPE_CHECKING:
+    from cllm.tasks.source import Extent
+
 OUTPUT_FOLDER = "collected_jacobi_trajectory"
 
 
@@ -41,7 +44,11 @@ def build_parser(task: str | None, argv: Sequence[str] | None = None) -> argpars
     options.add_argument("--use_labels", action="store_true", help="store the dataset's own answers as well")
     options.add_argument("--data_size", type=positive, help="use only the first so many examples")
     options.add_argument("--batch_size", type=positive, default=16, help="prompts decoded together")
-    options.add_argument("--output", help=f"folder to write; default: one named after the settings in data/{OUTPUT_FOLDER}")
+    options.add_argument(
+        "--output",
+        help=f"folder to write; default: one named after the settings in {OUTPUT_FOLDER}/ of the folder this is run in, or of "
+        "its data/ where that has the scripts",
+    )
     options.add_argument("--published", metavar="FILE", help="also write the paper's JSON form; blocks then start at 0")
     options.add_argument("--seed", type=int, default=0, help="of starting guesses and block boundaries")
     options.add_argument(
@@ -69,34 +76,34 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
         logging.getLogger("cllm").setLevel(logging.ERROR)
     elif args.published:
         check_writable(args.published)
-    collector, settings = _collector(args, chosen)
+    extent = examples.extent()
+    collector, settings = _collector(args, chosen, extent.fingerprint if extent else None)
     folder = Path(args.output) if args.output else _default_folder(args, chosen)
 
     state = _process_group(processes)
     from cllm.trajectory.store import TrajectoryWriter, stored_counts
 
     with state.main_process_first() if state else nullcontext():
-        writer = TrajectoryWriter(folder, settings.as_dict(), resume=args.resume or rank > 0)
-    if rank == 0:
-        print(f"collecting into {folder} ({len(writer.done_ids)} examples there already)", file=sys.stderr)
-    total = _expected(args, chosen)
-    with tqdm(total=total and total // processes, unit="example", disable=rank > 0, smoothing=0.1) as bar:
-        for size in collector.run(
-            examples, writer, batch_size=args.batch_size, rank=rank, processes=processes
-        ):
-            bar.update(size)
-            bar.set_postfix(stored=writer.counts()["kept"])
-    if state:
-        state.wait_for_everyone()
-    if rank == 0:
-        if args.published:
-            _publish(args.published, folder, collector)
-        _report(folder, stored_counts(folder), examples.bad)
+        writer = TrajectoryWriter(folder, settings.as_dict(), resume=args.resume or rank > 0, rank=rank)
+    with writer:
+        if rank == 0:
+            print(f"collecting into {folder} ({len(writer.done_ids)} examples there already)", file=sys.stderr)
+        total = _expected(extent, args.data_size)
+        with tqdm(total=total and total // processes, unit="example", disable=rank > 0, smoothing=0.1) as bar:
+            for size in collector.run(examples, writer, batch_size=args.batch_size, rank=rank, processes=processes):
+                bar.update(size)
+                bar.set_postfix(stored=writer.counts()["kept"])
+        if state:
+            state.wait_for_everyone()
+        if rank == 0:
+            if args.published:
+                _publish(args.published, folder, collector)
+            _report(folder, stored_counts(folder), examples.bad)
 
 
-def _collector(args: argparse.Namespace, task):
+def _collector(args: argparse.Namespace, task, source_rows: str | None):
     from cllm.cli.model import open_model
-    from cllm.models import vocabulary_stamp
+    from cllm.models import vocabulary_stamp, weights_stamp
     from cllm.trajectory.collect import CollectionSettings, Collector
 
     if args.device is None and "LOCAL_RANK" in os.environ:
@@ -120,7 +127,9 @@ def _collector(args: argparse.Namespace, task):
         vocab_size=of.model.config.get_text_config(decoder=True).vocab_size,
         vocabulary=vocabulary_stamp(of.tokenizer),
         task_options=task.settings(),
+        weights=weights_stamp(args.model),
         source=Path(args.filename).name if args.filename else "",
+        source_rows=source_rows,
     )
     return Collector(of.model, of.tokenizer, settings), settings
 
@@ -135,7 +144,8 @@ def _process_group(processes: int):
 
 
 def _default_folder(args: argparse.Namespace, task) -> Path:
-    base = DATA_FOLDER if DATA_FOLDER.is_dir() else Path.cwd()
+    scripts = Path.cwd() / "data"
+    base = scripts if any(scripts.glob("generate_trajectory_*.py")) else Path.cwd()
     name = f"{args.task}_{Path(args.model).name}_n{args.max_new_tokens}_len{args.max_new_seq_len}"
     name += f"_{args.guess}" * (args.guess != STARTS[0])
     name += "_responses" * args.responses_only + "_aug" * args.use_aug + "_labels" * args.use_labels
@@ -143,11 +153,11 @@ def _default_folder(args: argparse.Namespace, task) -> Path:
     return base / OUTPUT_FOLDER / name
 
 
-def _expected(args: argparse.Namespace, task) -> int | None:
-    if args.filename is None:
-        return args.data_size
-    rows = sum(1 for _ in task.open(Path(args.filename), "train"))
-    return min(rows, args.data_size or rows)
+def _expected(extent: Extent | None, data_size: int | None) -> int | None:
+    """How many examples there will be, about."""
+    if extent is None:
+        return data_size
+    return min(extent.rows, data_size or extent.rows)
 
 
 def _publish(path: str, folder: Path, collector) -> None:

@@ -39,7 +39,7 @@ def lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArgumen
         LosslessTrainer,
         args,
         model=adapt(model, lora, args.seed),
-        train_dataset=DraftDataset(source.rows, args.states_per_block, guess, data_seed(args)),
+        train_dataset=DraftDataset(source.rows, args.states_per_block, guess, data_seed(args), context),
         data_collator=DraftCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import Parser
 from cllm.errors import UsageError, check_least
+from cllm.files import numbered_folders
 
 if TYPE_CHECKING:
     from cllm.training.lora import AdapterArguments
@@ -105,16 +106,17 @@ def checkpoint(args: Any) -> str | None:
         if not _is_whole(Path(wanted)):
             raise UsageError(f"resume_from_checkpoint must be a whole checkpoint of a training run or True, got {wanted}")
         return wanted
-    whole = filter(_is_whole, Path(args.output_dir).glob("checkpoint-[0-9]*"))
-    newest = max(whole, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
-    return str(newest) if newest else None
+    whole = [folder for folder in numbered_folders(args.output_dir, "checkpoint").values() if _is_whole(folder)]
+    return str(whole[-1]) if whole else None
 
 
 def _is_whole(folder: Path) -> bool:
     try:
         return "global_step" in json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
+    except OSError as error:  # it may be whole, and what is older must not take its place
+        raise UsageError(f"cannot read {folder}: {error.strerror}") from error
 
 
 def train(trainer: Any, resume_from: str | None, made: str, lora: AdapterArguments, dtype: str) -> None:
@@ -132,7 +134,7 @@ def train(trainer: Any, resume_from: str | None, made: str, lora: AdapterArgumen
         if not trainer.is_world_process_zero():
             return
         if lora.lora_r:
-            finish(trainer.model, args.output_dir, lora, dtype)
+            finish(args.output_dir, lora, dtype)
         else:
             remove_adapter(args.output_dir)
     except Exception as error:

@@ -22,7 +22,7 @@ from cllm.checkpoints import published_record
 from cllm.decoding import JacobiDecoder, Sampling
 from cllm.errors import UsageError
 from cllm.models import attach_own, context_length, folder_record, load_tokenizer, read_record, stop_token_ids
-from cllm.prompts import CHAT, PromptTemplate, choose_template
+from cllm.prompts import CHAT, PromptTemplate, choose_template, prompt_ids
 from cllm.serving.text import TextStream
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,9 @@ def generate_stream(
         raise ValueError("Jacobi decoding gives no log-probabilities")
     sampling = _sampling(params)
     prompt = params["prompt"]
-    ids = _encode(prompt, tokenizer)
+    ids = prompt_ids(prompt, tokenizer)
+    if not ids:
+        raise ValueError("the prompt is empty")
     room = max(1, min(int(params.get("max_new_tokens", 256)), context_len - 2))
     ids = ids[-max(1, context_len - room - 1) :]
     eos = [*stop_token_ids(model, tokenizer), *(params.get("stop_token_ids") or [])]
@@ -192,15 +194,6 @@ def generate_stream(
     text += stream.end()
     ended = stream.stopped or bool(output and output[-1] in eos)
     yield _item(text, len(ids), len(output), "stop" if ended else "length")
-
-
-def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text that may hold the beginning-of-sequence token already, as chat templates write it."""
-    bos = tokenizer.bos_token
-    ids: list[int] = tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos))).input_ids
-    if not ids:
-        raise ValueError("the prompt is empty")
-    return ids
 
 
 def _item(text: str, prompt_tokens: int, tokens: int, finish_reason: str | None) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A row is recognised by its fields, whatever the split:
 
-- ``conversations`` [{from, value}] (ShareGPT) or ``messages`` [{role, content}]: the first user turn is asked, or with
-  ``--multi_turn`` every one that the dataset answers, with the conversation before it;
+- ``conversations`` [{from, value}] (ShareGPT) or ``messages`` [{role, content}], maybe with ``system`` or ``system_prompt``:
+  the first user turn is asked, or with ``--multi_turn`` every one that the dataset answers, with the conversation before it;
 - ``turns`` [text, ...] with ``question_id`` (MT-bench): the first is asked, then each further one with our own replies.
 
 There is no rule that says whether a chat reply is right: without a judge only blank ones are told from others.
@@ -25,7 +25,8 @@ from cllm.tasks.base import BadField, BadRow, Example, HubDataset, Message, Numb
 if TYPE_CHECKING:
     from cllm.scoring.judge import Judge
 
-_SPEAKERS = {"system": "system"}
+_SYSTEM = ("system", "system_prompt")  # fields beside the turns
+_SPEAKERS = {"system": "system", "developer": "system"}
 _SPEAKERS |= dict.fromkeys(("human", "user", "prompter"), "user")
 _SPEAKERS |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant")
 
@@ -159,28 +160,27 @@ class ShareGpt(Task):
 def conversation_of(row: Mapping[str, Any]) -> list[Message]:
     """The turns of a row: maybe one of the system, then user and assistant by turns.
 
-    Turns of the assistant in front of the first user turn are left out (ShareGPT is cut into pieces), and the
-    conversation is cut where the speakers no longer take turns or a turn cannot be used. Raises BadField where no user
-    turn is left.
+    What the system says beside the turns and in front of them is one message. Turns of the assistant in front of the first
+    user turn are left out (ShareGPT is cut into pieces), and the conversation is cut where the speakers no longer take turns
+    or a turn cannot be used. Raises BadField where no user turn is left.
     """
+    system = [text_field(row, name).strip() for name in _SYSTEM if str(row.get(name) or "").strip()]
     messages: list[Message] = []
     reason = "no user turn"
-    started = False
     for turn in _turns(row):
         role, content = _turn(turn)
-        if not started and role in ("assistant", "system"):
-            if role == "system" and content and not messages:
-                messages.append({"role": role, "content": content})
+        if not messages and role in ("assistant", "system"):
+            system += [content] if role == "system" and content else []
             continue
-        due = "assistant" if started and messages[-1]["role"] == "user" else "user"
+        due = "assistant" if messages and messages[-1]["role"] == "user" else "user"
         if role is None or role != due or not content:
             reason = "unknown speaker" if role is None else "a turn without text" if not content else reason
             break
         messages.append({"role": role, "content": content})
-        started = True
-    if not started:
+    if not messages:
         raise BadField(reason)
-    return messages
+    told = "\n\n".join(dict.fromkeys(system))
+    return [{"role": "system", "content": told}, *messages] if told else messages
 
 
 def _turns(row: Mapping[str, Any]) -> list[Any]:

@@ -1,8 +1,10 @@
 """Where examples come from: a local file, or the task's dataset on the hub, read lazily."""
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +15,14 @@ from cllm.tasks.base import BadRow, Example, HubDataset, NumberedRow, Task
 logger = logging.getLogger(__name__)
 
 LOGGED_BAD_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a source holds: how many rows, and a fingerprint that differs where any of them does."""
+
+    rows: int
+    fingerprint: str
 
 
 class ExampleStream:
@@ -38,6 +48,15 @@ class ExampleStream:
             raise UsageError(self._nothing())
         if self.bad:
             logger.warning("%s: %d bad rows passed over", self.source, self.bad.total())
+
+    def extent(self) -> Extent | None:
+        """All rows of a local source, whatever the limit; None for the hub dataset, which would have to be fetched whole."""
+        if self._filename is None:
+            return None
+        number, digest = 0, hashlib.blake2b(digest_size=8)
+        for number, row in enumerate(self._task.open(Path(self._filename), self._split), 1):
+            digest.update(repr(row).encode("utf-8", "backslashreplace"))
+        return Extent(number, digest.hexdigest())
 
     def _good(self) -> Iterator[Example]:
         for item in self._task.read(self._rows(), self._split):

@@ -95,6 +95,12 @@ class TokenMeanTrainer(Trainer):
 
     # ------------------------------------------------- what the parent calls
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's, with the record beside an adapter, where whoever loads it looks: how to ask it, whether to merge it."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and adapted(self.model):
+            self.model.config.save_pretrained(str(output_dir or self.args.output_dir))
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step and the token counts [L] of the global batch."""
         self.meter.start()

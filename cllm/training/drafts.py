@@ -32,8 +32,10 @@ class DraftDataset(ExampleDataset):
     ``guess``: what a block starts from whose trajectory holds its fixed point only.
     """
 
-    def __init__(self, rows: TrajectoryDataset, states_per_block: int, guess: FreshGuess, seed: int = 0) -> None:
-        super().__init__(rows, Sampling(states_per_block=states_per_block), seed)
+    def __init__(
+        self, rows: TrajectoryDataset, states_per_block: int, guess: FreshGuess, seed: int = 0, context: int | None = None
+    ) -> None:
+        super().__init__(rows, Sampling(states_per_block=states_per_block), seed, context)
         self.guess = guess
 
     def build(self, row: TrajectoryRow, rng: random.Random) -> DraftExample:

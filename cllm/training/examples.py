@@ -109,7 +109,7 @@ def draw_states(
     trajectory of the narrower block (a test says so), which may reach its fixed point sooner. The noise ratios that rise
     over a window of blocks are those of Hu et al. 2025, "Jacobi Forcing" (arXiv 2512.14681).
     """
-    width = rng.randint(1, max(end - start for start, end in row.spans())) if sampling.random_block_size else None
+    width = rng.randint(1, max((end - start for start, end in row.spans()), default=1)) if sampling.random_block_size else None
     phase = rng.random() if sampling.choice == "noise" else 0.0
     for block, (start, _) in enumerate(row.spans()):
         states = [state[:width] for state in row.trajectories[block]]
@@ -147,18 +147,22 @@ def first_wrong(state: Sequence[int], fixed: Sequence[int]) -> int:
 
 
 class ExampleDataset(Dataset):
-    """Training examples over stored trajectories. The choice of states depends on seed, ``epoch`` and row only."""
+    """Training examples over stored trajectories. The choice of states depends on seed, ``epoch`` and row only.
 
-    def __init__(self, rows: TrajectoryDataset, sampling: Sampling, seed: int = 0) -> None:
+    ``context``: of the model in training; what lies beyond it is cut off.
+    """
+
+    def __init__(self, rows: TrajectoryDataset, sampling: Sampling, seed: int = 0, context: int | None = None) -> None:
         if sampling.use_labels and all(row.label_ids is None for row in rows):
             raise UsageError("use_gt_labels needs the dataset's answers; collect the trajectories with --use_labels")
-        self.rows, self.sampling, self.seed, self.epoch = rows, sampling, seed, 0
+        self.rows, self.sampling, self.seed, self.context, self.epoch = rows, sampling, seed, context, 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        return self.build(self.rows[index], random.Random(f"{self.seed} {self.epoch} {index}"))
+        row = self.rows[index] if self.context is None else self.rows[index].within(self.context)
+        return self.build(row, random.Random(f"{self.seed} {self.epoch} {index}"))
 
     def build(self, row: TrajectoryRow, rng: random.Random) -> Any:
         return build_example(row, rng, self.sampling)

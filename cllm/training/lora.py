@@ -137,12 +137,8 @@ def _pair(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach() * layer.scaling[name]
 
 
-def finish(model: Any, folder: str, lora: AdapterArguments, dtype: str) -> None:
-    """Make of the adapter that was saved in ``folder`` a plain checkpoint with weights of ``dtype``.
-
-    Where it stays alone it only gets the model's record, which :func:`cllm.models.load_model` finds there.
-    """
-    model.config.save_pretrained(folder)
+def finish(folder: str, lora: AdapterArguments, dtype: str) -> None:
+    """Make of the adapter that was saved in ``folder`` a plain checkpoint with weights of ``dtype``, unless it stays alone."""
     if lora.merged:
         load_model(folder, dtype=dtype, device="cpu").save_pretrained(folder)
         remove_adapter(folder)

@@ -54,12 +54,6 @@ class LosslessTrainer(TokenMeanTrainer):
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing:
             raise UsageError(f"fsdp_activation_checkpointing is on: {NO_CHECKPOINTING}")
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's, with the record beside the adapter: without it, the adapter of a checkpoint would be merged."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            self.model.config.save_pretrained(str(output_dir or self.args.output_dir))
-
     def counts(self, batch: Batch) -> torch.Tensor:
         return self._weight(batch).sum()[None]
 

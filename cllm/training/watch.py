@@ -22,11 +22,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainerCallback
 
 from cllm.errors import UsageError
-from cllm.files import write_json
+from cllm.files import numbered_folders, write_json
 from cllm.training.base import TokenMeanTrainer
 from cllm.training.figures import EXTREME, Figures, Rule, signs
 
 EARLY = (0.1, 0.2, 0.4, 0.8)  # of the way to the first regular check: a rate that is too high shows there
+BEST, PART, OLD = "best", ".best", ".old-best"  # folders, with the step behind: the best model, while it is written or removed
 FIGURES = "probe.json"  # beside the weights of the best model
 SIGNS = "probe_signs_of_collapse"  # how many, in the log
 
@@ -134,37 +135,43 @@ class Watch(TrainerCallback):
 
     def _found(self, step: int) -> Kept | None:
         """What an earlier part of this run kept; a run from the start removes what lies there."""
-        for part in self.folder.glob(".best-*"):
-            shutil.rmtree(part)
+        for name in (PART, OLD):
+            for folder in numbered_folders(self.folder, name).values():
+                shutil.rmtree(folder)
         kept = None
-        for folder in sorted(self.folder.glob("best-[0-9]*"), key=_step):
+        for at, folder in numbered_folders(self.folder, BEST).items():
             if step == 0:
                 shutil.rmtree(folder)
             else:
-                kept = Kept(_step(folder), Figures(**json.loads((folder / FIGURES).read_text(encoding="utf-8"))))
+                kept = Kept(at, Figures(**json.loads((folder / FIGURES).read_text(encoding="utf-8"))))
         return kept
 
     def _keep(self, best: Kept) -> None:
         """Save the weights; at every moment one whole ``best-STEP`` is there."""
-        whole = self.folder / f"best-{best.step}"
-        part = self.folder / f".{whole.name}"
+        whole, part = (self.folder / f"{name}-{best.step}" for name in (BEST, PART))
         self.trainer.save_model(str(part), _internal_call=True)
         if self.trainer.is_world_process_zero():
             write_json(part / FIGURES, asdict(best.figures))
             if whole.exists():  # of a later part of an interrupted run
-                _remove(whole)
+                self._remove(best.step)
             part.rename(whole)
-            for folder in self.folder.glob("best-[0-9]*"):
-                if folder != whole:
-                    _remove(folder)
+            for step in numbered_folders(self.folder, BEST):
+                if step != best.step:
+                    self._remove(step)
         self.trainer.accelerator.wait_for_everyone()
         self.best = best
+
+    def _remove(self, step: int) -> None:
+        """Gone at once for whoever looks for ``best-STEP``, whatever a kill leaves of it (see :meth:`_found`)."""
+        hidden = self.folder / f"{OLD}-{step}"
+        (self.folder / f"{BEST}-{step}").rename(hidden)
+        shutil.rmtree(hidden)
 
     def _load(self, best: Kept, state) -> None:
         """Give the trainer's model the best weights, by the parent's own way, and note them in its state."""
         before = state.best_model_checkpoint
         state.best_global_step, state.best_metric = best.step, best.figures.tpf
-        state.best_model_checkpoint = str(self.folder / f"best-{best.step}")
+        state.best_model_checkpoint = str(self.folder / f"{BEST}-{best.step}")
         self.trainer._load_best_model()
         self.trainer.forget_parts()  # they are of other weights, and may be no numbers
         state.best_model_checkpoint = before
@@ -199,14 +206,3 @@ def _numbers(figures: Figures, prefix: str) -> dict[str, float]:
     values = asdict(figures)
     del values["prompts"]
     return {prefix + name: value for name, value in values.items() if value is not None}
-
-
-def _remove(folder: Path) -> None:
-    """Gone at once for whoever looks for ``best-STEP``, whatever a kill leaves of it (see :meth:`Watch._found`)."""
-    hidden = folder.with_name(f".{folder.name}-old")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.partition("-")[2])

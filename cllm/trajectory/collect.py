@@ -47,7 +47,9 @@ class CollectionSettings:
     dtype: str = "float32"
     vocab_size: int = 0
     vocabulary: str = ""  # cllm.models.vocabulary_stamp of the tokenizer
+    weights: str | None = None  # cllm.models.weights_stamp of the model
     source: str = ""  # name of the data's file or folder, since row ids are of one file only; "" for the hub dataset
+    source_rows: str | None = None  # fingerprint of the rows in it; None for the hub dataset
     task_options: Mapping[str, Any] = field(default_factory=dict)  # what Task.settings says of the task's own options
 
     def __post_init__(self) -> None:

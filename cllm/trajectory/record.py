@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
+
+from cllm.errors import UsageError
 
 MAX_TOKEN_ID = 2**31 - 1  # stored as int32
 
@@ -47,6 +49,32 @@ class TrajectoryRow:
     def extra_states(self, block: int) -> list[list[int]]:
         """The augmented states of one block; [] in a row that was stored without any."""
         return self.augmented[block] if self.augmented else []
+
+    def within(self, context: int) -> TrajectoryRow:
+        """The row as a model with so many positions has it: response, blocks and labels end where the positions do.
+
+        Raises:
+            UsageError: the prompt fills them all.
+        """
+        room = context - len(self.prompt_ids)
+        if room < 1:
+            raise UsageError(f"row {self.row_id!r}: a prompt of {len(self.prompt_ids)} tokens fills the context of {context}")
+        labels = self.label_ids and self.label_ids[:room]
+        if len(self.response_ids) <= room:
+            return self if labels == self.label_ids else replace(self, label_ids=labels)
+        starts = [start for start in self.block_starts if start < room]
+
+        def cut(blocks: list[list[list[int]]]) -> list[list[list[int]]]:
+            return [[state[: room - start] for state in states] for start, states in zip(starts, blocks)]
+
+        return replace(
+            self,
+            response_ids=self.response_ids[:room],
+            block_starts=starts,
+            trajectories=cut(self.trajectories),
+            augmented=cut(self.augmented),
+            label_ids=labels,
+        )
 
     def validate(self) -> None:
         """Check that the parts fit together.

@@ -13,18 +13,18 @@ import json
 import logging
 import os
 import re
-import socket
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cllm.errors import UsageError
 from cllm.files import write_json
+from cllm.trajectory.lock import WriterLock
 from cllm.trajectory.published import read_published, replacing
 from cllm.trajectory.record import Dropped, TrajectoryRow
 
@@ -48,43 +48,61 @@ SCHEMA = pa.schema(
     ]
 )
 SETTINGS = "settings.json"
-ADDED = {"vocabulary"}  # settings that older folders do not have, and may go without
+ADDED = {"vocabulary", "weights", "source_rows"}  # settings that older folders do not have, and may go without
 BATCH_ROWS = 16  # rows held as Python lists while a shard is read
 
 
 class TrajectoryWriter:
-    """Writes shards into a folder.
+    """Writes shards into a folder, which nobody else may write into meanwhile. For use in a ``with`` statement.
 
-    Several processes may write into one folder. The first one opens it alone; the others open it afterwards, with
+    The processes of one run share the folder: that of rank 0 opens it first and alone, the others afterwards, with
     ``resume=True``, and no two are given the same row.
 
     Args:
         folder: made if missing.
         settings: what the rows depend on; JSON values only.
         resume: go on where the folder stops. False removes the shards that are there.
+        rank: of this process among those of the run.
 
     Attributes:
         done_ids: ids of all stored rows, kept and dropped.
 
     Raises:
-        UsageError: the folder cannot be used or was written with other settings; the message names each difference.
+        UsageError: the folder cannot be used or read, another process is at work there, or it was written with other
+            settings; the message names each difference.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any], resume: bool) -> None:
+    def __init__(self, folder: str | Path, settings: dict[str, Any], resume: bool, rank: int = 0) -> None:
         self.folder = Path(folder)
         self.done_ids: set[str] = set()
         self._counts: Counter[str | None] = Counter()
         settings = json.loads(json.dumps(settings))
         self._make_folder()
-        if resume:
-            _check_settings(self.folder, settings)
-        _remove_leftovers(self.folder)
-        if resume:
-            self._read_done()
-        else:
-            _remove_shards(self.folder)
-        if _read_settings(self.folder) != settings:
-            write_json(self.folder / SETTINGS, settings)
+        self._lock = WriterLock(self.folder, rank)
+        try:
+            if resume:
+                _check_settings(self.folder, settings)
+            if rank == 0:
+                _remove_leftovers(self.folder)
+            if resume:
+                self._read_done()
+            else:
+                _remove_shards(self.folder)
+            if _read_settings(self.folder) != settings:
+                write_json(self.folder / SETTINGS, settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write into the folder."""
+        self._lock.release()
 
     def write(self, rows: Sequence[TrajectoryRow], dropped: Sequence[Dropped] = ()) -> None:
         """Store rows and dropped rows as one shard, all or nothing. Safe on disk when it returns.
@@ -101,8 +119,7 @@ class TrajectoryWriter:
             return
         name = hashlib.blake2b(json.dumps(ids).encode(), digest_size=12).hexdigest()
         payload = _encode([*map(_row_values, rows), *map(_dropped_values, dropped)])
-        temporary = self.folder / f".part-{name}.{_host()}.{os.getpid()}.tmp"
-        with replacing(self.folder / f"part-{name}.parquet", temporary) as stream:
+        with replacing(self.folder / f"part-{name}.parquet", self.folder / f".part-{name}.tmp") as stream:
             stream.write(payload)
         self.done_ids.update(ids)
         self._counts[None] += len(rows)
@@ -124,8 +141,8 @@ class TrajectoryWriter:
         for shard in _shards(self.folder):
             try:
                 ids, reasons = _read_status(shard)
-            except (pa.ArrowException, OSError) as error:
-                _set_aside(shard, error)
+            except BrokenShard as broken:
+                _set_aside(shard, broken)
                 continue
             self.done_ids.update(ids)
             self._counts.update(reasons)
@@ -134,6 +151,10 @@ class TrajectoryWriter:
         twice = [row_id for row_id, count in Counter(ids).items() if count > 1 or row_id in self.done_ids]
         if twice:
             raise ValueError(f"rows stored already: {', '.join(map(repr, twice[:10]))}")
+
+
+class BrokenShard(UsageError):
+    """A shard that was read and is no whole one; others may only be out of reach for a while."""
 
 
 class TrajectoryDataset:
@@ -189,12 +210,9 @@ def read_rows(path: str | Path, eos_ids: Collection[int] = ()) -> Iterator[Traje
         yield from read_published(path, eos_ids)
         return
     for shard in _require_shards(path):
-        try:
-            with _open_shard(shard) as file:
-                for batch in file.iter_batches(BATCH_ROWS, columns=SCHEMA.names):
-                    yield from (_to_row(values) for values in batch.to_pylist() if values["dropped"] is None)
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(shard, error) from error
+        with _open_shard(shard) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=SCHEMA.names):
+                yield from (_to_row(values) for values in batch.to_pylist() if values["dropped"] is None)
 
 
 def stored_counts(folder: str | Path) -> dict[str, Any]:
@@ -268,37 +286,16 @@ def _remove_shards(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _set_aside(shard: Path, error: Exception) -> None:
+def _set_aside(shard: Path, broken: BrokenShard) -> None:
     aside = shard.with_name(shard.name + ".corrupt")
-    logger.warning("%s cannot be read (%s): renamed to %s, its rows are collected again", shard, error, aside.name)
-    with suppress(FileNotFoundError):  # another process did it
-        shard.replace(aside)
-
-
-def _host() -> str:
-    return hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+    logger.warning("renamed to %s: %s", aside.name, broken)
+    shard.replace(aside)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of this process and of processes of this host that are gone."""
+    """Remove temporary files of writers that were killed: none is at work."""
     for path in folder.glob(".part-*.tmp"):
-        match = re.fullmatch(r"\.part-\w+\.(\w+)\.(\d+)\.tmp", path.name)
-        if match and match[1] == _host() and (int(match[2]) == os.getpid() or not _alive(int(match[2]))):
-            path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _unreadable(shard: Path, error: Exception) -> UsageError:
-    return UsageError(f"cannot read {shard}: {error}; remove the file and collect its rows again by resuming")
+        path.unlink(missing_ok=True)
 
 
 def _fetched(path: str | Path) -> Path:
@@ -348,12 +345,26 @@ def _encode(values: list[dict[str, Any]]) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def _open_shard(shard: Path) -> pq.ParquetFile:
-    file = pq.ParquetFile(shard, page_checksum_verification=True)
-    if not file.schema_arrow.equals(SCHEMA):
-        file.close()
-        raise pa.ArrowInvalid("its columns are not those of a trajectory shard")
-    return file
+@contextmanager
+def _open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
+    """The file, for reading inside a ``with`` statement.
+
+    Raises:
+        BrokenShard: what was read is no whole shard.
+        UsageError: the system cannot read it, now or at all; its errors have a number, those of a decoder have none.
+    """
+    try:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(SCHEMA):
+                raise pa.ArrowInvalid("its columns are not those of a trajectory shard")
+            yield file
+    except (pa.ArrowMemoryError, pa.ArrowCancelled):
+        raise
+    except (pa.ArrowException, OSError) as error:
+        number = getattr(error, "errno", None)
+        if number is not None:
+            raise UsageError(f"cannot read {shard}: {os.strerror(number)}") from error
+        raise BrokenShard(f"cannot read {shard}, it is damaged: {error}; resuming collects its rows again") from error
 
 
 def _read_status(shard: Path) -> tuple[list[str], list[str | None]]:
@@ -366,11 +377,7 @@ def _read_status(shard: Path) -> tuple[list[str], list[str | None]]:
 def _status(shards: list[Path]) -> Iterator[tuple[str, str | None]]:
     """Row id and reason of every stored row, in the order of the shards."""
     for shard in shards:
-        try:
-            ids, reasons = _read_status(shard)
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(shard, error) from error
-        yield from zip(ids, reasons, strict=True)
+        yield from zip(*_read_status(shard), strict=True)
 
 
 def _load_shards(folder: Path, cache_dir: str | Path | None) -> tuple[Dataset, list[int]]:

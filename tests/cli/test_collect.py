@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import question_rows, write_rows
+from commands import question_rows, refused, write_rows
 from tiny import save_tiny_checkpoint
 
 from cllm.cli import collect
 from cllm.cli.main import main as cllm
 from cllm.trajectory.record import TrajectoryRow
-from cllm.trajectory.store import TrajectoryDataset, read_rows
+from cllm.trajectory.store import TrajectoryDataset, TrajectoryWriter, read_rows
 
 SCRIPT = Path(__file__).parents[2] / "data" / "generate_trajectory_gsm8k.py"
 
@@ -73,7 +73,7 @@ def test_data_size_gzip_and_batch_size(model_dir: Path, data: Path, tmp_path: Pa
 def test_resumed_equals_uninterrupted(model_dir: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
     whole = run(model_dir, data, tmp_path / "whole")
     stored = 0
-    write = collect_writer().write
+    write = TrajectoryWriter.write
 
     def stop_at_the_second(self, *batch):
         nonlocal stored
@@ -83,17 +83,11 @@ def test_resumed_equals_uninterrupted(model_dir: Path, data: Path, tmp_path: Pat
         write(self, *batch)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        patch.setattr(collect_writer(), "write", stop_at_the_second)
+        patch.setattr(TrajectoryWriter, "write", stop_at_the_second)
         run(model_dir, data, tmp_path / "t")
     assert exit_.value.code == 130
     assert len(list(read_rows(tmp_path / "t"))) == 3
     assert run(model_dir, data, tmp_path / "t") == whole
-
-
-def collect_writer():
-    from cllm.trajectory.store import TrajectoryWriter
-
-    return TrajectoryWriter
 
 
 def test_nothing_left_to_do(model_dir: Path, data: Path, tmp_path: Path, capsys) -> None:
@@ -144,12 +138,71 @@ def test_the_published_form(model_dir: Path, data: Path, tmp_path: Path) -> None
         assert vars(row) | {"row_id": ""} == vars(of_prompt[tuple(row.prompt_ids)]) | {"row_id": ""}
 
 
-def test_the_folder_is_named_after_the_settings(model_dir: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(collect, "DATA_FOLDER", tmp_path / "data")
-    (tmp_path / "data").mkdir()
+@pytest.mark.parametrize(
+    ("run_in", "scripts_in", "expected"),
+    [("a", "a/data", "a/data"), ("a/data", "a/data", "a/data"), ("b", "a/data", "b"), ("b", "b/data/other", "b")],
+)
+def test_the_default_folder(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch, capsys, run_in: str, scripts_in: str, expected: str
+) -> None:
+    """Where the command is run, whatever checkout is installed, under a name made of the settings; and it says so."""
+    for folder in (run_in, scripts_in):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / scripts_in / SCRIPT.name).touch()
+    monkeypatch.chdir(tmp_path / run_in)
     words = ["--model", str(model_dir), "--filename", str(data), "--max_new_tokens", "4", "--max_new_seq_len", "8"]
-    collect.main([*words, "--use_aug", "--device", "cpu"], task="gsm8k")
-    assert (tmp_path / "data" / "collected_jacobi_trajectory" / "gsm8k_m_n4_len8_aug" / "settings.json").is_file()
+    collect.main([*words, "--use_aug", "--device", "cpu", "--data_size", "1"], task="gsm8k")
+    folder = tmp_path / expected / "collected_jacobi_trajectory" / "gsm8k_m_n4_len8_aug"
+    assert (folder / "settings.json").is_file()
+    printed = capsys.readouterr()
+    assert f"collecting into {folder} (" in printed.err and f"stored in {folder}\n" in printed.out
+
+
+def refusal(capsys, model: Path, data: Path, folder: Path) -> str:
+    words = ["--task=gsm8k", f"--model={model}", f"--filename={data}", f"--output={folder}", "--device=cpu"]
+    return refused(capsys, collect.main, *words, "--max_new_tokens=4", "--max_new_seq_len=12")
+
+
+def test_other_weights_in_the_same_folder_are_refused(data: Path, tmp_path: Path, capsys) -> None:
+    model = save_tiny_checkpoint(tmp_path / "m", seed=3)
+    before = run(model, data, tmp_path / "t")
+    save_tiny_checkpoint(tmp_path / "m", seed=4)
+    message = refusal(capsys, model, data, tmp_path / "t")
+    assert 'which has other settings: weights: "' in message and message.count(" there, ") == 1
+    assert {row.row_id: row for row in read_rows(tmp_path / "t")} == before
+
+
+@pytest.mark.parametrize("change", ["other", "longer", "shorter", "an answer"])
+def test_another_file_of_the_same_name_is_refused(model_dir: Path, data: Path, tmp_path: Path, capsys, change: str) -> None:
+    run(model_dir, data, tmp_path / "t")
+    rows = question_rows(8)
+    rows[7] = rows[7] | {"answer": "#### 1"} if change == "an answer" else rows[7]
+    write_rows(data, {"other": rows[::-1], "longer": question_rows(9), "shorter": rows[:7], "an answer": rows}[change])
+    message = refusal(capsys, model_dir, data, tmp_path / "t")
+    assert 'which has other settings: source_rows: "' in message and message.count(" there, ") == 1
+
+
+def test_the_same_rows_are_the_same_source(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Moved, written anew, or as a list: their row ids and prompts are what they were."""
+    first = run(model_dir, data, tmp_path / "t", "--data_size", "3")
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / data.name
+    moved.write_text(json.dumps(question_rows(8)))
+    assert len(first) == 3 and len(run(model_dir, moved, tmp_path / "t")) == 8
+
+
+def test_a_folder_of_before_these_settings_goes_on(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    run(model_dir, data, tmp_path / "t", "--data_size", "3")
+    later = {"weights", "source_rows"}
+    earlier = {name: value for name, value in settings(tmp_path / "t").items() if name not in later}
+    (tmp_path / "t" / "settings.json").write_text(json.dumps(earlier))
+    assert len(run(model_dir, data, tmp_path / "t")) == 8 and later < settings(tmp_path / "t").keys()
+
+
+def test_one_run_at_a_time(model_dir: Path, data: Path, tmp_path: Path, capsys) -> None:
+    run(model_dir, data, tmp_path / "t")
+    with TrajectoryWriter(tmp_path / "t", settings(tmp_path / "t"), resume=True):
+        assert "another process is writing into" in refusal(capsys, model_dir, data, tmp_path / "t")
 
 
 def test_the_task_as_an_option(model_dir: Path, data: Path, tmp_path: Path) -> None:

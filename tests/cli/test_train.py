@@ -19,7 +19,7 @@ from cllm.adapter import LOSSLESS as LOSSLESS_KEY
 from cllm.adapter import attached, fingerprint
 from cllm.cli import collect, train
 from cllm.errors import UsageError
-from cllm.models import default_guess, load_model, read_record, vocabulary_stamp
+from cllm.models import default_guess, default_width, load_model, read_record, vocabulary_stamp
 from cllm.trajectory.record import Dropped
 from cllm.trajectory.store import TrajectoryWriter
 
@@ -130,11 +130,23 @@ def test_resuming_from_a_checkpoint(run, tmp_path: Path) -> None:
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
     (torn / "trainer_state.json").write_text('{"global_step": ')
+    for name in ("checkpoint-2-backup", "checkpoint-9 (copy)", "checkpoint-best"):  # whose they are only their owner knows
+        shutil.copytree(tmp_path / "parts" / "checkpoint-1", tmp_path / "parts" / name)
     parts = run(**steps, output_dir=tmp_path / "parts", resume_from_checkpoint="True")
     assert json.loads((parts / "trainer_state.json").read_text())["global_step"] == 3
     assert same(weights(whole), weights(parts))
     from_folder = run(**steps, output_dir=tmp_path / "third", resume_from_checkpoint=whole / "checkpoint-2")
     assert same(weights(whole), weights(from_folder))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(run, tmp_path: Path, capsys) -> None:
+    out = run(save_strategy="steps", save_steps=1)
+    state = out / "checkpoint-2" / "trainer_state.json"
+    state.unlink()
+    state.symlink_to(state.name)  # a loop, which the system refuses to follow
+    with pytest.raises(SystemExit):
+        run(resume_from_checkpoint="True")
+    assert f"cannot read {out / 'checkpoint-2'}: Too many levels of symbolic links" in capsys.readouterr().err
 
 
 def test_resuming_without_a_checkpoint_starts(run) -> None:
@@ -228,8 +240,8 @@ def test_a_block_size_other_than_the_stored_one(model_dir: Path, collected: Path
 
 
 def test_nothing_left_to_train_on(model_dir: Path, tmp_path: Path, capsys) -> None:
-    writer = TrajectoryWriter(tmp_path / "t", {"block_size": 4}, resume=False)
-    writer.write([], [Dropped("a", "repetition"), Dropped("b", "empty response")])
+    with TrajectoryWriter(tmp_path / "t", {"block_size": 4}, resume=False) as writer:
+        writer.write([], [Dropped("a", "repetition"), Dropped("b", "empty response")])
     words = ["--model", model_dir, "--trajectories", tmp_path / "t", "--output_dir", tmp_path / "out", "--use_cpu"]
     assert "no rows to train on; all 2 were dropped" in refused(capsys, train.main, *words)
 
@@ -432,7 +444,24 @@ def test_checks_during_lossless_training(run, held_out: Path) -> None:
     assert [entry["step"] for entry in checks] == [1, 2, 3]
     assert {entry["probe_nll"] for entry in checks} == {target["probe_target_nll"]}  # the text is the target's
     best = max(checks, key=lambda entry: entry["probe_tpf"])
-    assert state["best_global_step"] == best["step"] and (out / f"best-{best['step']}" / "adapter_config.json").is_file()
+    assert state["best_global_step"] == best["step"] and equal(adapter(out / f"best-{best['step']}"), adapter(out))
+
+
+@pytest.mark.parametrize("options", [LOSSLESS, {"lora_r": 2, "merge_lora": "false"}], ids=["lossless", "lora"])
+def test_every_folder_that_a_run_with_an_adapter_keeps_is_a_checkpoint(
+    run, model_dir: Path, held_out: Path, options: dict[str, object], tmp_path: Path
+) -> None:
+    """The weights, the adapter and how to ask it, whatever folder it is loaded in."""
+    pytest.importorskip("peft")
+    out = run(**PROBE | options, probe_file=held_out, save_strategy="steps", save_steps=1)
+    kept = [*out.glob("best-*"), *out.glob("checkpoint-*")]
+    assert len(kept) == 4
+    for folder in (*kept, out):
+        model = load_model(str(folder))
+        assert (attached(model) is None) == (options is not LOSSLESS)
+        assert equal(model.state_dict(), weights(model_dir)) == (options is LOSSLESS)
+        assert read_record(model.config) == read_record(load_model(str(out)).config) and default_width(read_record(model.config)) == 4
+        assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
 def test_what_lossless_training_refuses(model_dir: Path, collected: Path, run, tmp_path: Path, capsys) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -122,16 +122,6 @@ def test_a_request_is_sampled_as_it_asks():
     for almost in ({"temperature": 1e-6}, {"temperature": 1.0, "top_p": 0.0}, {"temperature": 1.0, "top_k": 1}):
         assert stream("Hello", **almost)[-1]["text"] == text
     assert stream("Hello", repetition_penalty=1.5)[-1]["text"] != text
-
-
-def test_the_first_token_is_not_doubled():
-    class Tokenizer:
-        bos_token = "<s>"
-
-        def __call__(self, text, add_special_tokens):
-            return SimpleNamespace(input_ids=[add_special_tokens, text])
-
-    assert ours._encode("<s>hi", Tokenizer()) == [False, "<s>hi"] and ours._encode("hi", Tokenizer()) == [True, "hi"]
 
 
 # ------------------------------------------------------------- conversations

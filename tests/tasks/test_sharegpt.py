@@ -69,6 +69,33 @@ def test_the_messages_form_and_a_system_message():
     assert contents(read(talk("q", "a", system=""))[0]) == ["q"]
 
 
+@pytest.mark.parametrize(
+    ("beside", "turns", "expected"),
+    [
+        ({"system": "Answer in verse."}, [], ["Answer in verse.", "q"]),
+        ({"system_prompt": " Answer in verse.\n"}, [], ["Answer in verse.", "q"]),
+        ({"system": "Answer in verse."}, [("system", "No rhymes.")], ["Answer in verse.\n\nNo rhymes.", "q"]),
+        ({"system": "Answer in verse."}, [("system", "Answer in verse.")], ["Answer in verse.", "q"]),
+        ({"system": "Answer in verse."}, [("gpt", "... and so on")], ["Answer in verse.", "q"]),
+        ({}, [("system", "Answer in verse."), ("system", "No rhymes.")], ["Answer in verse.\n\nNo rhymes.", "q"]),
+        ({}, [("developer", "Answer in verse.")], ["Answer in verse.", "q"]),
+        ({"system": " ", "system_prompt": None}, [], ["q"]),
+    ],
+)
+@pytest.mark.parametrize(("list_name", "speaker", "text"), [("conversations", "from", "value"), ("messages", "role", "content")])
+def test_all_that_the_system_says_is_in_the_prompt(beside, turns, expected, list_name, speaker, text):
+    said = [*turns, ("human", "q"), ("gpt", "a")]
+    (example,) = read(beside | {list_name: [{speaker: who, text: what} for who, what in said]})
+    assert (contents(example), example.reference) == (expected, "a")
+    assert [m["role"] for m in example.messages] == ["system", "user"][-len(expected) :]
+
+
+def test_a_shared_row_with_a_system_field(shared_cases):
+    row = json.loads((shared_cases / "sharegpt_system_field.jsonl").read_text())
+    (example,) = read(row)
+    assert contents(example) == [row["system"], row["conversations"][0]["value"]]
+
+
 def test_pieces_that_start_with_the_assistant():
     row = {"conversations": [{"from": "gpt", "value": "... and so on"}, *talk("q", "a")["conversations"]]}
     assert contents(read(row)[0]) == ["q"]
@@ -109,6 +136,7 @@ def test_a_conversation_is_cut_where_it_breaks(bad):
         ({"question_id": 1, "turns": []}, "field 'turns' is not a list of texts"),
         ({"question_id": 1, "turns": "q"}, "field 'turns' is not a list of texts"),
         ({"question_id": 1, "turns": ["q", ""]}, "empty turns"),
+        ({"system": ["S."]} | talk("q"), "field 'system' is not text"),
     ],
 )
 def test_bad_rows_have_a_reason(row, reason):

@@ -1,6 +1,7 @@
 """Which tokens a training example packs, and what it learns where."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,27 @@ def test_a_row_at_its_fixed_point_has_no_consistency_tokens():
     example = build(row)
     assert example.student == example.teacher == example.distance == []
     assert example.ar_target == [5, 6]
+
+
+def positions(example):
+    return [*range(len(example.row.clean)), *(b.start + i for b in example.row.blocks for i in range(len(b.tokens)))]
+
+
+@pytest.mark.parametrize("options", [{"use_labels": True}, {"use_labels": True, "consistency": "local"}, {"random_block_size": True}])
+@pytest.mark.parametrize("context", range(4, 12))
+def test_nothing_is_trained_on_beyond_the_context(options, context):
+    long = replace(ROW, label_ids=list(range(70, 90)))
+    data = ExampleDataset([long], Sampling(**options), context=context)
+    for data.epoch in range(10):
+        example = data[0]
+        assert max(positions(example)) < context
+        assert example.ar_target == (long.label_ids if options.get("use_labels") else ROW.response_ids)[: context - 3]
+        assert len(example.ar_index) == len(example.ar_target)
+
+
+def test_a_row_that_fits_is_as_without_a_context():
+    with_context, without = (ExampleDataset([ROW], Sampling(use_labels=True), context=c)[0] for c in (8, None))
+    assert with_context == without
 
 
 def test_several_states_per_block():

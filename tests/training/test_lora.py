@@ -36,7 +36,8 @@ def test_merged_or_not_the_folder_loads_as_the_adapted_model(tmp_path: Path, tie
     for merge in (False, True):
         folder = tmp_path / f"merged-{merge}"
         model.save_pretrained(folder)
-        finish(model, str(folder), LoraArguments(lora_r=2, merge_lora=merge), "float32")
+        model.config.save_pretrained(folder)
+        finish(str(folder), LoraArguments(lora_r=2, merge_lora=merge), "float32")
         loaded = load_model(str(folder))
         torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-4, rtol=1e-4)
         assert read_record(loaded.config)["block_size"] == 4

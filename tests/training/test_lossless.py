@@ -13,11 +13,10 @@ from torch.nn import Module
 from training.test_trainer import ROWS, SHOWN, Rows, in_two_processes, loss_sums, prepare, random_row
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from cllm.adapter import LOSSLESS, attached, read_adapter
+from cllm.adapter import attached, read_adapter
 from cllm.decoding.guess import STARTS
 from cllm.errors import UsageError
 from cllm.evaluation.probe import DraftProbe
-from cllm.models import folder_record, write_record
 from cllm.training.arguments import LosslessTrainingArguments
 from cllm.training.drafts import DraftCollator, DraftDataset, DraftExample
 from cllm.training.lora import AdapterArguments, adapt, live_adapter
@@ -162,14 +161,6 @@ def test_resumed_training_equals_uninterrupted(tmp_path, strategy: str) -> None:
         resumed = make_trainer(tmp_path / "resumed", **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
         assert torch.equal(learned(whole.model), learned(resumed.model))
-
-
-def test_a_checkpoint_has_the_record_beside_its_adapter(tmp_path) -> None:
-    """Without it, loading the checkpoint would merge the adapter."""
-    model = draft_model()
-    write_record(model.config, {LOSSLESS: True})
-    make_trainer(tmp_path, model, max_steps=1, save_strategy="steps", save_steps=1).train()
-    assert folder_record(tmp_path / "checkpoint-1") == {LOSSLESS: True}
 
 
 def test_which_steps_are_on_policy_depends_on_seed_and_step_alone(tmp_path) -> None:

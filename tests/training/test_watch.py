@@ -166,6 +166,17 @@ def test_resuming_goes_on_with_the_best_so_far(tmp_path: Path) -> None:
     assert logged(second, "probe_target_tpf") == [1.1]
 
 
+@pytest.mark.parametrize("name", ["best-1-backup", "best-2.old", "best-02", "best-2 (copy)", ".best-1-mine", "best-file-1"])
+def test_folders_of_other_names_are_left_alone(tmp_path: Path, name: str) -> None:
+    """Beside the best of an old run, of this one, and of one that goes on."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").touch()
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    watched(tmp_path, *[{"tpf": 1.3 + n / 10} for n in range(5)], **saving).train()
+    watched(tmp_path, {"tpf": 2.5}, {}, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert kept(tmp_path) == sorted(["best-4", name]) and (tmp_path / name / "mine").is_file()
+
+
 def test_a_new_run_forgets_the_best_of_an_old_one(tmp_path: Path) -> None:
     watched(tmp_path, *[{"tpf": 9.0}] * 5).train()
     trainer = watched(tmp_path, *[{"tpf": 1.3}] * 5)

@@ -47,14 +47,15 @@ def collector(model: Any, settings: CollectionSettings = SETTINGS) -> Collector:
 
 
 def collect(folder: Path, model: Any, items: list[Example], **options: Any) -> dict[str, TrajectoryRow]:
-    writer = TrajectoryWriter(folder, SETTINGS.as_dict(), resume=True)
-    list(collector(model).run(items, writer, **{"batch_size": 3} | options))
+    with TrajectoryWriter(folder, SETTINGS.as_dict(), resume=True) as writer:
+        list(collector(model).run(items, writer, **{"batch_size": 3} | options))
     return rows_of(folder)
 
 
 def made(by: Collector, folder: Path) -> list[TrajectoryRow]:
     """What a collector stores of three examples."""
-    list(by.run(examples(3), TrajectoryWriter(folder, by.settings.as_dict(), resume=True), batch_size=3))
+    with TrajectoryWriter(folder, by.settings.as_dict(), resume=True) as writer:
+        list(by.run(examples(3), writer, batch_size=3))
     return list(rows_of(folder).values())
 
 
@@ -130,9 +131,9 @@ def test_resumed_equals_uninterrupted(model: Any, whole: dict[str, TrajectoryRow
     """Stopped again and again after a few batches, and gone on with other batch sizes."""
     rng = random.Random(seed)
     for _ in range(4):
-        writer = TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
-        run = collector(model).run(examples(20), writer, batch_size=rng.randint(1, 5))
-        list(islice(run, rng.randint(0, 3)))
+        with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:
+            run = collector(model).run(examples(20), writer, batch_size=rng.randint(1, 5))
+            list(islice(run, rng.randint(0, 3)))
     assert collect(tmp_path, model, examples(20)) == whole
 
 
@@ -147,8 +148,8 @@ def test_processes_share_without_overlap(
 ) -> None:
     """A row that two processes made would be there twice, since the shards' names tell what is in them."""
     for rank in range(processes):
-        writer = TrajectoryWriter(tmp_path / str(rank), SETTINGS.as_dict(), resume=True)
-        list(collector(model).run(examples(20), writer, batch_size=3, rank=rank, processes=processes))
+        with TrajectoryWriter(tmp_path / str(rank), SETTINGS.as_dict(), resume=True, rank=rank) as writer:
+            list(collector(model).run(examples(20), writer, batch_size=3, rank=rank, processes=processes))
     parts = [rows_of(tmp_path / str(rank)) for rank in range(processes)]
     assert sum(map(len, parts)) == 20 and all(parts)
     assert {key: row for part in parts for key, row in part.items()} == whole
@@ -158,8 +159,8 @@ def test_nothing_is_decoded_twice(model: Any, tmp_path: Path, monkeypatch: pytes
     collect(tmp_path, model, examples(5))
     again = collector(model)
     monkeypatch.setattr(model, "forward", None)
-    writer = TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
-    assert sum(again.run(examples(5), writer, batch_size=2)) == 5
+    with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:
+        assert sum(again.run(examples(5), writer, batch_size=2)) == 5
 
 
 # ---- left out, counted ----
@@ -183,8 +184,8 @@ def test_prompts_left_out(model: Any, tmp_path: Path) -> None:
         "kept": 4,
         "dropped": {"duplicate prompt": 1, "no reference answer": 1, "prompt longer than the context": 1},
     }
-    writer = TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
-    assert len(writer.done_ids) == 7  # what was left out is not tried again
+    with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:
+        assert len(writer.done_ids) == 7  # what was left out is not tried again
 
 
 def test_a_prompt_that_just_fits(model: Any, tmp_path: Path) -> None:
@@ -197,8 +198,8 @@ def test_a_prompt_that_just_fits(model: Any, tmp_path: Path) -> None:
 def test_a_template_that_refuses(model: Any, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no ' + messages[0]['content']) }}"
-    writer = TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
-    list(Collector(model, tokenizer, SETTINGS).run(examples(2), writer, batch_size=2))
+    with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:
+        list(Collector(model, tokenizer, SETTINGS).run(examples(2), writer, batch_size=2))
     assert writer.counts() == {"kept": 0, "dropped": {"refused by the chat template": 2}}
 
 
@@ -214,20 +215,20 @@ def test_prompts_are_read_as_they_are_needed(model: Any, tmp_path: Path) -> None
             read += 1
             yield example
 
-    writer = TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
-    for _ in islice(collector(model).run(endless(), writer, batch_size=2), 5):
-        assert read <= 3 * 2 * LOOKAHEAD
+    with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:
+        for _ in islice(collector(model).run(endless(), writer, batch_size=2), 5):
+            assert read <= 3 * 2 * LOOKAHEAD
 
 
 def test_stored_rows_are_not_kept_in_memory(model: Any, tmp_path: Path) -> None:
     def alive() -> int:
         return sum(type(thing) is TrajectoryRow for thing in gc.get_objects())
 
-    before, writer = alive(), TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True)
-    held = []
-    for number, _ in enumerate(collector(model).run(examples(60), writer, batch_size=4)):
-        if number % 5 == 4:
-            held.append(alive() - before)
+    before, held = alive(), []
+    with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:
+        for number, _ in enumerate(collector(model).run(examples(60), writer, batch_size=4)):
+            if number % 5 == 4:
+                held.append(alive() - before)
     assert len(held) == 3 and max(held) <= 8
 
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from cllm.errors import UsageError
 from cllm.trajectory.record import TrajectoryRow
 
 
@@ -23,6 +24,30 @@ def good_row(**changes: Any) -> TrajectoryRow:
 def test_good_rows_pass() -> None:
     good_row().validate()
     good_row(augmented=[], label_ids=None).validate()
+
+
+@pytest.mark.parametrize("context", range(4, 9))
+def test_a_row_within_a_context(context: int) -> None:
+    row = good_row().within(context)
+    row.validate()
+    whole = good_row()
+    assert whole.prompt_ids + whole.response_ids[: context - 2] == row.prompt_ids + row.response_ids
+    assert row.spans() == [(start, min(end, context - 2)) for start, end in whole.spans() if start < context - 2]
+    for block, (start, end) in enumerate(row.spans()):
+        assert row.trajectories[block] == [state[: end - start] for state in whole.trajectories[block]]
+    assert row.label_ids == [3, 4] and (row == whole) == (context == 8)
+
+
+def test_labels_alone_may_be_beyond_a_context() -> None:
+    long = good_row(label_ids=list(range(20)))
+    assert long.within(8) == good_row(label_ids=list(range(6)))
+    assert good_row(label_ids=None).within(8) == good_row(label_ids=None)
+
+
+def test_a_prompt_beyond_a_context_is_refused() -> None:
+    assert good_row().within(3).response_ids == [3] and good_row().within(3).block_starts == []
+    with pytest.raises(UsageError, match="row 'x-1': a prompt of 2 tokens fills the context of 2"):
+        good_row().within(2)
 
 
 def test_spans_and_extra_states() -> None:

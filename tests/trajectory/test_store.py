@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -59,10 +60,21 @@ def dataset(path: Path, tmp_path: Path, **options: Any) -> TrajectoryDataset:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Rows 0-5 in two shards and two dropped rows."""
-    writer = TrajectoryWriter(tmp_path / "out", SETTINGS, resume=False)
-    writer.write([make_row(n) for n in range(4)], [Dropped("row-90", "loop")])
-    writer.write([make_row(4), make_row(5)], [Dropped("row-91", "too long")])
+    with TrajectoryWriter(tmp_path / "out", SETTINGS, resume=False) as writer:
+        writer.write([make_row(n) for n in range(4)], [Dropped("row-90", "loop")])
+        writer.write([make_row(4), make_row(5)], [Dropped("row-91", "too long")])
     return tmp_path / "out"
+
+
+def append(folder: Path, *rows: TrajectoryRow, resume: bool = True) -> None:
+    """Open the folder, write a shard unless there is nothing to write, and let go of it."""
+    with TrajectoryWriter(folder, SETTINGS, resume) as writer:
+        writer.write(rows)
+
+
+def stored_ids(folder: Path) -> set[str]:
+    with TrajectoryWriter(folder, SETTINGS, resume=True) as writer:
+        return writer.done_ids
 
 
 # ---- what comes back ----
@@ -98,20 +110,19 @@ def test_dataset_order_does_not_depend_on_the_shards(tmp_path: Path) -> None:
 
 def test_dataset_sees_new_and_rewritten_shards(folder: Path, tmp_path: Path) -> None:
     assert len(dataset(folder, tmp_path)) == 6
-    TrajectoryWriter(folder, SETTINGS, resume=True).write([make_row(6)])
+    append(folder, make_row(6))
     assert len(dataset(folder, tmp_path)) == 7
-    writer = TrajectoryWriter(folder, SETTINGS, resume=False)
     other = make_row(6)
     other.prompt_ids[0] += 1
-    writer.write([other])  # a file of the same name and size
+    append(folder, other, resume=False)  # a file of the same name and size
     assert list(dataset(folder, tmp_path)) == [other]
 
 
 @pytest.mark.parametrize("name", ["with space", "a[1]b*", "ü,=%20"])
 def test_odd_folder_names(tmp_path: Path, name: str) -> None:
-    TrajectoryWriter(tmp_path / name, SETTINGS, resume=False).write([make_row(1)])
+    append(tmp_path / name, make_row(1))
     assert list(dataset(tmp_path / name, tmp_path)) == [make_row(1)]
-    assert TrajectoryWriter(tmp_path / name, SETTINGS, resume=True).done_ids == {"row-1"}
+    assert stored_ids(tmp_path / name) == {"row-1"}
 
 
 def test_dataset_of_a_published_file(tmp_path: Path) -> None:
@@ -187,7 +198,8 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_only_dropped_rows(tmp_path: Path) -> None:
-    TrajectoryWriter(tmp_path / "out", SETTINGS, resume=False).write([], [Dropped("a", "loop"), Dropped("b", "loop")])
+    with TrajectoryWriter(tmp_path / "out", SETTINGS, resume=False) as writer:
+        writer.write([], [Dropped("a", "loop"), Dropped("b", "loop")])
     assert list(read_rows(tmp_path / "out")) == []
     with pytest.raises(UsageError, match="no rows to train on; all 2 were dropped"):
         dataset(tmp_path / "out", tmp_path)
@@ -206,7 +218,7 @@ def test_counts(folder: Path) -> None:
 
 
 def test_an_empty_shard_is_not_written(tmp_path: Path) -> None:
-    TrajectoryWriter(tmp_path, SETTINGS, resume=False).write([], [])
+    append(tmp_path)
     assert names(tmp_path) == {"settings.json"}
 
 
@@ -235,11 +247,11 @@ def test_settings_must_be_json(tmp_path: Path) -> None:
 
 
 def test_two_writers_share_a_folder(tmp_path: Path) -> None:
-    first = TrajectoryWriter(tmp_path, SETTINGS, resume=False)
-    second = TrajectoryWriter(tmp_path, SETTINGS, resume=True)
-    for n in range(0, 20, 2):
-        first.write([make_row(n)])
-        second.write([make_row(n + 1)])
+    with TrajectoryWriter(tmp_path, SETTINGS, resume=False) as first:
+        with TrajectoryWriter(tmp_path, SETTINGS, resume=True, rank=1) as second:
+            for n in range(0, 20, 2):
+                first.write([make_row(n)])
+                second.write([make_row(n + 1)])
     assert len(rows_of(tmp_path)) == 20
     assert len(list(tmp_path.glob("part-*.parquet"))) == 20
 
@@ -262,10 +274,10 @@ def test_a_folder_without_permission(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_resuming(folder: Path) -> None:
-    writer = TrajectoryWriter(folder, SETTINGS, resume=True)
-    assert writer.done_ids == {"row-90", "row-91", *(f"row-{n}" for n in range(6))}
-    writer.write([make_row(6)])
-    assert "row-6" in writer.done_ids
+    with TrajectoryWriter(folder, SETTINGS, resume=True) as writer:
+        assert writer.done_ids == {"row-90", "row-91", *(f"row-{n}" for n in range(6))}
+        writer.write([make_row(6)])
+        assert "row-6" in writer.done_ids
     assert len(rows_of(folder)) == 7
 
 
@@ -279,7 +291,8 @@ def test_resuming_with_other_settings(folder: Path) -> None:
         caught.value
     )
     assert names(folder) == before
-    assert TrajectoryWriter(folder, other, resume=False).done_ids == set()
+    with TrajectoryWriter(folder, other, resume=False) as writer:
+        assert writer.done_ids == set()
     assert names(folder) == {"settings.json"}
     assert json.loads((folder / "settings.json").read_text()) == other
 
@@ -287,7 +300,7 @@ def test_resuming_with_other_settings(folder: Path) -> None:
 def test_starting_over_removes_only_our_files(folder: Path) -> None:
     (folder / "notes.txt").touch()
     (folder / "part-0.parquet.corrupt").touch()
-    TrajectoryWriter(folder, SETTINGS, resume=False)
+    append(folder, resume=False)
     assert names(folder) == {"settings.json", "notes.txt"}
 
 
@@ -297,13 +310,12 @@ def test_resuming_without_sound_settings(folder: Path, content: bytes | None) ->
     if content is not None:
         (folder / "settings.json").write_bytes(content)
     with pytest.raises(UsageError, match="settings.json"):
-        TrajectoryWriter(folder, SETTINGS, resume=True)
-    TrajectoryWriter(folder, SETTINGS, resume=False)
+        append(folder)
+    append(folder, resume=False)
 
 
 def test_resuming_where_nothing_is(tmp_path: Path) -> None:
-    writer = TrajectoryWriter(tmp_path / "a" / "b", SETTINGS, resume=True)
-    assert writer.done_ids == set()
+    assert stored_ids(tmp_path / "a" / "b") == set()
     assert names(tmp_path / "a" / "b") == {"settings.json"}
 
 
@@ -335,17 +347,69 @@ def test_unreadable_shards_are_collected_again(
     for read in (lambda: list(read_rows(folder)), lambda: dataset(folder, tmp_path), lambda: stored_counts(folder)):
         with pytest.raises(UsageError, match=f"cannot read {shard}"):
             read()
-    with caplog.at_level(logging.WARNING):
-        writer = TrajectoryWriter(folder, SETTINGS, resume=True)
-    assert writer.done_ids == {"row-90", *(f"row-{n}" for n in range(4))}
-    assert shard.name + ".corrupt" in names(folder) and shard.name in caplog.text
-    writer.write([make_row(4), make_row(5)], [Dropped("row-91", "too long")])
+    with caplog.at_level(logging.WARNING), TrajectoryWriter(folder, SETTINGS, resume=True) as writer:
+        assert writer.done_ids == {"row-90", *(f"row-{n}" for n in range(4))}
+        assert shard.name + ".corrupt" in names(folder) and shard.name in caplog.text
+        writer.write([make_row(4), make_row(5)], [Dropped("row-91", "too long")])
     assert rows_of(folder) == {f"row-{n}": make_row(n) for n in range(6)}
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_shard_that_cannot_be_read_now_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "ParquetFile", fail)
+        for read in (stored_ids, stored_counts, rows_of):
+            with pytest.raises(UsageError, match=f"cannot read {folder}/part-.*: {os.strerror(number)}$"):
+                read(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(stored_ids(folder)) == 8
+
+
+@pytest.mark.parametrize("error", [pa.ArrowMemoryError("out of memory"), pa.ArrowCancelled("cancelled"), MemoryError()])
+def test_what_interrupts_reading_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    before = names(folder)
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(pq.ParquetFile, "read", fail)
+        TrajectoryWriter(folder, SETTINGS, resume=True)
+    assert names(folder) == before
+
+
+def test_too_many_open_files(folder: Path) -> None:
+    """As the system says it, through pyarrow's own reading."""
+    code = f"""
+import os, resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_store import Path, stored_ids, store
+folder = Path({str(folder)!r})
+stored_ids(folder)  # what is loaded at the first use
+lock = store.WriterLock
+def greedy(*args):
+    held = lock(*args)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1,) * 2)
+    return held
+store.WriterLock = greedy
+try:
+    stored_ids(folder)
+except store.UsageError as error:
+    print(type(error).__name__, error)
+"""
+    before = names(folder)
+    done = subprocess.run([sys.executable, "-c", code], env=worker_env(), capture_output=True, text=True)
+    assert done.stdout.startswith("UsageError cannot read") and os.strerror(errno.EMFILE) in done.stdout, done.stderr
+    assert names(folder) == before and len(stored_ids(folder)) == 8
 
 
 def test_resuming_reads_no_token_column(tmp_path: Path) -> None:
     """Damage in the tokens does not show on resuming, as they are not read; whoever reads them is told the file."""
-    TrajectoryWriter(tmp_path / "out", SETTINGS, resume=False).write([make_row(n, tokens=400) for n in range(20)])
+    append(tmp_path / "out", *(make_row(n, tokens=400) for n in range(20)))
     (shard,) = (tmp_path / "out").glob("part-*.parquet")
     group = pq.ParquetFile(shard).metadata.row_group(0)
     content = bytearray(shard.read_bytes())
@@ -354,7 +418,7 @@ def test_resuming_reads_no_token_column(tmp_path: Path) -> None:
         start = column.dictionary_page_offset or column.data_page_offset
         content[start : start + column.total_compressed_size] = os.urandom(column.total_compressed_size)
     shard.write_bytes(content)
-    assert len(TrajectoryWriter(tmp_path / "out", SETTINGS, resume=True).done_ids) == 20
+    assert len(stored_ids(tmp_path / "out")) == 20
     assert stored_counts(tmp_path / "out")["kept"] == 20
     with pytest.raises(UsageError, match=f"cannot read {shard}"):
         list(read_rows(tmp_path / "out"))
@@ -381,20 +445,85 @@ def test_reading_holds_few_rows(tmp_path: Path) -> None:
 # ---- temporary files ----
 
 
-def leftover(folder: Path, pid: int, host: str | None = None) -> Path:
-    path = folder / f".part-abc.{host or store._host()}.{pid}.tmp"
-    path.write_bytes(b"half")
-    return path
+def test_leftovers_of_killed_writers_are_removed_by_the_next(folder: Path) -> None:
+    leftover = folder / ".part-abc.tmp"
+    leftover.write_bytes(b"half")
+    assert len(rows_of(folder)) == 6  # readers do not look at it
+    with TrajectoryWriter(folder, SETTINGS, resume=True):
+        assert not leftover.exists()
+        leftover.write_bytes(b"another process of this run is writing")
+        TrajectoryWriter(folder, SETTINGS, resume=True, rank=1).close()
+        assert leftover.exists()
 
 
-def test_leftovers_of_dead_processes_are_removed(folder: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    dead, own = leftover(folder, process.pid), leftover(folder, os.getpid())
-    alive, elsewhere = leftover(folder, os.getppid()), leftover(folder, process.pid, "0123abcd")
-    assert len(rows_of(folder)) == 6  # readers do not look at them
-    TrajectoryWriter(folder, SETTINGS, resume=True)
-    assert [path.exists() for path in (dead, own, alive, elsewhere)] == [False, False, True, True]
+# ---- one run at a time ----
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_store import SETTINGS, TrajectoryWriter, make_row
+writer = TrajectoryWriter({folder!r}, SETTINGS, resume=True, rank={rank})
+writer.write([make_row(50 + {rank})])
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("settings", [SETTINGS, {"block_size": 8}])
+def test_a_second_run_is_refused_until_the_first_is_dead(folder: Path, rank: int, resume: bool, settings: dict[str, Any]) -> None:
+    code = HOLDER.format(tests=str(Path(__file__).parent), folder=str(folder), rank=rank)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=worker_env()) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        before = names(folder)
+        with pytest.raises(UsageError, match=f"another process is writing into {folder}; wait until it ends"):
+            TrajectoryWriter(folder, settings, resume)
+        assert names(folder) == before and len(rows_of(folder)) == 7
+        process.kill()
+    with TrajectoryWriter(folder, SETTINGS, resume=True) as writer:
+        assert f"row-{50 + rank}" in writer.done_ids
+    assert not list(folder.glob(".*"))
+
+
+def test_a_writer_in_this_process_keeps_others_out_until_it_is_closed(folder: Path) -> None:
+    with TrajectoryWriter(folder, SETTINGS, resume=True) as first, pytest.raises(UsageError, match="another process"):
+        TrajectoryWriter(folder, SETTINGS, resume=True)
+    first.close()  # once more does no harm
+    with TrajectoryWriter(folder, SETTINGS, resume=True), pytest.raises(UsageError, match="another process"):
+        append(folder)
+
+
+def test_a_writer_that_fails_to_open_lets_go(folder: Path) -> None:
+    with pytest.raises(UsageError, match="other settings") as caught:
+        TrajectoryWriter(folder, {"block_size": 8}, resume=True)
+    append(folder, make_row(6))
+    assert caught.value and len(rows_of(folder)) == 7
+
+
+def test_a_lock_that_its_holder_removes_is_taken_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder ends between our opening of the file and our locking of it."""
+    first = TrajectoryWriter(folder, SETTINGS, resume=True)
+    flock = fcntl.flock
+
+    def late(*args: Any) -> None:
+        first.close()
+        flock(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        second = TrajectoryWriter(folder, SETTINGS, resume=True)
+    with second, pytest.raises(UsageError, match="another process"):
+        TrajectoryWriter(folder, SETTINGS, resume=True)
+
+
+def test_a_file_system_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    append(folder, make_row(6))
+    assert "cannot be locked (No locks available); let nothing else write there" in caplog.text and len(rows_of(folder)) == 7
 
 
 # ---- killed ----
@@ -441,7 +570,7 @@ def test_a_kill_at_any_moment_loses_no_finished_row(tmp_path: Path) -> None:
         kept = rows_of(folder) if any(folder.glob("part-*.parquet")) else {}
         for row in kept.values():
             row.validate()
-        stored = TrajectoryWriter(folder, SETTINGS, resume=True).done_ids
+        stored = stored_ids(folder)
         assert finished <= stored
         assert not list(folder.glob(".part-*.tmp"))
 
@@ -475,20 +604,19 @@ writer.write([make_row(1)])
     assert subprocess.run([sys.executable, "-c", code], env=worker_env()).returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".part-*.tmp"))) == 1
     assert rows_of(tmp_path) == {"row-0": make_row(0)}
-    writer = TrajectoryWriter(tmp_path, SETTINGS, resume=True)
-    assert writer.done_ids == {"row-0"}
-    writer.write([make_row(1)])
+    assert stored_ids(tmp_path) == {"row-0"}
+    append(tmp_path, make_row(1))
     assert len(rows_of(tmp_path)) == 2 and not list(tmp_path.glob(".part-*.tmp"))
 
 
 def test_several_processes_write_at_once(tmp_path: Path) -> None:
-    TrajectoryWriter(tmp_path, SETTINGS, resume=False)
+    append(tmp_path)
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_store import SETTINGS, TrajectoryWriter, make_row
 rank = int(sys.argv[1])
-writer = TrajectoryWriter({str(tmp_path)!r}, SETTINGS, resume=True)
+writer = TrajectoryWriter({str(tmp_path)!r}, SETTINGS, resume=True, rank=rank + 1)
 for n in range(rank, 60, 3):
     writer.write([make_row(n)])
 """
@@ -566,17 +694,18 @@ def check_after_full(folder: Path, stored: int) -> None:
     assert stored > 0
     assert set(rows_of(folder)) == {f"row-{n}" for n in range(stored)}
     assert not list(folder.glob(".*.tmp"))
-    writer = TrajectoryWriter(folder, SETTINGS, resume=True)
-    assert len(writer.done_ids) == stored
-    writer.write([make_row(stored)])
+    assert len(stored_ids(folder)) == stored
+    append(folder, make_row(stored))
     assert len(rows_of(folder)) == stored + 1
 
 
-def test_older_folders_go_on_without_the_vocabulary_and_get_it(tmp_path: Path) -> None:
-    TrajectoryWriter(tmp_path, SETTINGS, resume=False)
-    TrajectoryWriter(tmp_path, SETTINGS | {"vocabulary": "one"}, resume=True)
-    with pytest.raises(UsageError, match='vocabulary: "one" there, "two" now'):
-        TrajectoryWriter(tmp_path, SETTINGS | {"vocabulary": "two"}, resume=True)
+@pytest.mark.parametrize("name", ["vocabulary", "weights", "source_rows"])
+def test_older_folders_go_on_without_a_later_setting_and_get_it(tmp_path: Path, name: str) -> None:
+    append(tmp_path)
+    TrajectoryWriter(tmp_path, SETTINGS | {name: "one"}, resume=True).close()
+    for other in ("two", None):
+        with pytest.raises(UsageError, match=f'{name}: "one" there, {json.dumps(other)} now'):
+            TrajectoryWriter(tmp_path, SETTINGS | {name: other}, resume=True)
 
 
 MEASURE = """
@@ -607,8 +736,8 @@ def test_training_reads_a_store_without_holding_it_in_memory(tmp_path: Path) -> 
     ids = list(range(256))
     blocks = [[ids[at : at + 16]] * 17 for at in range(0, 256, 16)]
     rows = [TrajectoryRow(f"r{place}", ids[:8], ids, ids[::16], blocks, [], None) for place in range(100)]
-    writer = TrajectoryWriter(tmp_path / "t", {}, resume=False)
-    writer.write(rows)
+    with TrajectoryWriter(tmp_path / "t", {}, resume=False) as writer:
+        writer.write(rows)
     (shard,) = (tmp_path / "t").glob("part-*")
     table = pq.read_table(shard)
     for copy in range(40):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cllm.decoding import GREEDY, Queue, Request, Sampling
 from cllm.errors import UsageError
-from cllm.prompts import PromptTemplate
+from cllm.prompts import PromptTemplate, prompt_ids
 from cllm.serving.server.answer import Answer
 from cllm.serving.server.metrics import Metrics
 from cllm.serving.server.protocol import ChatRequest, CompletionRequest, Generation
@@ -86,8 +86,7 @@ class Service:
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
-            ids: list[int] = self.tokenizer(prompt).input_ids
-            return ids
+            return prompt_ids(prompt, self.tokenizer)
         if (largest := max(prompt, default=0)) >= self.vocabulary:
             raise UsageError(f"token ids must be below {self.vocabulary}, got {largest}")
         return list(prompt)

@@ -7,6 +7,7 @@ import subprocess
 import openai
 import pytest
 from openai import AsyncOpenAI
+from tiny import surround
 
 from cllm.serving.server.service import Limits
 
@@ -83,6 +84,14 @@ def test_completions_of_texts_and_of_ids(server) -> None:
     assert server.client.completions.create(model="tiny", prompt="ab").usage.completion_tokens == 16
     stream = server.client.completions.create(model="tiny", prompt="ab", stream=True, **SPEED)
     assert "".join(chunk.choices[0].text for chunk in stream) == alone(server, ids[0])
+
+
+def test_a_completion_goes_on_where_the_tokenizer_would_end(start) -> None:
+    with start(Limits()) as running:
+        surround(running.service.tokenizer, "$A <eos>")
+        answer = running.client.completions.create(model="tiny", prompt="ab", **SPEED)
+        assert answer.usage.prompt_tokens == 2
+        assert answer.choices[0].text == alone(running, running.service.tokenizer("ab", add_special_tokens=False).input_ids)
 
 
 def test_seeds(server) -> None:
