@@ -53,10 +53,11 @@ class ExampleStream:
         """All rows of a local source, whatever the limit; None for the hub dataset, which would have to be fetched whole."""
         if self._filename is None:
             return None
-        number, digest = 0, hashlib.blake2b(digest_size=8)
-        for number, row in enumerate(self._task.open(Path(self._filename), self._split), 1):
+        rows, digest = 0, hashlib.blake2b(digest_size=8)
+        for row in self._rows():
+            rows += 1
             digest.update(repr(row).encode("utf-8", "backslashreplace"))
-        return Extent(number, digest.hexdigest())
+        return Extent(rows, digest.hexdigest())
 
     def _good(self) -> Iterator[Example]:
         for item in self._task.read(self._rows(), self._split):

@@ -95,12 +95,6 @@ class TokenMeanTrainer(Trainer):
 
     # ------------------------------------------------- what the parent calls
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's, with the record beside an adapter, where whoever loads it looks: how to ask it, whether to merge it."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save and adapted(self.model):
-            self.model.config.save_pretrained(str(output_dir or self.args.output_dir))
-
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step and the token counts [L] of the global batch."""
         self.meter.start()
@@ -179,7 +173,10 @@ class TokenMeanTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's, but nothing is saved of a run that has diverged, and the result of FSDP is whole, not in shards."""
+        """The parent's, but nothing is saved of a run that has diverged, and the result of FSDP is whole, not in shards.
+
+        An adapter gets the record beside it, which says how the model is asked and whether the adapter may be merged.
+        """
         self._mean_parts()
         unfit = [name for name, weight in self.model.named_parameters() if not _finite(weight)]
         if unfit:
@@ -187,6 +184,8 @@ class TokenMeanTrainer(Trainer):
         if self.is_fsdp_enabled and not _internal_call:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save and adapted(self.model):
+            self.model.config.save_pretrained(str(output_dir or self.args.output_dir))
 
     def forget_parts(self) -> None:
         """Nothing of the steps up to here goes into the next log."""

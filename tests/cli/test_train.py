@@ -460,7 +460,8 @@ def test_every_folder_that_a_run_with_an_adapter_keeps_is_a_checkpoint(
         model = load_model(str(folder))
         assert (attached(model) is None) == (options is not LOSSLESS)
         assert equal(model.state_dict(), weights(model_dir)) == (options is LOSSLESS)
-        assert read_record(model.config) == read_record(load_model(str(out)).config) and default_width(read_record(model.config)) == 4
+        record = read_record(model.config)
+        assert record == read_record(load_model(str(out)).config) and default_width(record) == 4
         assert AutoTokenizer.from_pretrained(folder).chat_template
 
 

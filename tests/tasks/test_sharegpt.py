@@ -82,10 +82,10 @@ def test_the_messages_form_and_a_system_message():
         ({"system": " ", "system_prompt": None}, [], ["q"]),
     ],
 )
-@pytest.mark.parametrize(("list_name", "speaker", "text"), [("conversations", "from", "value"), ("messages", "role", "content")])
-def test_all_that_the_system_says_is_in_the_prompt(beside, turns, expected, list_name, speaker, text):
+@pytest.mark.parametrize(("turns_in", "speaker", "text"), [("conversations", "from", "value"), ("messages", "role", "content")])
+def test_all_that_the_system_says_is_in_the_prompt(beside, turns, expected, turns_in, speaker, text):
     said = [*turns, ("human", "q"), ("gpt", "a")]
-    (example,) = read(beside | {list_name: [{speaker: who, text: what} for who, what in said]})
+    (example,) = read(beside | {turns_in: [{speaker: who, text: what} for who, what in said]})
     assert (contents(example), example.reference) == (expected, "a")
     assert [m["role"] for m in example.messages] == ["system", "user"][-len(expected) :]
 

@@ -62,8 +62,10 @@ def positions(example):
     return [*range(len(example.row.clean)), *(b.start + i for b in example.row.blocks for i in range(len(b.tokens)))]
 
 
-@pytest.mark.parametrize("options", [{"use_labels": True}, {"use_labels": True, "consistency": "local"}, {"random_block_size": True}])
 @pytest.mark.parametrize("context", range(4, 12))
+@pytest.mark.parametrize(
+    "options", [{"use_labels": True}, {"use_labels": True, "consistency": "local"}, {"random_block_size": True}], ids=str
+)
 def test_nothing_is_trained_on_beyond_the_context(options, context):
     long = replace(ROW, label_ids=list(range(70, 90)))
     data = ExampleDataset([long], Sampling(**options), context=context)

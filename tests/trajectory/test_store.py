@@ -472,7 +472,7 @@ time.sleep(600)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("settings", [SETTINGS, {"block_size": 8}])
-def test_a_second_run_is_refused_until_the_first_is_dead(folder: Path, rank: int, resume: bool, settings: dict[str, Any]) -> None:
+def test_a_second_run_is_refused_until_the_first_is_dead(folder: Path, rank: int, resume: bool, settings: Any) -> None:
     code = HOLDER.format(tests=str(Path(__file__).parent), folder=str(folder), rank=rank)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=worker_env()) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
