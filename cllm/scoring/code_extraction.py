@@ -29,7 +29,9 @@ _FENCE = re.compile(
 )
 _NO_CODE = re.compile(r"[ \t]*(?:[A-Z(.,;:)]|$)", re.MULTILINE)
 _INFO = re.compile(rf"(?!{_CODE_AHEAD})[ \t]*([\w+#.-]*)[^`\n]*(?:\n|\Z)|{_LANGUAGE}")  # of a fence; code may follow
-_LONG_TEXT = re.compile(r"(\"{3}|'{3}).*?\1", re.DOTALL)
+_LONG_TEXTS = [  # anywhere, or in one block of code: a docstring that is cut off has no end in a later block
+    re.compile(rf"(\"{{3}}|'{{3}})(?:{inside}.)*?\1", re.DOTALL | re.MULTILINE) for inside in ("", r"(?!^(?:`{3}|~{3}))")
+]
 _PYTHON = ("", "python", "python3", "py", "py3", "python2")
 _CODE_LINE = re.compile(r"(?:import|from|def|class|async def)\s|@\w|[A-Za-z_]\w*\s*(?::[^=]+)?=")
 _MOST_LINES = 600  # of a reply that are looked at; what is cut off is not needed by any answer that is one
@@ -75,10 +77,14 @@ def _readings(reply: str) -> list[list[Segment]]:
         lines = part.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:_MOST_LINES]
         text = "\n".join(lines)
         fences = _fences(text)
-        hidden = {at for match in _LONG_TEXT.finditer(text) for at in range(*match.span())}
-        outside = [fence for fence in fences if fence.end() - 1 not in hidden]
-        found += [_segments(text, chosen) for chosen in ([outside] if outside == fences else [outside, fences])]
+        choices = [*(_outside(fences, long_text.finditer(text)) for long_text in _LONG_TEXTS), fences]
+        found += [_segments(text, chosen) for place, chosen in enumerate(choices) if chosen not in choices[:place]]
     return found
+
+
+def _outside(fences: list[re.Match[str]], long_texts: Iterator[re.Match[str]]) -> list[re.Match[str]]:
+    hidden = {at for match in long_texts for at in range(*match.span())}
+    return [fence for fence in fences if fence.end() - 1 not in hidden]
 
 
 def _fences(text: str) -> list[re.Match[str]]:

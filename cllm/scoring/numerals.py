@@ -36,6 +36,11 @@ _ARGUMENT = rf"(?:\{{\s*(-?{NUMBER})\s*\}}|([0-9]))"
 _LATEX_FRACTION = re.compile(rf"\\(?:[cdt]?frac|nicefrac|sfrac)\s*{_ARGUMENT}\s*{_ARGUMENT}")
 _SPOKEN = {"half": "1/2", "third": "1/3", "quarter": "1/4"}
 _SPOKEN_FRACTION = re.compile(rf"(?<=[0-9]) and (?:an?|one) ({'|'.join(_SPOKEN)})\b", re.IGNORECASE)
+_SCALES = {"hundred": 2, "thousand": 3, "lakh": 5, "lac": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+_SCALED = re.compile(
+    rf"(?<![\w.,/^])({NUMBER})(/{NUMBER})?((?:(?:[ ]{{1,3}}|-)(?:{'|'.join(_SCALES)})s?\b){{1,2}})(?![ -]?(?:and[ ])?[0-9])",
+    re.IGNORECASE,
+)
 _MIXED = re.compile(
     r"(?<![\w.,/^])([0-9]{1,9})(?:[ ]{1,2}|[ ]and[ ]|[ ]?&[ ]?)([0-9]{1,4})[ ]?/[ ]?([0-9]{1,4})(?![0-9/]|\.[0-9])"
 )
@@ -54,6 +59,16 @@ def plain_numbers(text: str) -> str:
     text = _SCIENTIFIC.sub(_written_out, text)
     text = _SPOKEN_FRACTION.sub(lambda match: " " + _SPOKEN[match[1].lower()], _LATEX_FRACTION.sub(_divided, text))
     return _MIXED.sub(_improper, text)
+
+
+def scaled_numbers(text: str) -> str:
+    """Plain numbers with the words of scale after them multiplied in: ``1200000`` for ``1.2 million``."""
+    return _SCALED.sub(_multiplied, text)
+
+
+def _multiplied(match: re.Match[str]) -> str:
+    power = sum(_SCALES[word.removesuffix("s")] for word in re.findall("[a-z]+", match[3].lower()))
+    return format(Decimal(match[1]).scaleb(power), "f") + (match[2] or "") if len(match[1]) <= 20 else match[0]
 
 
 def _written_out(match: re.Match[str]) -> str:

@@ -10,7 +10,8 @@ What protects, from the strongest to the weakest; :func:`protection` finds the f
     only in its own temporary folder (Landlock). What it leaves running is found by descent, by that user, or by a
     mark in the environment, and killed. Files that everybody may read can be read; the network is closed for TCP from
     Landlock 4 on, otherwise open; signals to your other processes are held off by the other user or by Landlock 6,
-    otherwise they are not.
+    otherwise they are not. Where that user cannot enter Python's folder, as in root's home, programs run in a copy with the
+    standard library alone.
 
 Always: an environment without your variables, a session of its own, no standard input, limits on CPU time, wall time, address
 space, file size, number of processes, open files and output; no capabilities and no way to get any (``no_new_privs``).
@@ -45,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm.errors import UsageError
+from cllm.files import StrPath
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +169,6 @@ def protection_of(kind: str) -> Protection | str:
     except (OSError, SandboxFailure) as error:
         return str(error)
     if not verdict.passed:
-        if kind == LIMITS and root and not _python_is_public():
-            return f"Python in {sys.base_prefix} cannot be read by other users"
         return f"a harmless program fails: {verdict.detail or verdict.reason}"
     if kind == NAMESPACES:
         return Protection(
@@ -190,6 +190,27 @@ def _python_is_public() -> bool:
     """Whether every user may enter the folder of the standard library."""
     folder = Path(os.__file__).resolve().parent
     return all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.parents))
+
+
+@functools.lru_cache(maxsize=1)
+def _public_python() -> tempfile.TemporaryDirectory[str]:
+    """A folder with a Python that every user may run: hard links to this one's files, copies where there can be none."""
+    folder = tempfile.TemporaryDirectory(prefix="cllm-python-")
+    library, place = Path(os.__file__).resolve().parent, Path(folder.name, sys.platlibdir)
+    unneeded = shutil.ignore_patterns("site-packages", "test", "idlelib", "ensurepip", "config-*")
+    shutil.copytree(library, place / library.name, ignore=unneeded, copy_function=_link)
+    for shared in library.parent.glob("libpython*.so*"):
+        _link(os.path.realpath(shared), place / shared.name)
+    _link(os.path.realpath(sys.executable), Path(folder.name, "python"))
+    os.chmod(folder.name, 0o755)
+    return folder
+
+
+def _link(source: str, target: StrPath) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy(source, target)
 
 
 class SandboxFailure(Exception):
@@ -266,7 +287,9 @@ def _run(program: Program, limits: Limits, kind: str) -> Verdict:
 
 def _launch(job: bytes, place: _Place, seconds: float) -> tuple[bytes, bytes]:
     """The supervising process's standard output and error."""
+    python, found_with = _python(place)
     environment = {
+        **found_with,
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "LANG": "C.UTF-8",
         "PYTHONHASHSEED": "0",
@@ -275,7 +298,7 @@ def _launch(job: bytes, place: _Place, seconds: float) -> tuple[bytes, bytes]:
         MARK: place.mark,
     }
     process = subprocess.Popen(
-        [sys.executable, "-P", "-s", "-B", str(_JAIL)],
+        [python, "-P", "-s", "-B", str(_JAIL)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -292,6 +315,14 @@ def _launch(job: bytes, place: _Place, seconds: float) -> tuple[bytes, bytes]:
             os.killpg(process.pid, signal.SIGKILL)  # launcher and supervisor; with it goes its pid namespace
             place.sweep() if place.kind == LIMITS else None
             process.communicate()
+
+
+def _python(place: _Place) -> tuple[str, dict[str, str]]:
+    """A Python that the program's user may run, and the variables that it needs."""
+    if place.kind == NAMESPACES or place.uid is None or _python_is_public():
+        return sys.executable, {}
+    home = Path(_public_python().name)
+    return str(home / "python"), {"LD_LIBRARY_PATH": str(home / sys.platlibdir)}
 
 
 def _visible() -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from cllm.scoring.numerals import CURRENCY, NUMBER, plain_numbers
+from cllm.scoring.numerals import CURRENCY, NUMBER, plain_numbers, scaled_numbers
 from cllm.scoring.reply import parts
 from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, text_field
 
@@ -80,13 +80,15 @@ class Gsm8k(Task):
         return isinstance(example.target, str)
 
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
-        """``accuracy``: the final number of the reply equals the target, by math-verify (:func:`final_answer`).
+        """``accuracy``: the final number of the reply equals the target, by math-verify (:func:`final_answer`). ``4 million``
+        is 4 or 4000000, since the question may ask for millions.
         ``strict``: GSM8K's own rule; the first ``#### number`` of the reply is the target, letter for letter.
         """
-        answer = final_answer(reply)
+        answers = dict.fromkeys([final_answer(reply), final_answer(reply, scaled=True)])
+        strict = next(filter(None, map(_strict_answer, parts(reply))), None)
         return {
-            "accuracy": answer is not None and equal_numbers(example.target, answer),
-            "strict": _strict_answer(reply) == example.target,
+            "accuracy": any(answer is not None and equal_numbers(example.target, answer) for answer in answers),
+            "strict": strict == example.target,
         }
 
 
@@ -125,14 +127,15 @@ def _strict_answer(reply: str) -> str | None:
     return match[1].replace(",", "") if match else None
 
 
-def final_answer(reply: str) -> str | None:
+def final_answer(reply: str, scaled: bool = False) -> str | None:
     r"""The final answer of a reply as a number or a short sum such as ``36/2``, or None when it has none.
 
     The first of these that the reply has, the last of its kind: ``#### 18``, ``\boxed{18}``, ``the answer is 18`` or
     ``Final answer: 18``, ``Answer: 18`` where no other number follows, any number. Money signs, units, thousands commas and
-    what follows the number are dropped; of an equation the right side counts.
+    what follows the number are dropped; of an equation the right side counts. ``scaled``: "million" and the like count, too.
     """
-    return next(filter(None, (_find_answer(plain_numbers(part)) for part in parts(reply))), None)
+    texts = map(plain_numbers, parts(reply))
+    return next(filter(None, map(_find_answer, map(scaled_numbers, texts) if scaled else texts)), None)
 
 
 def _find_answer(reply: str) -> str | None:

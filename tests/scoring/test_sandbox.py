@@ -156,13 +156,24 @@ def test_programs_side_by_side_have_users_of_their_own(monkeypatch: pytest.Monke
     assert len(users) == 4000 and min(u for u in users if u) >= 61184 and max(u for u in users if u) < 65184
 
 
-def test_a_python_that_others_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_python_that_others_cannot_enter_is_copied(monkeypatch: pytest.MonkeyPatch, linked: bool) -> None:
+    """By links, or over the border of a file system; and the copy goes with the process."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    monkeypatch.setattr(sandbox, "_run", lambda *_: sandbox.Verdict("error", "No module named 'dataclasses'"))
-    monkeypatch.setattr(sandbox, "_python_is_public", lambda: False)
-    assert protection_of(LIMITS) == f"Python in {sys.base_prefix} cannot be read by other users"
-    assert "No module named" in str(protection_of(NAMESPACES))
+    code = """
+import errno, os
+from cllm.scoring import sandbox
+def refuse(*_): raise OSError(errno.EXDEV, "another file system")
+if not {linked}: os.link = refuse
+sandbox._python_is_public = lambda: False
+test = "assert 'cllm-python-' in decimal.__file__\\nrun([sys.executable, '-m', 'this'], check=True)"
+program = sandbox.Program("import decimal, sys\\nfrom subprocess import run", test)
+print(sandbox.run(program, kind="limits").reason, sandbox._public_python().name)
+"""
+    done = subprocess.run([sys.executable, "-c", code.format(linked=linked)], capture_output=True, text=True)
+    reason, _, folder = done.stdout.strip().partition(" ")
+    assert reason == "passed" and "cllm-python-" in folder and not os.path.exists(folder), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("escape", ["os.setsid()", "os.setsid()\n    os.fork() and os._exit(0)", "os.environ.clear()"])
