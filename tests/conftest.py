@@ -2,12 +2,26 @@
 
 import os
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_model_dir  # noqa: F401  (a fixture)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A table of what was skipped: how many and why, and the tests by name."""
+    skipped = defaultdict(list)
+    for report in terminalreporter.getreports("skipped"):
+        skipped[report.longrepr[2].removeprefix("Skipped: ")].append(report.nodeid)
+    if skipped:
+        terminalreporter.section(f"{sum(map(len, skipped.values()))} skipped")
+    for reason, names in sorted(skipped.items()):
+        terminalreporter.write_line(f"{len(names):4d}  {reason}")
+        for name in sorted(names):
+            terminalreporter.write_line(f"      {name}")
 
 
 @pytest.fixture(scope="session")

@@ -105,6 +105,13 @@ FOUND = {
     "docstring cut off before": f"```python\ndef total(numbers):\n    \"\"\"Add\n```\nAgain:\n```python\n{DEFINITION}\n```",
     "docstring cut off before another": '```python\ndef total(numbers):\n    """Add\n```\nAgain:\n```python\n'
     'def total(numbers):\n    """Add."""\n    return sum(numbers)\n```',
+    "docstring cut off before a fence in another": '```python\ndef total(numbers):\n    """Add\n```\nAgain:\n```python\n'
+    f"{DOCUMENTED}\n```",
+    "docstring cut off without a closing fence": f'```python\ndef add(a):\n    """Add\n\n```python\n{DOCUMENTED}\n```',
+    "docstring of a module cut off": f'```python\n"""Sums of\n```\nIn full:\n```\n{DOCUMENTED}\n```',
+    "docstring of single quotes cut off": "~~~\ndef total(numbers):\n    \'\'\'Add\n~~~\n~~~\n"
+    + DOCUMENTED.replace('"', "'")
+    + "\n~~~",
     "helper in a later block": "```python\ndef total(numbers):\n    return add(numbers)\n```\nThis needs\n```python\n"
     "def add(numbers):\n    return sum(numbers)\n\nprint(add([1]))\n```",
     "helpers in later blocks": "```python\nfrom __future__ import annotations\n\ndef total(numbers):\n"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm.scoring.numerals import plain_numbers
+from cllm.scoring.numerals import plain_numbers, scaled_numbers
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,27 @@ def test_spellings(written: str, plain: str) -> None:
     assert plain_numbers(written) == plain
 
 
+@pytest.mark.parametrize(
+    ("plain", "scaled"),
+    [
+        ("4 million", "4000000"),
+        ("4.25 Million dollars", "4250000 dollars"),
+        ("$4-million", "$4000000"),
+        ("15/2 lakhs", "1500000/2"),
+        ("3 crore", "30000000"),
+        ("2 hundred thousand and some", "200000 and some"),
+        ("0.5 trillion", "500000000000"),
+        ("4 million 200", "4 million 200"),
+        ("4 millionaires", "4 millionaires"),
+        ("the 1234x million", "the 1234x million"),
+        ("million", "million"),
+        ("1" * 50 + " million", "1" * 50 + " million"),
+    ],
+)
+def test_words_of_scale(plain: str, scaled: str) -> None:
+    assert scaled_numbers(plain) == scaled
+
+
 @given(st.integers(0, 10**12))
 def test_any_thousands(number: int) -> None:
     for separator in ",_":
@@ -85,7 +106,7 @@ def test_any_thousands(number: int) -> None:
 
 @given(st.text(max_size=60))
 def test_any_text(text: str) -> None:
-    assert isinstance(plain_numbers(text), str)
+    assert isinstance(scaled_numbers(plain_numbers(text)), str)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,33 @@ def test_equal_numbers(target: str, answer: str, same: bool) -> None:
         ("It is 1234", True, False),
         ("#### 1\n#### 1234", True, False),
         ("#### 1234\n#### 1", False, True),
+        ("<think>\n#### 1\n</think>\n#### 1234", True, True),
+        ("<think>\n#### 1234\n</think>\n#### 1", False, False),
+        ("<think>\n#### 1234", False, False),
+        ("#### 1234<|im_end|>\n#### 1", True, True),
         ("#### 1235", False, False),
         ("", False, False),
     ],
 )
 def test_score(reply: str, accuracy: bool, strict: bool) -> None:
     assert GSM8K.score(reply, example("1234")) == {"accuracy": accuracy, "strict": strict}
+
+
+SCALED = {
+    "The film earned $2.4 million.": ("2.4", "2400000"),
+    "That makes 7 billion miles": ("7", "7000000000"),
+    "So \\boxed{3.5 \\text{ million}} people": ("3.5", "3500000"),
+    "The answer is ₹1½ lakh.": ("1.5", "150000"),
+    "#### 5 hundred thousand": ("5", "500000"),
+    "He owes 2 and a half million": ("2.5", "2500000"),
+    "There are 3 millionaires": ("3",),
+}
+
+
+@pytest.mark.parametrize("reply", SCALED)
+def test_a_word_of_scale_belongs_to_the_number_or_to_the_question(reply: str) -> None:
+    for target in (*chain(*SCALED.values()), "3000000"):
+        assert GSM8K.score(reply, example(target))["accuracy"] == (target in SCALED[reply])
 
 
 @pytest.mark.parametrize(
