@@ -4,6 +4,7 @@ import os
 
 import pytest
 from tiny import EOS_ID, save_tiny_checkpoint, surround, tiny_config, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from cllm.checkpoints import PUBLISHED, published_of, published_record
 from cllm.errors import UsageError
@@ -188,10 +189,24 @@ def test_a_prompt_does_not_end_before_its_reply(around, text, tokens, template):
     assert tokenizer.decode(found) == tokens
 
 
-@pytest.mark.real_model
-def test_smollm_stops_at_its_turn_end():
+@pytest.fixture
+def smollm():
     path = os.environ.get("CLLM_TEST_MODEL")
     if not path:
         pytest.skip("CLLM_TEST_MODEL does not name a model")
-    tokenizer = load_tokenizer(path)
-    assert PromptTemplate("chat").stop_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    return load_tokenizer(path)
+
+
+@pytest.mark.real_model
+def test_smollm_stops_at_its_turn_end(smollm):
+    assert PromptTemplate("chat").stop_ids(smollm) == [smollm.convert_tokens_to_ids("<|im_end|>")]
+
+
+@pytest.mark.real_model
+def test_smollm_with_an_end_after_every_text(smollm):
+    template, question = PromptTemplate("Q: {question}\nA:"), [{"role": "user", "content": "How many?"}]
+    plain = template.encode(question, smollm)
+    end = TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", smollm.eos_token_id)])
+    smollm.backend_tokenizer.post_processor = end
+    assert smollm("A:").input_ids[-1] == smollm.eos_token_id
+    assert template.encode(question, smollm) == plain and plain[-1] != smollm.eos_token_id

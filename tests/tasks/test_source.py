@@ -87,6 +87,32 @@ def test_missing_file(tmp_path: Path) -> None:
         list(load_examples(GSM8K, tmp_path / "none.jsonl", "train"))
 
 
+def test_equal_rows_have_one_fingerprint_however_they_are_written(tmp_path: Path) -> None:
+    """Lines, a list, with blank lines between, packed; read in part or whole."""
+    rows = [*good(5), "bad"]
+    lines = write(tmp_path / "a.jsonl", rows)
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    extents = {load_examples(GSM8K, path, "train", limit).extent() for path in (lines, packed) for limit in (None, 2)}
+    assert len(extents) == 1 and extents.pop().rows == 6
+    listed = tmp_path / "c.json"
+    listed.write_text(json.dumps(good(5), indent=1))
+    assert load_examples(GSM8K, listed, "train").extent() == load_examples(
+        GSM8K, write(tmp_path / "d.jsonl", good(5)), "train"
+    ).extent()
+
+
+def test_any_other_row_changes_the_fingerprint(tmp_path: Path) -> None:
+    rows = good(5)
+    variants = [rows, rows[:4], rows[::-1], [*rows, "bad"], [*rows, ""], [rows[0] | {"source": "x"}, *rows[1:]], ["", *rows]]
+    found = [load_examples(GSM8K, write(tmp_path / f"{n}.jsonl", rows), "train").extent() for n, rows in enumerate(variants)]
+    assert found[0] == found[4] and len(set(found)) == len(variants) - 1  # a blank line at the end is no row
+
+
+def test_the_hub_is_not_fetched_to_know_its_extent() -> None:
+    assert load_examples(GSM8K, None, "train").extent() is None
+
+
 def fake_hub(monkeypatch: pytest.MonkeyPatch, load_dataset: Any) -> None:
     module = types.ModuleType("datasets")
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
