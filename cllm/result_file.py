@@ -62,11 +62,14 @@ def settings_path(results: Path) -> Path:
 
 
 def read_settings(results: Path) -> dict[str, Any] | None:
-    """The settings that made a result file, None where they are missing or damaged."""
+    """The settings that made a result file, None where they are missing or damaged. Raises UsageError where that is unknown."""
+    path = settings_path(results)
     try:
-        value = json.loads(settings_path(results).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     return value if isinstance(value, dict) else None
 
 

@@ -14,9 +14,9 @@ def summary(*skipped: tuple[str, str]) -> list[str]:
 
 
 def test_skipped_tests_are_named_under_their_reasons() -> None:
-    assert summary(("b::y", "no GPU"), ("a::x", "no browser"), ("b::x", "no GPU")) == [
+    assert summary(("b::y", "no GPU"), ("a::x", "no Chromium"), ("b::x", "no GPU")) == [
         "3 skipped",
-        "   1  no browser",
+        "   1  no Chromium",
         "      a::x",
         "   2  no GPU",
         "      b::x",

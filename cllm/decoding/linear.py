@@ -24,7 +24,7 @@ from cllm.adapter import Adapter
 from cllm.decoding.deltas import Deltas, Drafting
 from cllm.decoding.lending import Forward, Lending, LentForward, own_forward
 
-Fingerprint = tuple[torch.Size, bytes]
+Fingerprint = tuple[object, ...]
 PACKED_BYTES = 2 << 30  # of weights that are kept a second time, laid out for oneDNN
 PACKED_ROWS = 16  # the number of input rows that they are laid out for
 
@@ -199,9 +199,14 @@ def _fewest_rows() -> int:
 
 
 def _fingerprint(weight: torch.Tensor) -> Fingerprint:
-    """Of every bit; edits through ``.data`` or numpy leave version counters and data pointers as they were."""
-    from xxhash import xxh3_128_digest  # a GPU needs none of this
+    """Of every bit: edits through ``.data`` or numpy leave version counters and data pointers as they were.
 
+    An exported model may run where nothing installs xxhash; such edits are not seen there.
+    """
+    try:
+        from xxhash import xxh3_128_digest
+    except ImportError:
+        return weight.shape, weight.data_ptr(), weight._version
     return weight.shape, xxh3_128_digest(weight.detach().numpy().data)
 
 

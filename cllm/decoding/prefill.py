@@ -20,7 +20,7 @@ from cllm.decoding.step import Step, round_up
 if TYPE_CHECKING:
     from cllm.decoding.engine import Request
 
-CHUNK, CHUNK_ON_CPU = 2048, 512
+PROMPT_CHUNK, PROMPT_CHUNK_ON_CPU = 2048, 512
 FORWARD, FORWARD_ON_CPU = 256, 32  # a forward takes about as long as so many of its tokens, however few it has
 
 
@@ -33,7 +33,7 @@ class Prefill:
     def __init__(self, step: Step, prefixes: Prefixes, device: torch.device, chunk: int | None) -> None:
         on_cpu = device.type == "cpu"
         self.step, self.prefixes, self.device = step, prefixes, device
-        self.chunk = chunk or (CHUNK_ON_CPU if on_cpu else CHUNK)
+        self.chunk = chunk or (PROMPT_CHUNK_ON_CPU if on_cpu else PROMPT_CHUNK)
         self.forward_tokens = FORWARD_ON_CPU if on_cpu else FORWARD
 
     def __call__(self, new: Batch, requests: Sequence[Request], width: int, unit: int) -> tuple[torch.Tensor, list[int]]:

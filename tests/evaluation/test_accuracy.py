@@ -98,6 +98,10 @@ def test_resume_refuses_answers_of_unknown_origin(tmp_path):
     path.write_text(json.dumps(row()) + "\n")
     with pytest.raises(UsageError, match=r"answers.jsonl exists, but not answers.jsonl.settings.json"):
         accuracy.AnswerFile(path, {})
+    settings = tmp_path / "answers.jsonl.settings.json"
+    settings.symlink_to(settings.name)  # there, but not to be read
+    with pytest.raises(UsageError, match=r"cannot read .*answers.jsonl.settings.json: Too many levels of symbolic links"):
+        accuracy.AnswerFile(path, {})
 
 
 def test_resume_refuses_another_question_under_the_same_id(tmp_path):
