@@ -45,7 +45,7 @@ def animate(steps: Sequence[Step], prompt: str, model: str) -> str:
     body = [f'<rect class="page" width="{width:.0f}" height="{height}"/>', _text(MARGIN, 26, model, "title")]
     question = " ".join(prompt.split())
     most = int((width - 2 * MARGIN) / CHARACTER)
-    body.append(_text(MARGIN, 50, question if len(question) <= most else question[: most - 1] + "…"))
+    body.append(_text(MARGIN, 50, question if len(question) <= most else "…" + question[1 - most :]))
     for place, (method, each) in enumerate(own.items()):
         body += _panel(TITLES[method], each, MARGIN + place * (_panel_width() + MARGIN), lines, clock)
     body.append(_text(MARGIN, height - 12, _legend(clock.scale)))
