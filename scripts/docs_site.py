@@ -1,7 +1,7 @@
 """What the documentation site adds to MkDocs: help texts from the commands themselves, equations, docstrings without roles.
 
-A page holds ``<!-- output: cllm tasks gsm8k -->`` where a command's output belongs, and ``<!-- commands -->`` where the help texts
-of all commands do. Equations are fenced as ``math`` and become MathML, which browsers show without scripts.
+A page holds ``<!-- output: cllm tasks gsm8k -->`` where a command's output belongs, and ``<!-- commands -->`` where the help
+texts of all commands do. Equations are fenced as ``math`` and become MathML, which browsers show without scripts.
 """
 
 from __future__ import annotations

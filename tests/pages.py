@@ -2,8 +2,8 @@
 
     from pages import PAGES, blocks, runs
 
-A ``bash`` block that begins with ``# not run by the tests: `` and a reason is not run. A ``python`` block with a title quotes the
-file of that name, or is a new file.
+A ``bash`` block that begins with ``# not run by the tests: `` and a reason is not run. A ``python`` block with a title quotes
+the file of that name, or is a new file.
 """
 
 import re

@@ -117,6 +117,8 @@ class Reader:
                 assert extras <= set((ROOT / "pyproject.toml").read_text().split()), extras
             case ["cllm", "serve", *_] | ["cllm", "demo", _]:
                 self.serve(words)
+            case ["cllm", "make", *_] if "make" not in COMMANDS:
+                pass  # it is being built
             case ["cllm", command, *_]:
                 self.renew(words)
                 self.finish(lambda: cllm_main(words[1:] + REDUCED.get(command, "").split()))
@@ -134,8 +136,9 @@ class Reader:
 
     def renew(self, words: list[str]) -> None:
         """Remove the folder that a command is about to write."""
-        for option in set(OUTPUTS) & set(words):
-            shutil.rmtree(words[words.index(option) + 1], ignore_errors=True)
+        written = [words[words.index(option) + 1] for option in OUTPUTS if option in words]
+        for folder in [*written, *words[-1:]] if words[1] == "make" else written:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def script(self, target: str, rest: list[str], run: Any) -> None:
         self.monkeypatch.setattr(sys, "argv", [target, *rest])
