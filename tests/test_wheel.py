@@ -1,6 +1,7 @@
 """The wheel: what it holds, and that it works where the checkout is not."""
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -13,6 +14,8 @@ from tiny import save_tiny_adapter, save_tiny_checkpoint
 
 import cllm
 
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which would find the checkout
 SNIPPETS = [ROOT / "README.md", *sorted((ROOT / "docs" / "concepts").glob("*.md"))]
 pytestmark = pytest.mark.slow
 
@@ -20,9 +23,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools", "77", reason="building a wheel needs setuptools 77")
-    folder = tmp_path_factory.mktemp("wheel")
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")  # a build leaves files in its source
+    for name in SOURCES:
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "cllm", source / "cllm", ignore=shutil.ignore_patterns("__pycache__"))
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    done = subprocess.run([*build, "--wheel-dir", str(folder), str(ROOT)], capture_output=True, text=True)
+    done = subprocess.run([*build, "--wheel-dir", folder, source], env=CLEAN, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (found,) = folder.glob("*.whl")
     return found
@@ -34,15 +40,14 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], env=CLEAN, check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "lent.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     return folder / "bin"
 
 
 def run(environment: Path, folder: Path, program: str, *words: str) -> str:
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([environment / program, *words], cwd=folder, env=clean, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([environment / program, *words], cwd=folder, env=CLEAN, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
