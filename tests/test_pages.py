@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -92,7 +93,6 @@ class Reader:
         self.names: dict[str, Any] = {"__name__": "page"}
         self.servers: list[subprocess.Popen[str]] = []
         self.address = ADDRESS
-        self.modules = set(sys.modules)
 
     def do(self, block: Block) -> None:
         if block.language == "bash":
@@ -104,6 +104,9 @@ class Reader:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text)
             self.monkeypatch.setattr(cllm.tasks, "__path__", [*cllm.tasks.__path__, str(path.parent)])
+            module = ModuleType(f"cllm.tasks.{path.stem}")
+            exec(compile(block.text, path, "exec"), module.__dict__)
+            self.monkeypatch.setitem(sys.modules, module.__name__, module)
         else:
             exec(compile(block.text.replace(ADDRESS, self.address), "page", "exec"), self.names)
 
@@ -151,8 +154,7 @@ class Reader:
             assert not end.code, end.code
 
     def serve(self, words: list[str]) -> None:
-        options = REDUCED[words[1]] if words[1] == "serve" else REDUCED["demo"]
-        command = [sys.executable, "-m", "cllm", *words[1:], *options.split()]
+        command = [sys.executable, "-m", "cllm", *words[1:], *REDUCED[words[1]].split()]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         self.servers.append(server)
@@ -168,9 +170,6 @@ class Reader:
             assert server.wait(timeout=60) in (0, 130, -signal.SIGINT)
             assert server.stdout
             server.stdout.close()
-        for module in set(sys.modules) - self.modules:
-            if module.startswith("cllm.tasks."):
-                del sys.modules[module]
 
 
 @pytest.fixture
