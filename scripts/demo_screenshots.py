@@ -1,7 +1,7 @@
 """Pictures of the demo's page in headless Chromium: narrow and wide, light and dark.
 
 pip install playwright && apt-get install chromium
-python scripts/demo_screenshots.py --model MODEL --output docs/demo
+python scripts/demo_screenshots.py --model MODEL --output docs/images/demo
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ use_environment() {
     source .venv/bin/activate
   fi
   local stamp="$VIRTUAL_ENV/.cllm-$1" wanted
-  wanted=$(cat requirements*.txt setup.py | cksum; pwd)
+  wanted=$(cat requirements*.txt pyproject.toml | cksum; pwd)
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "==> installing $1 into $VIRTUAL_ENV"
     python -m pip install --quiet --disable-pip-version-check -r "$1"

@@ -19,7 +19,8 @@ def run(name: str, *files: Path, **environment: object) -> subprocess.CompletedP
     """A recipe in an environment that counts as installed."""
     venv = Path(str(environment["OUT"])).parent / "venv"
     venv.mkdir(exist_ok=True)
-    stamp = subprocess.run("cat requirements*.txt setup.py | cksum; pwd", shell=True, cwd=ROOT, capture_output=True, text=True)
+    what = "cat requirements*.txt pyproject.toml | cksum; pwd"
+    stamp = subprocess.run(what, shell=True, cwd=ROOT, capture_output=True, text=True)
     (venv / ".cllm-requirements.txt").write_text(stamp.stdout.rstrip("\n"))
     settings = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "VIRTUAL_ENV": venv, "PYTHONPATH": ROOT, "HOME": venv}
     settings |= {"OMP_NUM_THREADS": "1"} | {key: os.environ[key] for key in ("TMPDIR",) if key in os.environ} | environment

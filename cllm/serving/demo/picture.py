@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from cllm.serving.demo.race import Method, Step
+from cllm.serving.demo.race import Kind, Method, Step
 
 COLUMNS, LINES = 46, 16  # characters and lines of one panel; the last lines are shown where the text is longer
 CHARACTER, LINE, MARGIN, HEAD = 8.43, 20, 16, 92  # pixels; a monospaced font of 14 pixels
@@ -45,10 +45,10 @@ def animate(steps: Sequence[Step], prompt: str, model: str) -> str:
     body = [f'<rect class="page" width="{width:.0f}" height="{height}"/>', _text(MARGIN, 26, model, "title")]
     question = " ".join(prompt.split())
     most = int((width - 2 * MARGIN) / CHARACTER)
-    body.append(_text(MARGIN, 50, question if len(question) <= most else question[: most - 1] + "…"))
+    body.append(_text(MARGIN, 50, question if len(question) <= most else "…" + question[1 - most :]))
     for place, (method, each) in enumerate(own.items()):
         body += _panel(TITLES[method], each, MARGIN + place * (_panel_width() + MARGIN), lines, clock)
-    body.append(_text(MARGIN, height - 12, _legend(clock.scale)))
+    body.append(_text(MARGIN, height - 12, _legend(clock.scale, {token.kind for step in steps for token in step.gained})))
     size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
     label = escape(f"AR and Jacobi decoding by {model}, side by side")
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{label}"><style>{STYLE}</style>' + "\n".join(
@@ -126,6 +126,10 @@ def _panel_width() -> float:
     return COLUMNS * CHARACTER + MARGIN
 
 
-def _legend(scale: float) -> str:
-    speed = "" if scale == 1 else f"; shown {1 / scale:.1f} times faster than it ran"
-    return f"green: guessed right (fast-forwarded); amber: right one forward earlier (stationary){speed}"
+def _legend(scale: float, kinds: Collection[Kind]) -> str:
+    colours = ["green: guessed right (fast-forwarded)"]
+    if "stationary" in kinds:
+        colours.append("amber: right one forward earlier (stationary)")
+    if scale != 1:
+        colours.append(f"shown {1 / scale:.1f} times faster than it ran")
+    return "; ".join(colours)

@@ -1,0 +1,75 @@
+"""The wheel: what it holds, and that it works where the checkout is not."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from pages import ROOT, blocks, runs
+from tiny import save_tiny_adapter, save_tiny_checkpoint
+
+import cllm
+
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which would find the checkout
+SNIPPETS = [ROOT / "README.md", *sorted((ROOT / "docs" / "concepts").glob("*.md"))]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("setuptools", "77", reason="building a wheel needs setuptools 77")
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")  # a build leaves files in its source
+    for name in SOURCES:
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "cllm", source / "cllm", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = subprocess.run([*build, "--wheel-dir", folder, source], env=CLEAN, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts of a new environment with the wheel in it, which lends the packages that the wheel needs from this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], env=CLEAN, check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "lent.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    return folder / "bin"
+
+
+def run(environment: Path, folder: Path, program: str, *words: str) -> str:
+    done = subprocess.run([environment / program, *words], cwd=folder, env=CLEAN, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_is_in_it(wheel: Path) -> None:
+    names = set(ZipFile(wheel).namelist())
+    files = ("py.typed", "train_cllm.sh", "configs/fsdp2.yaml", "serving/demo/page.html", "cli/main.py")
+    assert {f"cllm/{file}" for file in files} <= names
+    assert {name.split("/")[0] for name in names} == {"cllm", f"cllm-{cllm.__version__}.dist-info"}
+
+
+def test_its_command_and_version(environment: Path, tmp_path: Path) -> None:
+    assert run(environment, tmp_path, "cllm", "--help").startswith("usage: cllm COMMAND")
+    ask = "import cllm, importlib.metadata as m; print(cllm.__file__, cllm.__version__ == m.version('cllm'))"
+    file, same = run(environment, tmp_path, "python", "-c", ask).split()
+    assert same == "True" and Path(file).is_relative_to(environment.parent)
+
+
+def test_the_snippets_of_readme_and_concepts(environment: Path, tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path / "my-model", max_position_embeddings=2048)
+    save_tiny_adapter(tmp_path / "my-cllm", model)
+    texts = [b.text for page in SNIPPETS for b in blocks(page) if b.language == "python" and runs(b)]
+    assert len(texts) >= len(SNIPPETS)
+    (tmp_path / "snippets.py").write_text("\n".join(texts))
+    run(environment, tmp_path, "python", "snippets.py")
