@@ -64,7 +64,7 @@ def logits(model, adapter: Adapter | None, batch: int, drafts: int) -> torch.Ten
     decoder = JacobiDecoder(model, 6, adapter=adapter or random_adapter(model), drafts=drafts)
     decoder.step.adapter = adapter
     decoder.step.linears.refresh(adapter)
-    rows = decoder._start([Request([*PROMPT[: 9 + n]], 20) for n in range(batch)], 0)
+    rows = decoder._start([Request([*PROMPT[: 9 + n]], 20) for n in range(batch)], range(batch))
     tokens, positions, drafts = decoder.step.ahead(rows.rows, 6)
     return decoder.step.forward(tokens, positions, rows.cache, 32, tokens.shape[1], drafts)
 
