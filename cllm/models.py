@@ -229,7 +229,7 @@ def rotary_switch(config: PretrainedConfig) -> int | None:
 
 
 def reread_length(config: PretrainedConfig) -> int | None:
-    """How long a text is when ``generate`` lets the model read it all anew, with other rotary frequencies; None: never."""
+    """The length at which ``generate`` makes the model read a whole text again, with other rotary frequencies; None: never."""
     if config.model_type not in REREADING or rotary_switch(config) is None:
         return None
     return config.original_max_position_embeddings + 1

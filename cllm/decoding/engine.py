@@ -292,7 +292,7 @@ class JacobiDecoder:
             yield Iteration(self.runner.run(batch, chooser, self.runner.length(reach), self._width(batch)))
 
     def _reread(self, batch: Batch, ended: Mapping[int, tuple[Request, int, int]]) -> dict[int, Request]:
-        """Of the rows that have ended, those that go on once the model has read their text anew, with what is left to do.
+        """Of the rows that have ended, those that go on after the model has read their text again, with what is left to do.
 
         ``ended``: the request of each row, its place in the batch and where its window begins.
         """
@@ -344,7 +344,7 @@ class JacobiDecoder:
         return end if self.context is None else min(end, self.context)
 
     def _end(self, request: Request) -> int:
-        """The first position that a request's row may not fill, at least until its text is read anew."""
+        """The first position that a request's row may not fill, or not before its text is read again."""
         last, reread = self._last(request), self.reread_length
         return last if reread is None or len(request.prompt) >= reread else min(last, reread)
 

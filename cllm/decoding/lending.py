@@ -67,7 +67,7 @@ class Lending(ABC):
 
 
 class LentForward:
-    """The ``forward`` of a layer while it is lent: a kind of it is called in the place of ``plain``."""
+    """The ``forward`` of a layer while it is lent. Subclasses are called instead of ``plain``."""
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.own = layer, own_forward(layer)

@@ -124,7 +124,7 @@ def test_longrope(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_longrope_stops_at_the_switch(name: str) -> None:
-    """An end-of-sequence token where the model would read the text anew."""
+    """An end-of-sequence token where the model would read the text again."""
     model, text = longrope(name), drawn(9)
     free = generate(model, text, 60, [])
     for place in (SWITCH - len(text) - 1, SWITCH - len(text), SWITCH - len(text) + 1):
@@ -134,7 +134,7 @@ def test_longrope_stops_at_the_switch(name: str) -> None:
 
 
 def test_longrope_with_sampling() -> None:
-    """What a row draws depends neither on the width nor on when its text is read anew."""
+    """What a row draws depends neither on the width nor on when its text is read again."""
     model, sampling = longrope("phi3"), Sampling(temperature=1.0, seed=5)
     wanted = [replace(request, sampling=sampling) for request in AROUND_THE_SWITCH]
     ar, jacobi = (texts(JacobiDecoder(model, width), wanted) for width in (1, 8))

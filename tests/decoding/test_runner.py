@@ -67,7 +67,7 @@ def test_captured_steps_give_the_same_texts(guess: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_captured_steps_with_longrope(name: str) -> None:
-    """Frequencies are chosen on the device, and a text is read anew some iterations after its row has ended."""
+    """Frequencies are chosen on the device, and a text is read again some iterations after its row has ended."""
     model = longrope(name)
     plain, decoder = dict(Queue(JacobiDecoder(model, 4), 3).run(AROUND_THE_SWITCH)), capturing(model, 4)
     found = dict(Queue(decoder, 3).run(AROUND_THE_SWITCH))
