@@ -1,8 +1,8 @@
 """The paper's procedure written out plainly: the oracle of the tests and the slow side of the benchmarks.
 
 No packing, no batching, and but for the decoders no cache: one block of one response after the other, the whole text in every
-forward, as arXiv 2403.00835 (Algorithm 1, equations 2 to 4) and its published code have it. Beside it, UNO's way to decode with an
-adapter (arXiv 2609.04010). Use it to check, not to work with.
+forward, as arXiv 2403.00835 (Algorithm 1, equations 2 to 4) and its published code have it. Beside it, UNO's way to decode with
+an adapter (arXiv 2609.04010). Use it to check, not to work with.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cllm.cli.command import command, parser
 
-FORMS = ("transformers", "uno")  # written out here, because `--help` must not wait for torch; a test holds them to the library's
+FORMS = ("transformers", "uno")  # written out here, because `--help` must not wait for torch; a test compares them
 
 
 def options() -> argparse.ArgumentParser:

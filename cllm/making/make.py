@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,7 @@ class Making:
         self.held_out = [Source.parse(text) for text in options.held_out]
         self.device = options.device or default_device()
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.wait: Callable[[], None] = lambda: None  # until all processes are here
         self.started = time.perf_counter()
         self.learned_from, self.measured_on = self.work / "prompts.jsonl", self.work / "held_out.jsonl"
         self.facts, self.planned = self.work / "prompts.json", self.work / "plan.json"
@@ -160,7 +161,9 @@ class Making:
 
     def run(self, dry_run: bool) -> dict[str, Any]:
         stages = self.stages()
-        Stages(self.work, stages[:2] if dry_run else stages, self.rank, self._gathering()).run()
+        if state := collect.process_group(self.processes):
+            self.wait = state.wait_for_everyone
+        Stages(self.work, stages[:2] if dry_run else stages, self.rank, self.wait).run()
         if dry_run:
             return {"plan": self.plan.as_dict()}
         return json.loads((self.options.output / FIGURES).read_text(encoding="utf-8"))
@@ -179,7 +182,7 @@ class Making:
         published = [options.output / name for name in (ADAPTER, ADAPTER_WEIGHTS, "config.json", CARD, FIGURES)]
         return [
             Stage("prompts", "reading the prompts", self._read_prompts, written, asked),
-            Stage("plan", "timing a few responses and training steps", self._plan, [self.planned], limits),
+            Stage("plan", "timing a few responses and training steps", self._plan, [self.planned], limits, together=True),
             Stage("responses", "writing the model's responses", self._respond, [self.responses], together=True),
             Stage("adapter", "training the adapter", self._train, [self.adapter], together=True),
             Stage("tune", "finding the fastest window on this device", self._tune, [self.tuned]),
@@ -223,12 +226,25 @@ class Making:
         write_json(self.facts, facts | {"prompt_template": template.text, "data": [source.label for source in self.sources]})
 
     def _plan(self) -> None:
+        """Answer a few prompts, take a few training steps, decode one response alone; from what they took, the plan."""
         sample = self.work / "sample"
-        shutil.rmtree(sample, ignore_errors=True)
-        try:
-            costs = self._costs(sample)
-        finally:
-            shutil.rmtree(sample, ignore_errors=True)
+        if self.rank == 0:
+            response = self._timed_responses(sample)
+        self.wait()
+        step = self._timed_step(sample)
+        if self.rank > 0:
+            return
+        rows = list(read_rows(sample))
+        tokens = sum(len(row.response_ids) for row in rows) / len(rows)
+        costs = Costs(
+            response=response / self.processes,
+            example=step / (BATCH * self.processes),
+            single=self._timed_token(rows[0].prompt_ids) * tokens,
+            tokens=tokens,
+            spent=time.perf_counter() - self.started,
+            memory=peak_memory(),
+        )
+        shutil.rmtree(sample)
         facts = self._facts()
         made = plan(costs, facts["prompts"], facts["held_out"], self.options.minutes)
         logger.info("the plan:\n%s", made)
@@ -276,44 +292,39 @@ class Making:
 
     # -------------------------------------------------------------- internals
 
-    def _gathering(self) -> Any:
-        """What makes processes wait for each other."""
-        state = collect.process_group(self.processes)
-        return state.wait_for_everyone if state else lambda: None
-
     def _facts(self) -> dict[str, Any]:
         return json.loads(self.facts.read_text(encoding="utf-8"))
 
-    def _costs(self, sample: Path) -> Costs:
-        """Answer a few prompts, take a few training steps, decode one response alone."""
-        args = self._collecting(sample, SAMPLE, resume=False)
-        examples = list(load_examples(get_task(OWN_PROMPTS), self.learned_from, "train", SAMPLE))
-        collector, settings = collect.make_collector(args, get_task(OWN_PROMPTS))
+    def _timed_responses(self, folder: Path) -> float:
+        """Seconds of one of a few responses in a batch; they are stored in the folder."""
+        args, task = self._collecting(folder, SAMPLE, resume=False), get_task(OWN_PROMPTS)
+        examples = list(load_examples(task, self.learned_from, "train", SAMPLE))
+        collector, settings = collect.make_collector(args, task)
+        writer = TrajectoryWriter(folder, settings.as_dict(), resume=False)
         start = time.perf_counter()
-        for _ in collector.run(examples, TrajectoryWriter(sample, settings.as_dict(), resume=False), batch_size=COLLECTED):
+        for _ in collector.run(examples, writer, batch_size=COLLECTED):
             pass
-        responded = time.perf_counter() - start
-        del collector
-        rows = list(read_rows(sample))
-        options, lora, probe, args = train.arguments(
-            self._training(sample, sample / "adapter", max_steps=SAMPLE_STEPS) + ["--save_strategy", "no"], "cllm make"
-        )
-        trainer, clock = train.build_trainer(options, lora, probe, args), StepClock()
+        return (time.perf_counter() - start) / len(examples)
+
+    def _timed_step(self, folder: Path) -> float:
+        """Seconds of a training step of all processes together, on the responses in the folder."""
+        words = self._training(folder, folder / "adapter", max_steps=SAMPLE_STEPS, save_strategy="no")
+        trainer, clock = train.build_trainer(*train.arguments(words, "cllm make")), StepClock()
         trainer.add_callback(clock)
         trainer.train()
-        del trainer
-        decoder = JacobiDecoder(load_model(self.options.target, dtype=self.options.dtype, device=self.device), 1)
-        alone = measure([Engine(decoder, AR, AR)], [[rows[0].prompt_ids]], min(SAMPLE_TOKENS, self.options.max_new_seq_len))
-        (run,) = alone.runs[AR]
-        tokens = sum(len(row.response_ids) for row in rows) / len(rows)
-        return Costs(
-            response=responded / (SAMPLE * self.processes),
-            example=clock.seconds / (BATCH * self.processes),
-            single=run.seconds / len(run.responses[0].token_ids) * tokens,
-            tokens=tokens,
-            spent=time.perf_counter() - self.started,
-            memory=peak_memory(),
+        return clock.seconds
+
+    def _timed_token(self, prompt: list[int]) -> float:
+        """Seconds of a token by AR decoding of a prompt alone, its prefill included."""
+        model = load_model(
+            self.options.target,
+            dtype=self.options.dtype,
+            device=self.device,
+            attn_implementation=self.options.attn_implementation,
         )
+        length, context = min(SAMPLE_TOKENS, self.options.max_new_seq_len), context_length(model.config)
+        (run,) = measure([Engine(JacobiDecoder(model, 1), AR, AR)], [[prompt]], length, context=context).runs[AR]
+        return run.seconds / len(run.responses[0].token_ids)
 
     def _collecting(self, folder: Path, count: int, resume: bool) -> Any:
         words = ["--model", self.options.target, "--filename", self.learned_from, "--output", folder, "--responses_only"]
@@ -404,6 +415,7 @@ def _check_no_conversations(gathered: Gathered, target: str) -> None:
 
 def _check_output(folder: Path) -> None:
     """Raise UsageError for a folder that cannot be written to, or that holds something else than an earlier run."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / WORK / FILE).is_file())):
+    other = folder.is_dir() and any(path.name != WORK for path in folder.iterdir()) and not (folder / WORK / FILE).is_file()
+    if other or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"OUTPUT must be new, empty, or that of an earlier `cllm make`, got {folder}, which is not")
     check_writable(folder / WORK / "prompts.json")

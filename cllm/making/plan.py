@@ -16,7 +16,7 @@ from cllm.errors import UsageError
 EPOCHS_LEAST, EPOCHS_MOST = 3, 10
 EXAMPLES = 1000  # worth passing through in all where time is no matter: few prompts are taken more often
 MARGIN = 0.9  # of the time that is left is planned with
-MEASURING_SHARE = 0.2  # of the time at most, for measuring on held-out prompts
+MEASURING_SHARE = 0.2  # of the time that could be spent on more prompts, for measuring on held-out ones
 TUNING_PROMPTS, TUNING_RESPONSES = 8, 40  # responses that `tune` decodes on so many prompts, all its choices together
 LEAST_PROMPTS = 8  # to learn from
 LEAST_HELD_OUT = 2  # an interval needs two
@@ -74,14 +74,14 @@ def plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) -> Pl
     if minutes is None:
         epochs = max(EPOCHS_LEAST, min(EPOCHS_MOST, round(EXAMPLES / prompts)))
         return _plan(costs, prompts, held_out, epochs, tuning)
-    measured = int(MEASURING_SHARE * 60 * minutes / (2 * costs.single))
-    held_out = min(held_out, max(measured, LEAST_HELD_OUT))
-    fixed = costs.spent + tuning + 2 * held_out * costs.single
-    left = MARGIN * 60 * minutes - fixed
-    each = costs.response + EPOCHS_LEAST * costs.example
-    if left < LEAST_PROMPTS * each:
-        least = (fixed + LEAST_PROMPTS * each) / (60 * MARGIN)
+    each, measured = costs.response + EPOCHS_LEAST * costs.example, 2 * costs.single
+    left = MARGIN * 60 * minutes - costs.spent - tuning
+    spare = left - LEAST_HELD_OUT * measured - LEAST_PROMPTS * each
+    if spare < 0:
+        least = minutes - spare / (60 * MARGIN)
         raise UsageError(f"minutes must be at least {least:.1f} for this model on this device, got {minutes:g}")
+    held_out = min(held_out, LEAST_HELD_OUT + int(MEASURING_SHARE * spare / measured))
+    left -= held_out * measured
     count = min(prompts, int(left / each))
     epochs = min(EPOCHS_MOST, int((left - count * costs.response) / (count * costs.example)))
     return _plan(costs, count, held_out, epochs, tuning)

@@ -30,7 +30,7 @@ class Source:
     def parse(cls, text: StrPath) -> Source:
         """``FILE``, ``TASK`` or ``TASK:FILE``. Raises UsageError for what is neither."""
         name, _, file = str(text).partition(":")
-        if Path(text).exists():
+        if str(text) and Path(text).exists():
             return cls(configured_task(get_task(OWN_PROMPTS), str(text), "collect"), str(text))
         if name not in task_names(others=True):
             tasks = ", ".join(task_names())

@@ -25,8 +25,8 @@ def check(folder: Path, record: Mapping[str, Any]) -> None:
     start = record.get(TRAINED_GUESS) or DEFAULT_GUESS
     if start != START:
         raise UsageError(
-            f"UNO starts from random tokens of the vocabulary, and this adapter was trained to start from {start!r}, so it would "
-            f"draft badly there; train one with --guess {START} (`cllm make`, or `cllm collect`)"
+            f"UNO starts from random tokens of the vocabulary, and this adapter was trained to start from {start!r}, so it "
+            f"would draft badly there; train one with --guess {START} (`cllm make`, or `cllm collect`)"
         )
     other = [name for name in read_adapter(folder).down if not LAYERS.fullmatch(name)]
     if other:
@@ -43,6 +43,6 @@ python -m sglang.launch_server --model-path {record.get("target_model")} --atten
   --speculative-algorithm UNO --uno-lora-path PATH --speculative-num-draft-tokens {max(width, 2)}
 ```
 
-SGLang's UNO needs one CUDA GPU with FlashAttention 3. Written for sglang 0.5.23 and not run on it: the layout was checked with a
-plain decoder of the toolkit's own. UNO drafts and verifies in two forwards, every time from random tokens, so its tokens per
-forward are fewer than those above."""
+SGLang's UNO needs one CUDA GPU with FlashAttention 3. Written for sglang 0.5.23 and not run on it: the layout was checked with
+a plain decoder of the toolkit's own. UNO drafts and verifies in two forwards, every time from random tokens, so it has fewer
+tokens per forward than the toolkit's own decoding."""
