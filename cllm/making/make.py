@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS
 from cllm.cli import collect, speedup, train, tune
@@ -22,11 +22,10 @@ from cllm.errors import UsageError
 from cllm.evaluation.environment import check_writable
 from cllm.evaluation.method import Engine
 from cllm.evaluation.method_name import AR, JACOBI
-from cllm.evaluation.prompt import encode
 from cllm.evaluation.speed import measure
 from cllm.files import StrPath, write_json, write_text
-from cllm.making.plan import LEAST_HELD_OUT, LEAST_PROMPTS, TUNING_PROMPTS, Costs, Plan, StepClock, peak_memory, plan
-from cllm.making.sources import Gathered, Source, digest, gather, split_off
+from cllm.making.plan import LEAST_HELD_OUT, LEAST_PROMPTS, TUNING_PROMPTS, Costs, Plan, StepClock, make_plan, peak_memory
+from cllm.making.sources import Gathered, Source, gather, split_off
 from cllm.making.stages import FILE, Stage, Stages
 from cllm.models import (
     DATA,
@@ -42,7 +41,7 @@ from cllm.models import (
     store_choice,
     weights_stamp,
 )
-from cllm.prompts import PLAIN, choose_template
+from cllm.prompts import PLAIN, PromptTemplate, choose_template
 from cllm.serving.contents import contents
 from cllm.serving.export import CARD, Skeleton, copy_file
 from cllm.serving.model_card import read_reports
@@ -210,8 +209,9 @@ class Making:
         for each in (found, apart) if self.held_out else (found,):
             if tokenizer.chat_template is None and self.options.prompt_template is None:
                 _check_no_conversations(each, self.options.target)
-            _, too_long = encode(each.examples.values(), template, tokenizer, context and context - BLOCK)
-            each.leave_out([digest(prompt.example) for prompt in too_long], "too long for the model's context")
+            for name, example in list(each.examples.items()):
+                if reason := _unfit(example, template, tokenizer, context):
+                    each.leave_out([name], reason)
         held_out = apart.examples if self.held_out else split_off(found)
         reasons = "".join(f"; {count} {reason}" for reason, count in found.passed_over.items())
         if len(found.examples) < LEAST_PROMPTS or len(held_out) < LEAST_HELD_OUT:
@@ -246,7 +246,7 @@ class Making:
         )
         shutil.rmtree(sample)
         facts = self._facts()
-        made = plan(costs, facts["prompts"], facts["held_out"], self.options.minutes)
+        made = make_plan(costs, facts["prompts"], facts["held_out"], self.options.minutes)
         logger.info("the plan:\n%s", made)
         write_json(self.planned, made.as_dict())
 
@@ -402,6 +402,17 @@ def _words(values: Sequence[Any]) -> list[str]:
 
 def _row(example: Example) -> str:
     return json.dumps({"messages": example.messages}, ensure_ascii=False) + "\n"
+
+
+def _unfit(
+    example: Example, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> str | None:
+    """Why a prompt cannot be answered."""
+    try:
+        ids = template.encode(example.messages, tokenizer)
+    except UsageError:
+        return "refused by the chat template"
+    return "too long for the model's context" if context is not None and len(ids) > context - BLOCK else None
 
 
 def _check_no_conversations(gathered: Gathered, target: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -57,14 +58,14 @@ class Plan:
             f"  prompts   {self.prompts} to learn from, in {self.epochs} epochs; {self.held_out} to measure on\n"
             f"  tokens    about {self.response_tokens} of responses, {self.trained_tokens} in training\n"
             f"  minutes   about {self.total_minutes:.1f} ({stages})\n"
-            f"  memory    {self.memory / 2**30:.1f} GiB in the trial, which was as large a step as training takes"
+            f"  memory    {self.memory / 2**30:.1f} GiB in a trial of each; longer prompts take more"
         )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) -> Plan:
+def make_plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) -> Plan:
     """The best use of the time: as many prompts as can be learned from for EPOCHS_LEAST epochs, then more epochs.
 
     ``prompts`` and ``held_out``: how many there are. ``minutes``: of the whole run; None for as long as it takes. Raises
@@ -78,7 +79,7 @@ def plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) -> Pl
     left = MARGIN * 60 * minutes - costs.spent - tuning
     spare = left - LEAST_HELD_OUT * measured - LEAST_PROMPTS * each
     if spare < 0:
-        least = minutes - spare / (60 * MARGIN)
+        least = math.ceil(10 * (minutes - spare / (60 * MARGIN))) / 10
         raise UsageError(f"minutes must be at least {least:.1f} for this model on this device, got {minutes:g}")
     held_out = min(held_out, LEAST_HELD_OUT + int(MEASURING_SHARE * spare / measured))
     left -= held_out * measured

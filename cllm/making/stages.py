@@ -1,7 +1,7 @@
 """Stages that run one after the other, each once: a run that was killed anywhere goes on where it stopped.
 
 ``stages.json`` says of every stage what it was made from and whether it ended. What a stage was made from includes that of all
-stages before it, so a changed input starts its stage and those after it anew.
+stages before it, so a changed input starts its stage and those after it anew; so does an output that is gone.
 """
 
 from __future__ import annotations
@@ -43,18 +43,20 @@ class Stages:
 
     def run(self) -> None:
         """Raises whatever a stage does; what had been done by then is kept."""
-        made_from = ""
+        made_from, redone = "", False
         for number, stage in enumerate(self.stages, 1):
             made_from = _digest([made_from, stage.name, dict(stage.inputs)])
             known = self._read().get(stage.name, {})
-            same = known.get("made_from") == made_from
+            same, ended = known.get("made_from") == made_from, bool(known.get("ended"))
+            there = all(path.exists() for path in stage.outputs)
             self.wait()  # before one of them writes what the others read here
             where = f"stage {number} of {len(self.stages)}: {stage.doing}"
-            if same and known.get("ended") and all(path.exists() for path in stage.outputs):
+            if same and ended and there and not redone:
                 self._say(f"{where}: done before")
                 continue
             self._say(where)
-            if self.rank == 0 and not same:
+            redone = True
+            if self.rank == 0 and not (same and not ended):
                 for path in stage.outputs:
                     _remove(path)
                 self._write(stage, made_from=made_from, ended=False)

@@ -103,6 +103,7 @@ def test_it_does_nothing_twice(made: Path, target: Path, prompts: Path, monkeypa
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_at_a_random_moment_it_ends_with_the_same_files(
     made: Path, target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
@@ -248,6 +249,7 @@ def test_a_time_that_is_too_short(target: Path, prompts: Path, tmp_path: Path) -
         run(target, prompts, tmp_path / "out", minutes=0.0001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small_disk", ["16k"], indirect=True)
 def test_a_disk_that_is_full_at_every_stage(
     made: Path, target: Path, prompts: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]

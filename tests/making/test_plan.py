@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 
 from cllm.errors import UsageError
-from cllm.making.plan import EPOCHS_LEAST, EPOCHS_MOST, LEAST_PROMPTS, Costs, plan
+from cllm.making.plan import EPOCHS_LEAST, EPOCHS_MOST, LEAST_PROMPTS, Costs, make_plan
 
 COSTS = Costs(response=0.5, example=0.8, single=3.0, tokens=100.0, spent=40.0, memory=2**31)
 
 
 @pytest.mark.parametrize("minutes", [10.0, 15.0, 30.0, 60.0, 600.0])
 def test_a_plan_stays_within_its_time_and_uses_it(minutes: float) -> None:
-    found = plan(COSTS, 5000, 64, minutes)
+    found = make_plan(COSTS, 5000, 64, minutes)
     assert found.total_minutes <= 0.95 * minutes
     assert found.total_minutes > 0.8 * minutes or (found.prompts == 5000 and found.epochs == EPOCHS_MOST)
     assert found.epochs >= EPOCHS_LEAST and LEAST_PROMPTS <= found.prompts <= 5000 and 2 <= found.held_out <= 64
@@ -20,27 +20,27 @@ def test_a_plan_stays_within_its_time_and_uses_it(minutes: float) -> None:
 
 
 def test_more_time_is_more_prompts_then_more_epochs() -> None:
-    plans = [plan(COSTS, 400, 64, minutes) for minutes in (10, 20, 40, 80)]
+    plans = [make_plan(COSTS, 400, 64, minutes) for minutes in (10, 20, 40, 80)]
     assert [p.prompts for p in plans] == sorted(p.prompts for p in plans) and plans[-1].prompts == 400
     assert plans[0].epochs == EPOCHS_LEAST < plans[-1].epochs
     assert all(p.prompts == 400 for p in plans if p.epochs > EPOCHS_LEAST)
 
 
 def test_without_a_limit_all_prompts_are_taken_and_few_more_often() -> None:
-    epochs = [plan(COSTS, count, 64, None).epochs for count in (16, 200, 333, 5000)]
+    epochs = [make_plan(COSTS, count, 64, None).epochs for count in (16, 200, 333, 5000)]
     assert epochs == [EPOCHS_MOST, 5, EPOCHS_LEAST, EPOCHS_LEAST]
-    assert plan(COSTS, 5000, 64, None).prompts == 5000 and plan(COSTS, 5000, 64, None).held_out == 64
+    assert make_plan(COSTS, 5000, 64, None).prompts == 5000 and make_plan(COSTS, 5000, 64, None).held_out == 64
 
 
 def test_a_time_that_is_too_short_says_how_much_is_needed() -> None:
     with pytest.raises(UsageError, match=r"minutes must be at least (\S+) for this model on this device, got 0.1") as error:
-        plan(COSTS, 100, 20, 0.1)
+        make_plan(COSTS, 100, 20, 0.1)
     least = float(str(error.value).split()[5])
-    assert plan(COSTS, 100, 20, least + 0.1).prompts >= LEAST_PROMPTS
+    assert make_plan(COSTS, 100, 20, least + 0.1).prompts >= LEAST_PROMPTS
     with pytest.raises(UsageError):
-        plan(COSTS, 100, 20, least - 0.1)
+        make_plan(COSTS, 100, 20, least - 0.1)
 
 
 def test_what_people_see() -> None:
-    text = str(plan(replace(COSTS, memory=3 * 2**30), 100, 20, None))
+    text = str(make_plan(replace(COSTS, memory=3 * 2**30), 100, 20, None))
     assert "100 to learn from, in 10 epochs; 20 to measure on" in text and "10000 of responses" in text and "3.0 GiB" in text
