@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ PROMPTS, PLACES = 4, 16  # looked at closely: texts, and places in each
 TIMED_TOKENS = 32  # of a response whose iterations are timed
 NUMERICS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of the largest logit: what rounding explains
 DEAR = 1.25  # times the cost of a forward of one token, from which on a window is called dear
+SOUND = 0.8  # of the next guesses are the same at least, near-ties aside
 GAP = 0.1  # between two shares, from which on they are called apart, if their intervals are as well
 
 
@@ -86,6 +87,7 @@ class Explanation:
     prefill_share: float  # of all seconds
     forced: dict[str, list[Share]]  # drafts over the true text from each start: the leading 1, 2, ... are all right
     start: str  # which of the starts decoding uses
+    replayed: Share  # next guesses of the decoder that a plain forward over the same window gives as well
     texts_checked: int
     differences: list[Difference]
     findings: list[str] = field(default_factory=list)
@@ -111,6 +113,7 @@ def explain(jacobi: Engine, measured: Measurement, prompts: Prompts, batches: Se
         prefill_share=sum(run.prefill_seconds for run in runs) / sum(run.seconds for run in runs),
         forced=_forced(decoder, prompts[:PROMPTS], [response.token_ids for response in ar[:PROMPTS]]),
         start=_start(decoder.guess.name),
+        replayed=_replayed(decoder, prompts[:PROMPTS]),
         texts_checked=min(len(prompts), PROMPTS),
         differences=_differences(decoder.model, prompts[:PROMPTS], {jacobi.name: responses, AR: ar}),
     )
@@ -169,11 +172,10 @@ def _start(guess: str) -> str:
 @torch.inference_mode()
 def _forced(decoder: JacobiDecoder, prompts: Prompts, responses: Prompts) -> dict[str, list[Share]]:
     """One draft from nothing at a few places of the true texts, over plain forwards without a cache."""
-    model, adapter = decoder.model, decoder.step.adapter
     size = decoder.width - 1
     if not size:
         return {}
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = decoder.model.config.get_text_config(decoder=True).vocab_size
     right: dict[str, list[int]] = {start: [0] * size for start in STARTS}
     count = [0] * size
     for prompt, response in zip(prompts, responses, strict=True):
@@ -184,14 +186,53 @@ def _forced(decoder: JacobiDecoder, prompts: Prompts, responses: Prompts) -> dic
             goal = text[0, place + 2 : place + 2 + size]  # what the tokens at those positions lead to
             for start, tokens_of in STARTS.items():
                 guesses = tokens_of(vocabulary)(text, known, positions[None], torch.full_like(known, decoder.seed + place))
-                with drafting(model, adapter, size) if adapter else nullcontext():
-                    logits = model(torch.cat([text[:, : place + 1], guesses], dim=1), use_cache=False).logits
-                drafted = logits[0, place + 1 : place + 1 + len(goal)].argmax(dim=-1)
-                for distance, all_right in enumerate((drafted == goal).cumprod(dim=0).tolist()):
+                drafted = _drafted(decoder, text[:, : place + 1], guesses)
+                for distance, all_right in enumerate((drafted[: len(goal)] == goal).cumprod(dim=0).tolist()):
                     right[start][distance] += all_right
             for distance in range(len(goal)):
                 count[distance] += 1
     return {start: [Share(*pair) for pair in zip(counts, count)] for start, counts in right.items()}
+
+
+@torch.inference_mode()
+def _replayed(decoder: JacobiDecoder, prompts: Prompts) -> Share:
+    """Decode a few windows again, and draft from each by a plain forward too.
+
+    The draft after guess j of a window is for the position after it, where the next window has moved on by what was emitted.
+    """
+    refined = min(decoder.step.drafts or decoder.block_size, decoder.block_size - 1)  # guesses of a window
+    if not refined:
+        return Share(0, 0)
+    again = JacobiDecoder(
+        decoder.model,
+        decoder.block_size,
+        guess=_start(decoder.guess.name),
+        adapter=decoder.step.adapter,
+        drafts=decoder.step.drafts,
+        seed=decoder.seed,
+        compile=decoder.compile,
+    )
+    same = of = 0
+    for prompt in prompts:
+        text, expected = list(prompt), []
+        for iteration in islice(again.iterate([prompt], max_new_tokens=PLACES * again.width), PLACES):
+            window, emitted = iteration.window_BW[0].tolist(), int(iteration.emitted_B[0])
+            same += sum(a == b for a, b in zip(expected, window[1:]))
+            of += len(expected)
+            if len(window) < again.block_size:  # narrower where the text is about to end
+                break
+            known, guesses = (torch.tensor([ids], device=again.device) for ids in (text, window[1 : 1 + refined]))
+            expected = _drafted(again, known, guesses).tolist()[emitted - 1 :]
+            text += iteration.choices_BW[0, :emitted].tolist()
+    return Share(same, of)
+
+
+def _drafted(decoder: JacobiDecoder, known_1S: torch.Tensor, guesses_1W: torch.Tensor) -> torch.Tensor:
+    """What a plain forward, without a cache, drafts after each of the guesses after a text."""
+    adapter, count = decoder.step.adapter, guesses_1W.shape[1]
+    with drafting(decoder.model, adapter, count) if adapter else nullcontext():
+        logits = decoder.model(torch.cat([known_1S, guesses_1W], dim=1), use_cache=False).logits
+    return logits[0, -count:].argmax(dim=-1)
 
 
 def _places(prompt: int, response: int) -> list[int]:
@@ -236,8 +277,13 @@ def _findings(found: Explanation, tpf: float) -> list[str]:
             f"near-ties: {len(near)} texts part from a plain forward's where two tokens are as likely but for rounding "
             f"(margins up to {max(d.margin for d in near):.2g} in logits)"
         )
+    if found.replayed.of and found.replayed.right < SOUND * found.replayed.of:
+        findings.append(
+            f"cache: {found.replayed.value:.0%} of the decoder's next guesses are those that a plain forward without a cache "
+            "gives for the same window; keys and values, their slots, or the mask are wrong where it drafts"
+        )
     if found.forced:
-        findings += _drafting_findings(found)
+        findings += _start_findings(found)
     cost = found.iterations[-1].times_width_1
     if cost > DEAR:
         findings.append(
@@ -247,23 +293,16 @@ def _findings(found: Explanation, tpf: float) -> list[str]:
     return findings
 
 
-def _drafting_findings(found: Explanation) -> list[str]:
-    used, accepted = found.forced[found.start][0], found.acceptance[0]
-    best = max(found.forced, key=lambda start: found.forced[start][0].value or 0.0)
-    findings = []
-    if found.forced[best][0].above(used):
-        findings.append(
-            f"start: over the true text the first draft is right in {found.forced[best][0].value:.0%} of the windows that "
-            f"start from {best!r} tokens and in {used.value:.0%} from {found.start!r}, which decoding uses; the adapter was "
-            f"trained to start from {best!r}"
-        )
-    if used.above(accepted):
-        findings.append(
-            f"cache: over the true text the first draft is right in {used.value:.0%} of the places, and in decoding the first "
-            f"guess in {accepted.value:.0%} of the windows; drafts see something else there: keys and values, their slots, "
-            "positions, or the mask are wrong"
-        )
-    return findings
+def _start_findings(found: Explanation) -> list[str]:
+    used, best = found.start, max(found.forced, key=lambda start: found.forced[start][0].value or 0.0)
+    right = {start: shares[0] for start, shares in found.forced.items()}
+    if not right[best].above(right[used]):
+        return []
+    return [
+        f"start: over the true text the first draft is right in {right[best].value:.0%} of the windows that start from "
+        f"{best!r} tokens and in {right[used].value:.0%} from {used!r}, which decoding uses; the adapter was trained to start "
+        f"from {best!r}"
+    ]
 
 
 def render_explanation(of: dict[str, Any]) -> str:
@@ -283,7 +322,8 @@ def render_explanation(of: dict[str, Any]) -> str:
         format_table(["guess", "accepted, if those\nbefore it are", *starts.values()], guesses),
         "Drafted right: this guess and all before it, over the true text; *: as windows start here.\n"
         f"Cold windows, after a forward that confirmed no guess: {_percent(of['cold_windows'])}; they gain {gains}.\n"
-        f"Prefill: {percent(of['prefill_share'])} of the time. Texts held against plain forwards: {of['texts_checked']}.",
+        f"Prefill: {percent(of['prefill_share'])} of the time. Held against plain forwards: {of['texts_checked']} texts, and "
+        f"the next guesses of windows, {_percent(of['replayed'])} of which are the same.",
         "\n".join(f"- {finding}" for finding in of["findings"]) or "Nothing stands out.",
     ]
     return "\n\n".join(parts)

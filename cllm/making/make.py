@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from cllm.errors import UsageError
 from cllm.evaluation.environment import check_writable
 from cllm.evaluation.method import Engine
 from cllm.evaluation.method_name import AR, JACOBI
+from cllm.evaluation.report import write_report
+from cllm.evaluation.results import read_results
 from cllm.evaluation.speed import measure
 from cllm.files import StrPath, write_json, write_text
 from cllm.making.plan import LEAST_HELD_OUT, LEAST_PROMPTS, TUNING_PROMPTS, Costs, Plan, StepClock, make_plan, peak_memory
@@ -52,6 +55,7 @@ from cllm.trajectory.store import TrajectoryWriter, read_rows
 
 WORK = "make"  # the folder in OUTPUT with all that lies on the way
 FIGURES = "make.json"
+REPORT = "report.html"  # where matplotlib is there to draw
 LEAST = LEAST_PROMPTS + LEAST_HELD_OUT  # prompts
 BLOCK = 8  # tokens of a block in training; windows of decoding may be wider
 BATCH, COLLECTED = 4, 16  # examples in a training step, prompts that are answered together
@@ -286,6 +290,8 @@ class Making:
         write_text(output / CARD, skeleton.card(output, reports, alone=True))
         for name, path in contents(self.adapter, str(self.adapter), adapter_only=True).items():
             copy_file(path, output / name)
+        if find_spec("matplotlib"):
+            write_report(read_results(self.work), output / REPORT, f"What was measured of {output.resolve().name}")
         for folder in self.adapter.glob("checkpoint-*"):
             shutil.rmtree(folder)
         write_json(output / FIGURES, self._figures(reports[0], reason))

@@ -83,7 +83,8 @@ def test_twenty_prompts_end_with_a_sensible_report(made: Path, target: Path) -> 
     assert {ADAPTER, ADAPTER_WEIGHTS, "config.json", "tokenizer.json", "README.md", "make.json"} <= files(made)
     assert not [name for name in files(made) if "checkpoint-" in name or "sample" in name]
     card = ModelCard.load(made / "README.md").text
-    assert "prompts of p.jsonl" in card and str(target) in card and "tokens per forward" in card and "cllm serve PATH" in card
+    assert "prompts of p.jsonl" in card and f"- target model: {target.name}\n" in card and "not faster than" in card
+    assert "tokens per forward" in card and "cllm serve PATH" in card and "--format uno" in card
 
 
 def test_the_result_writes_the_base_models_text_with_the_window_that_is_stored(made: Path, target: Path) -> None:
