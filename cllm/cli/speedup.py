@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.explain:
         from cllm.evaluation.explain import explain
 
-        explanation = {"explanation": explain(methods[0], measured, [p.ids for p in prompts], batches).as_dict()}
+        jacobi: Any = methods[0]
+        explanation = {"explanation": explain(jacobi, measured, [p.ids for p in prompts], batches).as_dict()}
     return {
         "settings": _settings(args) | chosen | _facts(of) | {"filename": stream.source, "metric": task.metric},
         "environment": environment(of.model.device),

@@ -214,7 +214,8 @@ def _replayed(decoder: JacobiDecoder, prompts: Prompts) -> Share:
     )
     same = of = 0
     for prompt in prompts:
-        text, expected = list(prompt), []
+        text = list(prompt)
+        expected: list[int] = []
         for iteration in islice(again.iterate([prompt], max_new_tokens=PLACES * again.width), PLACES):
             window, emitted = iteration.window_BW[0].tolist(), int(iteration.emitted_B[0])
             same += sum(a == b for a, b in zip(expected, window[1:]))
