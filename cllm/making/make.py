@@ -201,22 +201,22 @@ class Making:
 
     def _read_prompts(self) -> None:
         """Write the prompts to learn from and those to measure on, each once, and in what form they are asked."""
-        found = gather(self.sources, "train")
-        if self.held_out:
-            apart = gather(self.held_out, "test")
-            found.leave_out(list(apart.examples), "held out as well")
+        found, apart = gather(self.sources, "train"), gather(self.held_out, "test")
+        found.leave_out(list(apart.examples), "held out as well")
         tokenizer = load_tokenizer(self.options.target)
         context = context_length(AutoConfig.from_pretrained(self.options.target))
         templates = {source.task.plain_template for source in self.sources}
         plain = templates.pop() if len(templates) == 1 else get_task(OWN_PROMPTS).plain_template
         template = choose_template(self.options.prompt_template, plain, tokenizer, {})
-        for each in (found, apart) if self.held_out else (found,):
+        for each in (found, apart):
             if tokenizer.chat_template is None and self.options.prompt_template is None:
                 _check_no_conversations(each, self.options.target)
             for name, example in list(each.examples.items()):
                 if reason := _unfit(example, template, tokenizer, context):
                     each.leave_out([name], reason)
         held_out = apart.examples if self.held_out else split_off(found)
+        for reason, times in apart.passed_over.items():
+            found.count(f"held out, but {reason}", times)
         reasons = "".join(f"; {count} {reason}" for reason, count in found.passed_over.items())
         if len(found.examples) < LEAST_PROMPTS or len(held_out) < LEAST_HELD_OUT:
             raise UsageError(

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from cllm.errors import UsageError
 
-EPOCHS_LEAST, EPOCHS_MOST = 3, 10
+EPOCHS = 10  # at most
 EXAMPLES = 1000  # worth passing through in all where time is no matter: few prompts are taken more often
 MARGIN = 0.9  # of the time that is left is planned with
 MEASURING_SHARE = 0.2  # of the time that could be spent on more prompts, for measuring on held-out ones
@@ -66,16 +66,19 @@ class Plan:
 
 
 def make_plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) -> Plan:
-    """The best use of the time: as many prompts as can be learned from for EPOCHS_LEAST epochs, then more epochs.
+    """The best use of the time: as many prompts as fit, then more epochs.
 
+    Other prompts teach more than the same again, as long as writing a response takes no longer than learning from it; where it
+    does, there are epochs enough for that from the start.
     ``prompts`` and ``held_out``: how many there are. ``minutes``: of the whole run; None for as long as it takes. Raises
     UsageError where the time is too short for anything.
     """
     tuning = TUNING_RESPONSES * costs.single
     if minutes is None:
-        epochs = max(EPOCHS_LEAST, min(EPOCHS_MOST, round(EXAMPLES / prompts)))
+        epochs = max(1, min(EPOCHS, round(EXAMPLES / prompts)))
         return _plan(costs, prompts, held_out, epochs, tuning)
-    each, measured = costs.response + EPOCHS_LEAST * costs.example, 2 * costs.single
+    epochs = min(math.ceil(costs.response / costs.example), EPOCHS)
+    each, measured = costs.response + epochs * costs.example, 2 * costs.single
     left = MARGIN * 60 * minutes - costs.spent - tuning
     spare = left - LEAST_HELD_OUT * measured - LEAST_PROMPTS * each
     if spare < 0:
@@ -84,7 +87,7 @@ def make_plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) 
     held_out = min(held_out, LEAST_HELD_OUT + int(MEASURING_SHARE * spare / measured))
     left -= held_out * measured
     count = min(prompts, int(left / each))
-    epochs = min(EPOCHS_MOST, int((left - count * costs.response) / (count * costs.example)))
+    epochs = min(EPOCHS, int((left - count * costs.response) / (count * costs.example)))
     return _plan(costs, count, held_out, epochs, tuning)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cllm.errors import UsageError
-from cllm.making.plan import EPOCHS_LEAST, EPOCHS_MOST, LEAST_PROMPTS, Costs, make_plan
+from cllm.making.plan import EPOCHS, LEAST_PROMPTS, Costs, make_plan
 
 COSTS = Costs(response=0.5, example=0.8, single=3.0, tokens=100.0, spent=40.0, memory=2**31)
 
@@ -14,21 +14,25 @@ COSTS = Costs(response=0.5, example=0.8, single=3.0, tokens=100.0, spent=40.0, m
 def test_a_plan_stays_within_its_time_and_uses_it(minutes: float) -> None:
     found = make_plan(COSTS, 5000, 64, minutes)
     assert found.total_minutes <= 0.95 * minutes
-    assert found.total_minutes > 0.8 * minutes or (found.prompts == 5000 and found.epochs == EPOCHS_MOST)
-    assert found.epochs >= EPOCHS_LEAST and LEAST_PROMPTS <= found.prompts <= 5000 and 2 <= found.held_out <= 64
+    assert found.total_minutes > 0.8 * minutes or (found.prompts == 5000 and found.epochs == EPOCHS)
+    assert 1 <= found.epochs <= EPOCHS and LEAST_PROMPTS <= found.prompts <= 5000 and 2 <= found.held_out <= 64
     assert found.response_tokens == found.prompts * 100 and found.trained_tokens == found.response_tokens * found.epochs
 
 
 def test_more_time_is_more_prompts_then_more_epochs() -> None:
     plans = [make_plan(COSTS, 400, 64, minutes) for minutes in (10, 20, 40, 80)]
     assert [p.prompts for p in plans] == sorted(p.prompts for p in plans) and plans[-1].prompts == 400
-    assert plans[0].epochs == EPOCHS_LEAST < plans[-1].epochs
-    assert all(p.prompts == 400 for p in plans if p.epochs > EPOCHS_LEAST)
+    assert plans[0].epochs == 1 < plans[-1].epochs and all(p.prompts == 400 for p in plans if p.epochs > 1)
+
+
+def test_responses_that_take_long_are_learned_from_more_often() -> None:
+    slow = replace(COSTS, response=2.0)  # 2.5 times as long as an epoch of it
+    assert make_plan(slow, 5000, 64, 30).epochs == 3 and make_plan(slow, 5000, 64, 30).total_minutes <= 0.95 * 30
 
 
 def test_without_a_limit_all_prompts_are_taken_and_few_more_often() -> None:
     epochs = [make_plan(COSTS, count, 64, None).epochs for count in (16, 200, 333, 5000)]
-    assert epochs == [EPOCHS_MOST, 5, EPOCHS_LEAST, EPOCHS_LEAST]
+    assert epochs == [EPOCHS, 5, 3, 1]
     assert make_plan(COSTS, 5000, 64, None).prompts == 5000 and make_plan(COSTS, 5000, 64, None).held_out == 64
 
 
