@@ -203,20 +203,10 @@ class Making:
         """Write the prompts to learn from and those to measure on, each once, and in what form they are asked."""
         found, apart = gather(self.sources, "train"), gather(self.held_out, "test")
         found.leave_out(list(apart.examples), "held out as well")
-        tokenizer = load_tokenizer(self.options.target)
-        context = context_length(AutoConfig.from_pretrained(self.options.target))
-        templates = {source.task.plain_template for source in self.sources}
-        plain = templates.pop() if len(templates) == 1 else get_task(OWN_PROMPTS).plain_template
-        template = choose_template(self.options.prompt_template, plain, tokenizer, {})
-        for each in (found, apart):
-            if tokenizer.chat_template is None and self.options.prompt_template is None:
-                _check_no_conversations(each, self.options.target)
-            for name, example in list(each.examples.items()):
-                if reason := _unfit(example, template, tokenizer, context):
-                    each.leave_out([name], reason)
-        held_out = apart.examples if self.held_out else split_off(found)
+        template = self._leave_out_unfit(found, apart)
         for reason, times in apart.passed_over.items():
             found.count(f"held out, but {reason}", times)
+        held_out = apart.examples if self.held_out else split_off(found)
         reasons = "".join(f"; {count} {reason}" for reason, count in found.passed_over.items())
         if len(found.examples) < LEAST_PROMPTS or len(held_out) < LEAST_HELD_OUT:
             raise UsageError(
@@ -227,7 +217,22 @@ class Making:
         for path, examples in ((self.learned_from, found.examples), (self.measured_on, held_out)):
             write_text(path, "".join(_row(example) for example in examples.values()))
         facts = {"prompts": len(found.examples), "held_out": len(held_out), "passed_over": found.passed_over}
-        write_json(self.facts, facts | {"prompt_template": template.text, "data": [source.label for source in self.sources]})
+        write_json(self.facts, facts | {"prompt_template": template, "data": [source.label for source in self.sources]})
+
+    def _leave_out_unfit(self, *parts: Gathered) -> str:
+        """Leave out what cannot be answered; returns the template that the others are asked in."""
+        tokenizer = load_tokenizer(self.options.target)
+        context = context_length(AutoConfig.from_pretrained(self.options.target))
+        templates = {source.task.plain_template for source in self.sources}
+        plain = templates.pop() if len(templates) == 1 else get_task(OWN_PROMPTS).plain_template
+        template = choose_template(self.options.prompt_template, plain, tokenizer, {})
+        for part in parts:
+            if tokenizer.chat_template is None and self.options.prompt_template is None:
+                _check_no_conversations(part, self.options.target)
+            for name, example in list(part.examples.items()):
+                if reason := _unfit(example, template, tokenizer, context):
+                    part.leave_out([name], reason)
+        return template.text
 
     def _plan(self) -> None:
         """Answer a few prompts, take a few training steps, decode one response alone; from what they took, the plan."""

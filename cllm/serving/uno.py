@@ -13,7 +13,7 @@ from typing import Any
 
 from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS, read_adapter
 from cllm.errors import UsageError
-from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, default_width
+from cllm.models import DEFAULT_GUESS, DEFAULT_WIDTH, TRAINED_GUESS
 
 START = "uniform"  # what UNO's windows start from
 FILES = (ADAPTER_WEIGHTS, "config.json", ADAPTER)  # a tokenizer's files would be taken for added tokens
@@ -35,12 +35,12 @@ def check(folder: Path, record: Mapping[str, Any]) -> None:
 
 def usage(record: Mapping[str, Any]) -> str:
     """The section of the model card."""
-    width = default_width(record)
+    width = record.get("block_size") or DEFAULT_WIDTH  # the stored one is another device's
     return f"""## Use in SGLang
 
 ```bash
 python -m sglang.launch_server --model-path {record.get("target_model")} --attention-backend fa3 \\
-  --speculative-algorithm UNO --uno-lora-path PATH --speculative-num-draft-tokens {max(width, 2)}
+  --speculative-algorithm UNO --uno-lora-path PATH --speculative-num-draft-tokens {width}
 ```
 
 SGLang's UNO needs one CUDA GPU with FlashAttention 3. Written for sglang 0.5.23 and not run on it: the layout was checked with
