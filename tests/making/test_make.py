@@ -270,6 +270,16 @@ def test_a_disk_that_is_full_at_every_stage(
     assert full > 2 and same_adapter(small_disk / "out", made) and responses(small_disk / "out") == responses(made)
 
 
+@pytest.mark.slow
+def test_two_processes_make_one_adapter(made: Path, target: Path, prompts: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+    words = ["-m", "cllm", "make", target, prompts, tmp_path / "out", "--max_new_seq_len", LENGTH, "--dtype", "float32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*launch, *map(str, words), "--device", "cpu"], env=environment, check=True, timeout=500)
+    assert responses(tmp_path / "out") == responses(made) and figures(tmp_path / "out")["same_as_ar"] == 1.0
+    assert attached(load_model(str(tmp_path / "out"), device="cpu")) is not None
+
+
 def test_several_gpus_start_accelerate(monkeypatch: pytest.MonkeyPatch, target: Path, prompts: Path, tmp_path: Path) -> None:
     started: list[list[str]] = []
 
