@@ -1,17 +1,22 @@
 """The paper's procedure written out plainly: the oracle of the tests and the slow side of the benchmarks.
 
-No packing, no batching, and but for :func:`decode` no cache: one block of one response after the other, the whole text in every
-forward, as arXiv 2403.00835 (Algorithm 1, equations 2 to 4) and its published code have it. Use it to check, not to work with.
+No packing, no batching, and but for the decoders no cache: one block of one response after the other, the whole text in every
+forward, as arXiv 2403.00835 (Algorithm 1, equations 2 to 4) and its published code have it. Beside it, UNO's way to decode with
+an adapter (arXiv 2609.04010). Use it to check, not to work with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 from transformers import DynamicCache, PreTrainedModel
+
+from cllm.adapter import Adapter
 
 StartGuess = Callable[[Sequence[int], int], list[int]]
 
@@ -78,13 +83,74 @@ def decode(
         forwards += 1
         right = next((i for i, token in enumerate(drafted) if token != choices[i]), guesses)
         response += choices[: right + 1]
-        if len(response) >= max_new_tokens or set(choices[: right + 1]) & set(eos_token_ids):
-            end = next((i + 1 for i, token in enumerate(response) if token in eos_token_ids), len(response))
-            return response[: min(end, max_new_tokens)], forwards
+        if (end := _end(response, max_new_tokens, eos_token_ids)) is not None:
+            return response[:end], forwards
         if right < guesses:
             cache.crop(right - guesses)
         rest = choices[right + 1 : guesses] or start_guess([*prompt, *response], block_size - 1)
         window, guesses = [response[-1], *rest], len(rest)
+
+
+@torch.inference_mode()
+def decode_two_passes(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    prompt: Sequence[int],
+    width: int,
+    max_new_tokens: int,
+    start_guess: StartGuess,
+    eos_token_ids: Sequence[int] = (),
+) -> tuple[list[int], int]:
+    """UNO's linear layout: the response, and how many forwards it took, the prompt's included.
+
+    Drafting forward: the last verified token with the adapter off, and ``width`` - 1 (>= 1) starting guesses with it on.
+    Verifying forward: what these gave, with the adapter off. Every two forwards give two tokens at least. Full attention only.
+    """
+    cache = DynamicCache(config=model.config)
+
+    def following(tokens: Sequence[int]) -> list[int]:
+        return model(torch.tensor([list(tokens)], device=model.device), past_key_values=cache).logits[0].argmax(dim=-1).tolist()
+
+    response, forwards = following(prompt)[-1:], 1
+    while (end := _end(response, max_new_tokens, eos_token_ids)) is None:
+        with drafting(model, adapter, width - 1):
+            drafted = following([response[-1], *start_guess([*prompt, *response], width - 1)])
+        cache.crop(1 - width)
+        choices = following(drafted)
+        forwards += 2
+        right = next((i for i, (a, b) in enumerate(zip(drafted[1:], choices)) if a != b), width - 1)
+        response += [*drafted[: right + 1], choices[right]]
+        if right < width - 1:
+            cache.crop(right + 1 - width)
+    return response[:end], forwards
+
+
+@contextmanager
+def drafting(model: PreTrainedModel, adapter: Adapter, tokens: int) -> Iterator[None]:
+    """Meanwhile the adapter is on for the last ``tokens`` (>= 1) of every forward, which is about one row."""
+
+    def add(down: torch.Tensor, up: torch.Tensor) -> Any:
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            more = inputs[0][..., -tokens:, :] @ down.to(output).T @ up.to(output).T
+            return torch.cat([output[..., :-tokens, :], output[..., -tokens:, :] + more], dim=-2)
+
+        return hook
+
+    layers = dict(model.named_modules())
+    handles = [layers[name].register_forward_hook(add(down, adapter.up[name])) for name, down in adapter.down.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _end(response: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]) -> int | None:
+    """How many tokens of a response count; None where it goes on."""
+    ended = next((i + 1 for i, token in enumerate(response) if token in eos_token_ids), None)
+    if ended is None and len(response) < max_new_tokens:
+        return None
+    return min(ended or max_new_tokens, max_new_tokens)
 
 
 def training_losses(

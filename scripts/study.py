@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.cli.command import command
-from cllm.cli.probe import scoring_task
+from cllm.cli.probe import configured_task
 from cllm.cli.train import arguments, build_trainer
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
@@ -134,7 +134,7 @@ class Study:
         self.settings = TrajectoryDataset(args.trajectories).settings
         if "block_size" not in self.settings:
             raise UsageError(f"{args.trajectories} is no folder that `cllm collect` wrote")
-        self.task: Task = scoring_task(get_task(args.task), args.filename)
+        self.task: Task = configured_task(get_task(args.task), args.filename, "speedup")
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
         self.target = load_model(args.model, dtype="float32", device=args.device)
         template = PromptTemplate(self.settings["prompt_template"])

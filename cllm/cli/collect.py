@@ -68,7 +68,11 @@ def build_parser(task: str | None, argv: Sequence[str] | None = None) -> argpars
 
 @command
 def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
-    args = build_parser(task, argv).parse_args(argv)
+    run(build_parser(task, argv).parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Collect what the options say, in every process that was started for it."""
     if args.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens (the block size) must be >= 1, got {args.max_new_tokens}")
     if args.responses_only and args.published:
@@ -86,10 +90,10 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
     elif args.published:
         check_writable(args.published)
     extent = examples.extent()
-    collector, settings = _collector(args, chosen, extent.fingerprint if extent else None)
+    collector, settings = make_collector(args, chosen, extent.fingerprint if extent else None)
     folder = Path(args.output) if args.output else _default_folder(args, chosen)
 
-    state = _process_group(processes)
+    state = process_group(processes)
     from cllm.trajectory.store import TrajectoryWriter, stored_counts
 
     with state.main_process_first() if state else nullcontext():
@@ -110,7 +114,8 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
             _report(folder, stored_counts(folder), examples.bad)
 
 
-def _collector(args: argparse.Namespace, task, source_rows: str | None):
+def make_collector(args: argparse.Namespace, task, source_rows: str | None = None):
+    """The collector that the options describe, and its settings. ``source_rows``: fingerprint of the rows it is for."""
     from cllm.cli.model import open_model
     from cllm.models import vocabulary_stamp, weights_stamp
     from cllm.trajectory.collect import CollectionSettings, Collector
@@ -143,7 +148,8 @@ def _collector(args: argparse.Namespace, task, source_rows: str | None):
     return Collector(of.model, of.tokenizer, settings, args.prefix_cache), settings
 
 
-def _process_group(processes: int):
+def process_group(processes: int):
+    """The processes of this run, as accelerate knows them; None where there is one."""
     if processes == 1:
         return None
     import torch

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from cllm.cli.command import command, parser
 
+FORMS = ("transformers", "uno")  # written out here, because `--help` must not wait for torch; a test compares them
+
 
 def options() -> argparse.ArgumentParser:
     result = parser(
@@ -31,6 +33,13 @@ def options() -> argparse.ArgumentParser:
         help="leave the target model out: a small folder that needs this toolkit and, where it is used, the target model",
     )
     result.add_argument(
+        "--format",
+        choices=(*FORMS, "merged"),
+        default=FORMS[0],
+        help="uno: the adapter as SGLang's UNO algorithm takes it, not run there; merged is refused, since the adapter in the "
+        "weights would give another text",
+    )
+    result.add_argument(
         "--push",
         nargs="?",
         const="",
@@ -48,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.push is not None:
         owner = hub.account()  # before gigabytes are copied
-    export(args.model, args.output, args.results, adapter_only=args.adapter_only)
-    print(f"{'Adapter' if args.adapter_only else 'Checkpoint'} exported to {args.output}")
+    export(args.model, args.output, args.results, adapter_only=args.adapter_only, form=args.format)
+    print(f"{'Adapter' if args.adapter_only or args.format == 'uno' else 'Checkpoint'} exported to {args.output}")
     if args.push is not None:
         print(f"Pushed to {hub.push(Path(args.output), args.push or f'{owner}/{Path(args.output).resolve().name}')}")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "make": "make a model faster, with the same text: all that follows, in one command",
     "sft": "fine-tune a general model on a task's answers: the target model",
     "collect": "store the Jacobi trajectories of a target model",
     "train": "fine-tune the target model into a CLLM",

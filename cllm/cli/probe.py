@@ -92,7 +92,7 @@ def _probe(trainer: Any, probe: ProbeArguments, target: Any) -> Probe:
     name = probe.probe_task or record.get("task")
     if name is None:
         raise UsageError("the trajectories do not say their task; pass --probe_task")
-    task, tokenizer = scoring_task(get_task(name), probe.probe_file), trainer.processing_class
+    task, tokenizer = configured_task(get_task(name), probe.probe_file, "speedup"), trainer.processing_class
     template = choose_template(None, task.plain_template, tokenizer, record)
     examples = list(load_examples(task, probe.probe_file, "test", probe.probe_prompts))
     context = context_length(target.config)
@@ -111,8 +111,8 @@ def _probe(trainer: Any, probe: ProbeArguments, target: Any) -> Probe:
     )
 
 
-def scoring_task(task: Task, filename: str | None) -> Task:
-    """The task as ``cllm speedup`` takes it, its own options at their defaults."""
-    options = parser("", "cllm train")
-    task.add_options(options, "speedup")
+def configured_task(task: Task, filename: str | None, command: str) -> Task:
+    """The task as a ``command`` takes it, its own options at their defaults."""
+    options = parser("", f"cllm {command}")
+    task.add_options(options, command)
     return task.configure(options.parse_args([], Namespace(filename=filename)))

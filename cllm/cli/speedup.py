@@ -59,6 +59,11 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     result.add_argument(
         "--target_model", metavar="PATH", help="the model before training: adds its text's quality, side by side"
     )
+    result.add_argument(
+        "--explain",
+        action="store_true",
+        help="say in figures why the speedup is less than the tokens per forward, and what looks like a fault",
+    )
     result.add_argument("--seed", type=int, default=0, help="of the fresh guesses and of the bootstrap")
     result.add_argument("--output", default="speedup.json", help="where the results go")
     return result
@@ -90,6 +95,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     for name in args.guess or []:
         check_guess(name)
+    if args.explain and args.window == "block":
+        raise UsageError("--explain is about sliding windows; leave out --window block")
     check_writable(args.output)
     task = get_task(args.task).configure(args)
     stream = load_examples(task, prompt.default_file(args.filename, Path.cwd()), "test", args.data_size)
@@ -106,6 +113,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if target is not None:
         texts["target"] = _target_texts(target, batches, args.max_new_seq_len, context, of.stops, args.prefix_cache)
     qualities = _qualities(args, task, of, target, prompts, texts, _ids(measured, method.AR))
+    explanation = {}
+    if args.explain:
+        from cllm.evaluation.explain import explain
+
+        jacobi: Any = methods[0]
+        explanation = {"explanation": explain(jacobi, measured, [p.ids for p in prompts], batches).as_dict()}
     return {
         "settings": _settings(args) | chosen | _facts(of) | {"filename": stream.source, "metric": task.metric},
         "environment": environment(of.model.device),
@@ -120,6 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "methods": speed.summarise(measured, seed=args.seed),
         "divergences": speed.divergences(of.model, measured, {p.example.id: p.ids for p in prompts}),
         "quality": {name: asdict(value) for name, value in qualities.items()},
+        **explanation,
         "batches": _batch_rows(measured, len(batches)),
         "prompts": _prompt_rows(prompts, measured, texts, of.tokenizer, args.batch_size),
     }
@@ -274,6 +288,10 @@ def _prompt_rows(prompts: Any, measured: Any, texts: dict, tokenizer: Any, batch
 def render(report: dict[str, Any]) -> str:
     """The report as text for people."""
     parts = [_head(report), _speed_table(report), _gain_table(report), *_notes(report), _quality_table(report)]
+    if "explanation" in report:
+        from cllm.evaluation.explain import render_explanation
+
+        parts.append(render_explanation(report["explanation"]))
     return "\n\n".join(part for part in parts if part)
 
 

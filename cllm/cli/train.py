@@ -56,12 +56,17 @@ class Source:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    run(sys.argv[1:] if argv is None else argv, "cllm train")
+
+
+def run(words: Sequence[str], prog: str) -> None:
+    """Train as the options say."""
     from cllm.serving.export import equip
 
-    run, lora, probe, args = arguments(sys.argv[1:] if argv is None else argv, "cllm train")
+    what, lora, probe, args = arguments(words, prog)
     resume_from = checkpoint(args)
-    trainer = build_trainer(run, lora, probe, args)
-    train(trainer, resume_from, "consistency adapter" if run.lossless else "CLLM", lora, run.dtype)
+    trainer = build_trainer(what, lora, probe, args)
+    train(trainer, resume_from, "consistency adapter" if what.lossless else "CLLM", lora, what.dtype)
     if trainer.is_world_process_zero() and (lora.merged or not lora.lora_r):
         equip(args.output_dir)
 

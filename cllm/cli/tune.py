@@ -59,6 +59,17 @@ def options(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(argv).parse_args(argv)
+    measured, best = run(args)
+    print(render(measured, best))
+    if args.save:
+        first = best[args.batch_size[0]]
+        drafts = f", {first.drafts} draft tokens" * (first.drafts > 0)
+        print(f"Width {first.width}{drafts} and guess {first.guess} stored in {Path(args.model, 'config.json')}")
+    print(f"All figures: {args.output}")
+
+
+def run(args: argparse.Namespace) -> tuple[list[Choice], dict[int, Choice]]:
+    """Measure, write the results and store the best choice: all choices, and the best one of each batch size."""
     from cllm.cli.guess import check_guess
     from cllm.cli.model import open_model
     from cllm.evaluation.choice import fastest
@@ -83,13 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "best": {size: {"width": m.width, "drafts": m.drafts, "guess": m.guess} for size, m in best.items()},
     }
     write_json(args.output, report)
-    print(render(measured, best))
     if args.save:
         first = best[args.batch_size[0]]
         store_choice(args.model, first.width, first.guess, first.drafts)
-        drafts = f", {first.drafts} draft tokens" * (first.drafts > 0)
-        print(f"Width {first.width}{drafts} and guess {first.guess} stored in {Path(args.model, 'config.json')}")
-    print(f"All figures: {args.output}")
+    return measured, best
 
 
 def _measure(args: argparse.Namespace, of: OpenModel, task: Any) -> list[Choice]:

@@ -158,15 +158,20 @@ def _batches(prompts: Prompts, size: int) -> list[Prompts]:
 def _choice(setting: Setting, size: int, runs: Sequence[Run]) -> Choice:
     responses = [response for run in runs for response in run.responses]
     tokens, forwards = sum(len(r.token_ids) for r in responses), sum(r.forwards for r in responses)
-    iterations = sum(max(r.forwards for r in run.responses) - 1 for run in runs)
     return Choice(
         *setting,
         size,
-        seconds=sum(run.seconds - run.prefill_seconds for run in runs) / max(iterations, 1),
+        seconds=iteration_seconds(runs),
         tokens_per_forward=tokens / forwards,
         tokens_per_second=_rate(runs),
         batches=len(runs),
     )
+
+
+def iteration_seconds(runs: Sequence[Run]) -> float:
+    """Seconds of an iteration after the prefill."""
+    iterations = sum(max(r.forwards for r in run.responses) - 1 for run in runs)
+    return sum(run.seconds - run.prefill_seconds for run in runs) / max(iterations, 1)
 
 
 def _rate(runs: Sequence[Run]) -> float:

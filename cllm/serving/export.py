@@ -24,11 +24,13 @@ from cllm.models import (
     RECORD,
     add_to_record,
     first_line,
+    folder_record,
     load_tokenizer,
     read_record,
     stop_token_ids,
 )
 from cllm.prompts import PLACE, choose_template
+from cllm.serving import uno
 from cllm.serving.bundle import HEAD, bundle
 from cllm.serving.contents import FILES, contents, fetched, matches
 from cllm.serving.model_card import MARK, Report, model_card, read_reports
@@ -36,28 +38,45 @@ from cllm.serving.model_card import MARK, Report, model_card, read_reports
 CODE = "custom_generate/generate.py"  # where transformers looks for it
 CARD = "README.md"
 FOLDERS = (ADAPTER_FOLDER, Path(CODE).parts[0])
+FORMS = ("transformers", "uno")
+MERGED = (
+    "a consistency adapter is not merged: it is on for guesses alone, and in the weights it would be on for every token, which "
+    "gives another model and another text"
+)
 
 logger = logging.getLogger(__name__)
 
 
-def export(model: str, output: StrPath, results: Sequence[StrPath] = (), *, adapter_only: bool = False) -> None:
+def export(
+    model: str, output: StrPath, results: Sequence[StrPath] = (), *, adapter_only: bool = False, form: str = FORMS[0]
+) -> None:
     """Write the checkpoint ``model``, a folder or a hub name, to the folder ``output`` and :func:`equip` it.
 
     A consistency adapter is written with its target model, in a folder of its own, so that transformers opens the target as it
     is: an adapter beside the weights would be on for every token there. ``adapter_only`` leaves the target model out.
+    ``form``: one of FORMS; ``uno`` is the adapter alone, as SGLang's UNO takes it.
     ``output`` must be new, empty, or an earlier export, which is overwritten. ``model`` is only read. Raises UsageError
-    for any other folder, for a checkpoint that cannot be loaded or decoded, and for an adapter that does not fit its target.
+    for any other folder, for a checkpoint that cannot be loaded or decoded, for an adapter that does not fit its target or the
+    form, and for ``merged``.
     """
+    if form not in FORMS:
+        raise UsageError(MERGED if form == "merged" else f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    for_uno = form == "uno"
+    adapter_only = adapter_only or for_uno
     source, target = fetched(model), Path(output)
     _check_output(source, target)
     files = contents(source, model, adapter_only)
+    if for_uno:
+        uno.check(source, folder_record(source))
+        files = {name: files[name] for name in uno.FILES}
     for folder in {path.parent for path in files.values()}:  # of the target model, too
         _check_output(folder, target)
     adapted = (source / ADAPTER).is_file()
     skeleton, published = Skeleton(source), published_record(model)  # what the paper's checkpoints do not say themselves
     reports = read_reports(results, skeleton.record or published)
     if adapter_only:  # the card first, or the code, so that an interrupted export can be run again
-        _write_card(target, skeleton.card(target, reports, alone=True))
+        more = [uno.usage(skeleton.passed_on)] if for_uno else []
+        _write_card(target, skeleton.card(target, reports, alone=True, more=more))
     else:
         write_text(target / CODE, code())
     _remove_strays(target, files, adapter_only)
@@ -65,7 +84,7 @@ def export(model: str, output: StrPath, results: Sequence[StrPath] = (), *, adap
         if adapted and name == "config.json":
             _write_with_record(path, target / name, skeleton.passed_on)
         else:
-            _copy(path, target / name)
+            copy_file(path, target / name)
     if published:
         add_to_record(target, published)
     if not adapter_only:
@@ -116,9 +135,9 @@ class Skeleton:
         """The record as an export has it."""
         return self.record | _origins(self.record)
 
-    def card(self, folder: Path, reports: Sequence[Report], alone: bool = False) -> str:
-        """The text of the card in ``folder``. ``alone``: of an adapter without its target model."""
-        return model_card(folder.resolve().name, self.passed_on, self.template.text, reports, alone=alone)
+    def card(self, folder: Path, reports: Sequence[Report], alone: bool = False, more: Sequence[str] = ()) -> str:
+        """The text of the card in ``folder``. ``alone``: of an adapter without its target model; ``more``: further sections."""
+        return model_card(folder.resolve().name, self.passed_on, self.template.text, reports, alone=alone, more=more)
 
     def generation_config(self) -> GenerationConfig:
         """The checkpoint's own, with every id that ends a response and with a padding id."""
@@ -167,7 +186,7 @@ def _remove_strays(target: Path, files: Mapping[str, Path], adapter_only: bool) 
 def _add_adapter_config(source: Path, target: Path, record: Mapping[str, Any]) -> None:
     """Finish the adapter beside its target model: with the record, which keeps it from being merged, and without a path."""
     folder = target / ADAPTER_FOLDER
-    _copy(target / "config.json", folder / "config.json")
+    copy_file(target / "config.json", folder / "config.json")
     config = json.loads((source / ADAPTER).read_text(encoding="utf-8"))
     on_hub = record["target_model"] if record.get(BASE_REVISION) else None
     write_json(folder / ADAPTER, config | {"base_model_name_or_path": on_hub})
@@ -184,7 +203,7 @@ def _write_card(folder: Path, card: str) -> None:
         write_text(folder / CARD, card)
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
     """Copy a file; what is at ``target`` is replaced by the whole of it or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")

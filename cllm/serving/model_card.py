@@ -14,7 +14,7 @@ from cllm.errors import UsageError
 from cllm.evaluation.quality import QUALITY_ROWS
 from cllm.evaluation.table import number, percent, percent_with_interval, with_interval
 from cllm.files import StrPath, open_text
-from cllm.models import DRAFTS, GUESS, HUB_NAME, ORIGINS, WIDTH, default_drafts, default_width
+from cllm.models import DATA, DRAFTS, GUESS, HUB_NAME, ORIGINS, REASON, WIDTH, default_drafts, default_width
 from cllm.prompts import CHAT, DIALOGUES, PLACE
 from cllm.tasks import get_task, task_names
 from cllm.tasks.base import Task
@@ -64,19 +64,27 @@ def read_reports(paths: Sequence[StrPath], record: Mapping[str, Any]) -> list[Re
     return reports
 
 
-def model_card(name: str, record: Mapping[str, Any], template: str, reports: Sequence[Report], *, alone: bool = False) -> str:
+def model_card(
+    name: str,
+    record: Mapping[str, Any],
+    template: str,
+    reports: Sequence[Report],
+    *,
+    alone: bool = False,
+    more: Sequence[str] = (),
+) -> str:
     """The card as Markdown with YAML at its head.
 
     ``record`` is what config.json says of the checkpoint's making, ``template`` the text of its PromptTemplate. ``alone``: of
-    a consistency adapter without its target model.
+    a consistency adapter without its target model. ``more``: sections after those on how to use it.
     """
     task = get_task(record["task"]) if record.get("task") in task_names() else None
     if record.get(LOSSLESS):
         parts = [_adapter_head(name, record, alone)]
         parts += [] if alone else [_usage(template, task, ADAPTED)]
-        parts += [_toolkit_usage(template, task), _making(record, task, ADAPTER_RECIPE)]
+        parts += [_toolkit_usage(template, task), *more, _making(record, task, ADAPTER_RECIPE)]
     else:
-        parts = [_head(name, record), _usage(template, task, PLAIN), _making(record, task, RECIPE)]
+        parts = [_head(name, record), _usage(template, task, PLAIN), *more, _making(record, task, RECIPE)]
     if reports:
         parts.append("## Measured\n\nBrackets: 95% intervals.")
         parts += [_speed(report) if "methods" in report else _accuracy(report) for report in reports]
@@ -86,7 +94,7 @@ def model_card(name: str, record: Mapping[str, Any], template: str, reports: Seq
 
 def _recipe_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record without what may be added to it after the training, and what an export leaves of paths."""
-    kept = {key: value for key, value in record.items() if key not in (WIDTH, DRAFTS, GUESS)}
+    kept = {key: value for key, value in record.items() if key not in (WIDTH, DRAFTS, GUESS, REASON)}
     return kept | {key: Path(kept[key]).name for key in ORIGINS if kept.get(key)}
 
 
@@ -141,6 +149,9 @@ def _adapter_head(name: str, record: Mapping[str, Any], alone: bool) -> str:
         f"Target model: `{target}`, {where}; fingerprint of its weights: `{weights}`. "
         "The adapter is refused for a model with other weights.",
     ]
+    if record.get(REASON):
+        why = f"Where it was made, the window was {record[REASON]}. Elsewhere it may be: `cllm tune` finds out."
+        paragraphs.append(why)
     if alone:
         paragraphs.append(_warning(record))
     else:
@@ -153,7 +164,8 @@ def _warning(record: Mapping[str, Any]) -> str:
     parts = [
         "**Do not load this folder with peft or `AutoModelForCausalLM`, and do not merge it.** They switch the adapter on for "
         "every token, which gives the drafting model, not the target model, and another text. `cllm export PATH OUTPUT` writes "
-        "target model and adapter in a form that transformers decodes correctly."
+        "target model and adapter in a form that transformers decodes correctly; `--format uno` writes the adapter for SGLang, "
+        "where it was trained to start from random tokens of the vocabulary."
     ]
     if not record.get(BASE_REVISION):
         parts.append(
@@ -215,7 +227,9 @@ def _making(record: Mapping[str, Any], task: Task | None, recipe: Mapping[str, s
     lines = []
     if record.get("target_model"):
         lines.append(f"- target model: {record['target_model']}")
-    if task is not None:
+    if record.get(DATA):
+        lines.append(f"- data: the target model's own responses to prompts of {', '.join(record[DATA])}")
+    elif task is not None:
         where = f" ([{task.hub.path}](https://huggingface.co/datasets/{task.hub.path}))" if task.hub is not None else ""
         lines.append(f"- data: {task.description}{where}; Jacobi trajectories of the target model's own responses")
     lines += [f"- {title}: {record[key]}" for key, title in recipe.items() if record.get(key) is not None]

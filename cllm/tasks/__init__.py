@@ -6,9 +6,10 @@ import pkgutil
 from cllm.errors import UsageError
 from cllm.tasks.base import Task
 
-__all__ = ["DEFAULT_TASK", "get_task", "task_names"]
+__all__ = ["DEFAULT_TASK", "OWN_PROMPTS", "get_task", "task_names"]
 
 DEFAULT_TASK = "gsm8k"  # where a command is about none in particular
+OWN_PROMPTS = "own_prompts"  # the task of prompts that belong to no dataset
 
 
 def task_names(*, others: bool = False) -> list[str]:

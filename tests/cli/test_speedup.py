@@ -69,6 +69,18 @@ def test_all_methods_against_a_target_model(tmp_path, tiny_model_dir, data, caps
         assert text in printed
 
 
+def test_an_explanation(tmp_path, tiny_model_dir, data, capsys):
+    report = run(tmp_path, tiny_model_dir, data, "--explain")
+    found = report["explanation"]
+    assert [cost["width"] for cost in found["iterations"]] == [1, 2, 4, 6] and len(found["acceptance"]) == 5
+    assert found["texts_checked"] == 3 and found["differences"] == [] and found["start"] == "context"
+    printed = capsys.readouterr().out
+    for text in ("per iteration", "Cold windows", "Prefill: ", "from context *", *found["findings"]):
+        assert text in printed
+    words = ["--test_model", tiny_model_dir, "--filename", data, "--explain", "--window", "block"]
+    assert "--explain is about sliding windows" in refused(capsys, partial(speedup.main, task="gsm8k"), *words)
+
+
 def test_every_guess_is_a_method(tmp_path, tiny_model_dir, data, capsys):
     guesses = ["--guess", "prompt_lookup", "context", "prompt_lookup"]
     report = run(tmp_path, tiny_model_dir, data, *guesses, "--prefix_cache", "0")

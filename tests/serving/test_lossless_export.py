@@ -158,7 +158,7 @@ def test_one_export_over_another(adapter: Path, tmp_path: Path) -> None:
 def test_an_interrupted_export_can_be_run_again(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for alone in (False, True):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("cllm.serving.export._copy", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("cllm.serving.export.copy_file", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
             export(str(adapter), tmp_path / f"{alone}", adapter_only=alone)
         assert not (tmp_path / f"{alone}" / ADAPTER).exists()
         export(str(adapter), tmp_path / f"{alone}", adapter_only=alone)

@@ -1,0 +1,86 @@
+"""``cllm make``: the same model, faster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cllm.cli.command import STARTS, add_model_options, command, parser, positive
+
+
+def options() -> argparse.ArgumentParser:
+    result = parser(
+        "Make a model faster at what you ask it, with the text that it writes today: it answers the prompts, an adapter learns "
+        "to draft those answers, the window that is fastest on this device is found, and all is measured on prompts that were "
+        "held out. Where nothing is faster, plain decoding is stored. Run it again to go on after an interruption.",
+        "cllm make",
+    )
+    add_model_options(result)
+    result.add_argument(
+        "prompts",
+        nargs="+",
+        metavar="PROMPTS",
+        help="files of prompts, mixed: JSONL with prompt or messages, a log of an OpenAI-compatible server, or .txt with a "
+        "prompt a line; or TASK or TASK:FILE, a task's data (see `cllm tasks`)",
+    )
+    result.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write: new, empty, or that of an earlier run")
+    result.add_argument(
+        "--held_out",
+        nargs="+",
+        default=[],
+        metavar="PROMPTS",
+        help="what is measured on; default: a fifth of the prompts, 64 at most, which are then not learned from",
+    )
+    result.add_argument("--minutes", type=float, help="about how long it may take; default: as long as all prompts need")
+    result.add_argument("--max_new_seq_len", type=positive, default=128, help="longest response, in tokens")
+    result.add_argument(
+        "--guess", choices=STARTS, default=STARTS[0], help="what windows start from; SGLang's UNO needs uniform (cllm export)"
+    )
+    result.add_argument("--dry_run", action="store_true", help="stop when the plan is made, and print it")
+    return result
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = vars(options().parse_args(words))
+    _launch(words, given["device"])
+    from cllm.making.make import make
+
+    figures = make(given.pop("model"), given.pop("prompts"), given.pop("output"), **given)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(render(figures))
+
+
+def _launch(words: Sequence[str], device: str | None) -> None:
+    """Where there are several GPUs to use, become `accelerate launch` with a process for each."""
+    import torch
+
+    if "RANK" in os.environ or torch.cuda.device_count() < 2 or device not in (None, "cuda"):
+        return
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(torch.cuda.device_count())]
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", "cllm", "make", *words])
+
+
+def render(figures: dict[str, Any]) -> str:
+    """The outcome for people."""
+    from cllm.evaluation.table import number, percent, with_interval
+    from cllm.making.plan import Plan
+
+    plan = Plan(**figures["plan"])
+    if "speedup" not in figures:
+        return str(plan)
+    window = f"{figures['width']} tokens, {figures['drafts']} drafted, {figures['guess']}"
+    lines = {
+        "window": window if figures["reason"] is None else f"1, which is AR decoding; {window}: {figures['reason']}",
+        "tokens per forward": with_interval(figures["tokens_per_forward"], figures["tokens_per_forward_interval"]),
+        "tokens/s": f"{number(figures['tokens_per_second'], 1)}, AR {number(figures['ar_tokens_per_second'], 1)}",
+        "speedup over AR": with_interval(figures["speedup"], figures["speedup_interval"]),
+        "same text as AR": percent(figures["same_as_ar"]),
+        "minutes": number(sum(figures["seconds"].values()) / 60, 1),
+    }
+    return f"on {plan.held_out} held-out prompts\n" + "\n".join(f"  {name:<20}{text}" for name, text in lines.items())

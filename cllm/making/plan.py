@@ -1,0 +1,128 @@
+"""What a run will take on this device: from a few responses and a few training steps, how many prompts and epochs fit."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from cllm.errors import UsageError
+
+EPOCHS = 10  # at most
+EXAMPLES = 1000  # worth passing through in all where time is no matter: few prompts are taken more often
+MARGIN = 0.9  # of the time that is left is planned with
+MEASURING_SHARE = 0.2  # of the time that could be spent on more prompts, for measuring on held-out ones
+TUNING_PROMPTS, TUNING_RESPONSES = 8, 40  # responses that `tune` decodes on so many prompts, all its choices together
+LEAST_PROMPTS = 8  # to learn from
+LEAST_HELD_OUT = 2  # an interval needs two
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a sample took, in seconds."""
+
+    response: float  # of one prompt, in a batch
+    example: float  # of one training example in one epoch
+    single: float  # of one response by AR decoding alone
+    tokens: float  # of a response
+    spent: float  # until here
+    memory: int  # bytes at most until here
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, and the minutes that it should take."""
+
+    prompts: int
+    held_out: int
+    epochs: int
+    response_tokens: int  # of all responses together
+    trained_tokens: int  # of these in all epochs
+    minutes: dict[str, float]  # by stage
+    memory: int  # bytes
+
+    @property
+    def total_minutes(self) -> float:
+        return sum(self.minutes.values())
+
+    def __str__(self) -> str:
+        """For people."""
+        stages = ", ".join(f"{name} {minutes:.1f}" for name, minutes in self.minutes.items())
+        return (
+            f"  prompts   {self.prompts} to learn from, in {self.epochs} epochs; {self.held_out} to measure on\n"
+            f"  tokens    about {self.response_tokens} of responses, {self.trained_tokens} in training\n"
+            f"  minutes   about {self.total_minutes:.1f} ({stages})\n"
+            f"  memory    {self.memory / 2**30:.1f} GiB in a trial of each; longer prompts take more"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) -> Plan:
+    """The best use of the time: as many prompts as fit, then more epochs.
+
+    Other prompts teach more than the same again, as long as writing a response takes no longer than learning from it; where it
+    does, there are epochs enough for that from the start.
+    ``prompts`` and ``held_out``: how many there are. ``minutes``: of the whole run; None for as long as it takes. Raises
+    UsageError where the time is too short for anything.
+    """
+    tuning = TUNING_RESPONSES * costs.single
+    if minutes is None:
+        epochs = max(1, min(EPOCHS, round(EXAMPLES / prompts)))
+        return _plan(costs, prompts, held_out, epochs, tuning)
+    epochs = min(math.ceil(costs.response / costs.example), EPOCHS)
+    each, measured = costs.response + epochs * costs.example, 2 * costs.single
+    left = MARGIN * 60 * minutes - costs.spent - tuning
+    spare = left - LEAST_HELD_OUT * measured - LEAST_PROMPTS * each
+    if spare < 0:
+        least = math.ceil(10 * (minutes - spare / (60 * MARGIN))) / 10
+        raise UsageError(f"minutes must be at least {least:.1f} for this model on this device, got {minutes:g}")
+    held_out = min(held_out, LEAST_HELD_OUT + int(MEASURING_SHARE * spare / measured))
+    left -= held_out * measured
+    count = min(prompts, int(left / each))
+    epochs = min(EPOCHS, int((left - count * costs.response) / (count * costs.example)))
+    return _plan(costs, count, held_out, epochs, tuning)
+
+
+def _plan(costs: Costs, prompts: int, held_out: int, epochs: int, tuning: float) -> Plan:
+    seconds = {
+        "plan": costs.spent,
+        "responses": prompts * costs.response,
+        "adapter": prompts * epochs * costs.example,
+        "tune": tuning,
+        "measure": 2 * held_out * costs.single,
+    }
+    tokens = round(prompts * costs.tokens)
+    minutes = {name: round(each / 60, 2) for name, each in seconds.items()}
+    return Plan(prompts, held_out, epochs, tokens, tokens * epochs, minutes, costs.memory)
+
+
+class StepClock(TrainerCallback):
+    """When the optimizer steps of a training run ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; the first one, which warms up, does not count."""
+        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has needed at most: on the GPU where there is one, else in all."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

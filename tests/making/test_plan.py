@@ -1,0 +1,50 @@
+"""Plans: what fits into the time, and what is said where nothing does."""
+
+from dataclasses import replace
+
+import pytest
+
+from cllm.errors import UsageError
+from cllm.making.plan import EPOCHS, LEAST_PROMPTS, Costs, make_plan
+
+COSTS = Costs(response=0.5, example=0.8, single=3.0, tokens=100.0, spent=40.0, memory=2**31)
+
+
+@pytest.mark.parametrize("minutes", [10.0, 15.0, 30.0, 60.0, 600.0])
+def test_a_plan_stays_within_its_time_and_uses_it(minutes: float) -> None:
+    found = make_plan(COSTS, 5000, 64, minutes)
+    assert found.total_minutes <= 0.95 * minutes
+    assert found.total_minutes > 0.8 * minutes or (found.prompts == 5000 and found.epochs == EPOCHS)
+    assert 1 <= found.epochs <= EPOCHS and LEAST_PROMPTS <= found.prompts <= 5000 and 2 <= found.held_out <= 64
+    assert found.response_tokens == found.prompts * 100 and found.trained_tokens == found.response_tokens * found.epochs
+
+
+def test_more_time_is_more_prompts_then_more_epochs() -> None:
+    plans = [make_plan(COSTS, 400, 64, minutes) for minutes in (10, 20, 40, 80)]
+    assert [p.prompts for p in plans] == sorted(p.prompts for p in plans) and plans[-1].prompts == 400
+    assert plans[0].epochs == 1 < plans[-1].epochs and all(p.prompts == 400 for p in plans if p.epochs > 1)
+
+
+def test_responses_that_take_long_are_learned_from_more_often() -> None:
+    slow = replace(COSTS, response=2.0)  # 2.5 times as long as an epoch of it
+    assert make_plan(slow, 5000, 64, 30).epochs == 3 and make_plan(slow, 5000, 64, 30).total_minutes <= 0.95 * 30
+
+
+def test_without_a_limit_all_prompts_are_taken_and_few_more_often() -> None:
+    epochs = [make_plan(COSTS, count, 64, None).epochs for count in (16, 200, 333, 5000)]
+    assert epochs == [EPOCHS, 5, 3, 1]
+    assert make_plan(COSTS, 5000, 64, None).prompts == 5000 and make_plan(COSTS, 5000, 64, None).held_out == 64
+
+
+def test_a_time_that_is_too_short_says_how_much_is_needed() -> None:
+    with pytest.raises(UsageError, match=r"minutes must be at least (\S+) for this model on this device, got 0.1") as error:
+        make_plan(COSTS, 100, 20, 0.1)
+    least = float(str(error.value).split()[5])
+    assert make_plan(COSTS, 100, 20, least + 0.1).prompts >= LEAST_PROMPTS
+    with pytest.raises(UsageError):
+        make_plan(COSTS, 100, 20, least - 0.1)
+
+
+def test_what_people_see() -> None:
+    text = str(make_plan(replace(COSTS, memory=3 * 2**30), 100, 20, None))
+    assert "100 to learn from, in 10 epochs; 20 to measure on" in text and "10000 of responses" in text and "3.0 GiB" in text
