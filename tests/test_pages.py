@@ -120,8 +120,6 @@ class Reader:
                 assert extras <= set((ROOT / "pyproject.toml").read_text().split()), extras
             case ["cllm", "serve", *_] | ["cllm", "demo", _]:
                 self.serve(words)
-            case ["cllm", "make", *_] if "make" not in COMMANDS:
-                pass  # it is being built
             case ["cllm", command, *_]:
                 self.renew(words)
                 self.finish(lambda: cllm_main(words[1:] + REDUCED.get(command, "").split()))
@@ -205,7 +203,7 @@ def test_commands_that_are_not_run_exist() -> None:
         for block in blocks(page):
             if block.language == "bash":
                 for command in re.findall(r"^cllm (\w+)", block.text, re.MULTILINE):
-                    assert command in {*COMMANDS, "make"}, (name(page), command)  # make is being built
+                    assert command in COMMANDS, (name(page), command)
                 for script in re.findall(r"(?:bash|python) (scripts/\S+)", block.text):
                     assert (ROOT / script).is_file(), (name(page), script)
 
