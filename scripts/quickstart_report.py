@@ -32,6 +32,8 @@ def main(folder: Path) -> None:
     paper = json.loads((folder / "paper.json").read_text()) if (folder / "paper.json").exists() else None
     print()
     print(table(lossless, paper))
+    where = lossless["environment"]
+    print(f"in {lossless['settings']['dtype']} on {where['device_name']}, {where['threads']} threads")
     seconds = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
     print("\nseconds per stage: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     picture = folder / "accepted.png"
