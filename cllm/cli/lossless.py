@@ -18,14 +18,14 @@ def lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArgumen
     """The trainer of a consistency adapter. Raises UsageError for what does not fit together."""
     from cllm.adapter import BASE, BASE_REVISION, LOSSLESS, fingerprint
     from cllm.decoding.guess import STARTS
-    from cllm.models import TRAINED_GUESS, context_length, write_record
+    from cllm.models import TRAINED_GUESS, packed_length, write_record
     from cllm.training.arguments import LOSSLESS_OBJECTIVE
     from cllm.training.drafts import DraftCollator, DraftDataset
     from cllm.training.lora import adapt
     from cllm.training.lossless import LosslessTrainer
 
     model, record, tokenizer = source.model, source.record, source.tokenizer
-    context = context_length(model.config)
+    context = packed_length(model.config)
     if context is not None and record["block_size"] >= context:
         raise UsageError(f"block_size must be below the model's context of {context}, got {record['block_size']}")
     guess = STARTS[record[TRAINED_GUESS]](model.config.get_text_config(decoder=True).vocab_size)

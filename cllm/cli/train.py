@@ -121,7 +121,7 @@ def _open(run: RunArguments, lora: AdapterArguments, args) -> Source:
 
 
 def _cllm_trainer(source: Source, run: RunArguments, lora: AdapterArguments, probe: CollapseArguments, args):
-    from cllm.models import context_length, load_model, write_record
+    from cllm.models import load_model, packed_length, write_record
     from cllm.training.arguments import OBJECTIVE
     from cllm.training.examples import Collator, ExampleDataset
     from cllm.training.lora import adapt
@@ -133,7 +133,7 @@ def _cllm_trainer(source: Source, run: RunArguments, lora: AdapterArguments, pro
     frozen = args.needs_target and not lora.lora_r  # adapters that are off give the target model again
     with whole_weights(args):
         target = load_model(run.model, **source.how) if frozen or probe.probe_prompts else None
-    dataset = ExampleDataset(rows, args.sampling, data_seed(args), context_length(model.config))
+    dataset = ExampleDataset(rows, args.sampling, data_seed(args), packed_length(model.config))
     write_record(model.config, source.record | {name: getattr(args, name) for name in OBJECTIVE} | lora.record())
     trainer = make_trainer(
         CllmTrainer,
