@@ -213,7 +213,7 @@ class JacobiDecoder:
         """
         with evaluating(self.model):
             self.step.linears.refresh(self.step.adapter)
-            self.prefixes.expect(self.model)
+            self.prefixes.expect(self.model, self.step.linears.changes)
             with self.runner.batch(self._start([], []).rows) as batch:
                 yield from self._loop(feed, unwanted, batch)
 

@@ -46,6 +46,7 @@ class Linears(Lending):
         super().__init__(model)
         self._products: list[_Product] = []
         self._seen: list[Fingerprint] = []  # of the weights that were packed
+        self.changes = 0  # how often a refresh found other layers or weights
         self._deltas: WeakKeyDictionary[Adapter, Deltas] = WeakKeyDictionary()
         self._active = _Active(self._inside)
         self._tracing = Lock()
@@ -82,6 +83,7 @@ class Linears(Lending):
         known = [(product.name, product.layer, product.fast, product.own) for product in self._products]
         if known == layers and seen == self._seen:
             return
+        self.changes += 1
         self._drop()  # the old copies go before new ones are made
         self._products = [_Product(name, layer, fast, packs, self._active) for name, layer, fast, _ in layers]
         self._seen = seen

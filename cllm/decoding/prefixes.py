@@ -58,14 +58,15 @@ class Prefixes:
         self._first: dict[_Key, _Piece] = {}
         self._order: OrderedDict[_Piece, None] = OrderedDict()  # least recently used first, so each before what it follows
 
-    def expect(self, model: torch.nn.Module) -> None:
+    def expect(self, model: torch.nn.Module, changes: int = 0) -> None:
         """Forget everything if weights were trained, replaced or moved since the last call.
 
-        An edit through ``.data``, or an adapter switched on or off, is not seen: call :meth:`clear` then.
+        An edit through ``.data`` is seen where :attr:`cllm.decoding.linear.Linears.changes` counts it. Elsewhere, and for an
+        adapter switched on or off, call :meth:`clear`.
         """
         if not self.budget:
             return
-        weights = [_stamp(parameter) for parameter in model.parameters()]
+        weights = [changes, *(_stamp(parameter) for parameter in model.parameters())]
         with self._lock:
             if weights != self._weights:
                 self.clear()

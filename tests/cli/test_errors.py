@@ -277,7 +277,7 @@ def test_trajectories(words: Build, tmp_path: Path, refuse, make, message) -> No
 def test_a_torn_shard(words: Build, trajectories: Path, tmp_path: Path, refuse) -> None:
     shutil.copytree(trajectories, tmp_path / "t")
     next((tmp_path / "t").glob("part-*")).write_bytes(b"PAR1")
-    assert "collect its rows again by resuming" in refuse(words("train", trajectories=tmp_path / "t"))
+    assert "resuming collects its rows again" in refuse(words("train", trajectories=tmp_path / "t"))
 
 
 @pytest.mark.parametrize("size", ["0", "5", "300", "x"])

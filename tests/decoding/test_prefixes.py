@@ -12,7 +12,7 @@ from cases import BUDGETS, draw_case, follow, reusing
 from tiny import KINDS, random_adapter, tiny_model
 
 from cllm.cli import command
-from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling
+from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling, linear
 from cllm.decoding.cache import RowCache
 from cllm.decoding.prefixes import DEFAULT_BYTES, Prefixes
 from cllm.decoding.runner import CapturingRunner
@@ -239,6 +239,16 @@ def test_other_weights_and_copies_start_anew() -> None:
         model.get_input_embeddings().weight.mul_(-1.5)
     (result,) = decoder.generate([text], max_new_tokens=3)
     assert result.reused == 0 and [result] == JacobiDecoder(model, 4).generate([text], max_new_tokens=3)
+
+
+@pytest.mark.skipif(not linear._supported(), reason="no x86 CPU, or a torch without oneDNN")
+def test_an_edit_past_the_version_counters() -> None:
+    model, text = a_model(), prompt(30)
+    decoder = JacobiDecoder(model, 4)
+    decoder.generate([text], max_new_tokens=3)
+    layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    layer.weight.data.mul_(-1.5)
+    assert decoder.generate([text], max_new_tokens=3) == JacobiDecoder(model, 4).generate([text], max_new_tokens=3)
 
 
 def test_out_of_memory_forgets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,8 @@ def test_a_forward_whose_cost_grows_with_its_tokens(learned: Adapter) -> None:
 def test_a_cache_written_one_slot_off(learned: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     place = RowCache.place
 
-    def off(self, slots_BT: torch.Tensor, length: int) -> None:
-        place(self, (slots_BT + 1).clamp(max=length - 1), length)
+    def off(self, slots_BT: torch.Tensor, length: int, first: int) -> None:
+        place(self, (slots_BT + 1).clamp(max=length - 1), length, first)
 
     monkeypatch.setattr(RowCache, "place", off)
     found = explained(plain_model(), learned)
@@ -122,10 +122,10 @@ def test_draft_tokens_written_one_slot_off(learned: Adapter, monkeypatch: pytest
     """The text stays right; drafts do not see themselves any more."""
     place = RowCache.place
 
-    def off(self, slots_BT: torch.Tensor, length: int) -> None:
+    def off(self, slots_BT: torch.Tensor, length: int, first: int) -> None:
         drafts = slots_BT.shape[1] == 2 * WIDTH - 1
         late = torch.arange(slots_BT.shape[1]) >= WIDTH
-        place(self, torch.where(late & drafts, (slots_BT - 2).clamp(min=0), slots_BT), length)
+        place(self, torch.where(late & drafts, (slots_BT - 2).clamp(min=0), slots_BT), length, first)
 
     monkeypatch.setattr(RowCache, "place", off)
     found = explained(plain_model(), learned)

@@ -139,7 +139,7 @@ def test_a_process_that_is_killed_five_times(made: Path, target: Path, prompts: 
     words = [*map(str, words), "--device", "cpu", "--dtype", "float32"]
     draw, environment = random.Random(0), os.environ | {"OMP_NUM_THREADS": "1"}
     start = time.monotonic()
-    subprocess.run([*words[:5], str(tmp_path / "whole"), *words[6:]], env=environment, check=True, capture_output=True)
+    subprocess.run([*words[:6], str(tmp_path / "whole"), *words[7:]], env=environment, check=True, capture_output=True)
     whole = time.monotonic() - start
     for _ in range(5):
         process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
