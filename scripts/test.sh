@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them: linter, type checker, tests. About ten minutes on two cores.
+# Set up what the tests need and run them: linter, type checker, tests. About twenty minutes on two cores.
 #
 #   bash scripts/test.sh                  # everything
 #   bash scripts/test.sh -m "not slow"    # arguments go to pytest
@@ -16,4 +16,4 @@ CLLM_TEST_MODEL=$(python scripts/small_model.py)
 workers=$(nproc)  # each with one thread, a file of tests at a time; counted first, because nproc minds OMP_NUM_THREADS
 export CLLM_TEST_MODEL HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 echo "==> tests"
-exec python -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile "$@"
+exec python -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder --durations 25 "$@"
