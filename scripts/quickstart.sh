@@ -2,7 +2,7 @@
 # The main job end to end on a small real model, on a CPU: SmolLM2-135M-Instruct first learns to answer questions about two small
 # SQLite databases, which makes it a target model; then a consistency adapter learns to draft for it, so that it decodes several
 # tokens per forward pass and still writes its own text, token for token.
-# 15 to 25 minutes on two cores; memory up to 10 GB.
+# 16 to 25 minutes on two cores; memory up to 10 GB.
 #
 #   bash scripts/quickstart.sh            # results in quickstart/
 #   bash scripts/quickstart.sh --paper    # and beside it the paper's way: all weights trained on Jacobi trajectories

@@ -1,7 +1,7 @@
 """An animated picture of AR and Jacobi decoding side by side, from what `cllm speedup` measured of one prompt at batch size 1.
 
-python scripts/race_picture.py docs/results/quickstart/cllm.json --prompt spider-test-25 --tokenizer quickstart/target \\
-    --question "From which cities are the customers who ordered at least 3 pieces of the folder?" \\
+python scripts/race_picture.py docs/results/quickstart/cllm.json --prompt spider-test-21 --tokenizer quickstart/target \\
+    --question "How many orders of office products came from Madrid?" \\
     --title "SmolLM2-135M on two CPU cores" --output docs/images/race.svg
 
 Seconds of the prefill and of the whole response are the measured ones; the forwards after the prefill share the rest equally. A
