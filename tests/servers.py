@@ -3,6 +3,7 @@
 from servers import Running, run_server, until_empty
 """
 
+import queue as queues
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from cllm.serving.demo.routes import add_demo
 from cllm.serving.server.app import create_app
 from cllm.serving.server.run import Server, address, bind, own_names
 from cllm.serving.server.service import Limits, Service
+from cllm.serving.server.worker import Progress
 
 
 @dataclass
@@ -86,3 +88,13 @@ def run_server(
         yield Running(service, server, address(listener))
         server.should_exit = True
         thread.join()
+
+
+def answer_of(reports: "queues.Queue[Progress]") -> tuple[list[list[int]], Progress]:
+    """The token ids that each forward brought, and the last report."""
+    steps: list[list[int]] = []
+    while True:
+        progress = reports.get(timeout=300)
+        steps += progress.steps
+        if progress.stop or progress.error:
+            return steps, progress

@@ -21,6 +21,7 @@ import pytest
 from commands import question_rows, write_rows
 from mask_picture import picture
 from pages import NOT_RUN, PAGES, ROOT, Block, blocks, is_quote, name, runs
+from rows import HUMAN_EVAL
 from sql_questions import main as write_sql_questions
 from tiny import save_tiny_adapter, save_tiny_checkpoint
 
@@ -43,13 +44,6 @@ REDUCED = {
     "demo": "--port 0 --device cpu --no-browser --record_tokens 6",
 }
 OUTPUTS = ("--output_dir", "--output")  # what the command makes anew
-HUMAN_EVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": 'def double(x):\n    """ Double it. """\n',
-    "entry_point": "double",
-    "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
-}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -67,7 +67,7 @@ class Lending(ABC):
 
 
 class LentForward:
-    """The ``forward`` of a layer while it is lent. Subclasses are called instead of ``plain``."""
+    """Replaces the ``forward`` of a layer for a while. Subclasses are called instead of ``plain``."""
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.own = layer, own_forward(layer)

@@ -237,7 +237,7 @@ def _drafted(decoder: JacobiDecoder, known_1S: torch.Tensor, guesses_1W: torch.T
 
 
 def _places(prompt: int, response: int) -> list[int]:
-    """Positions of verified tokens with two more behind them, spread over a response."""
+    """Positions of verified tokens that two more follow, spread over a response."""
     last = prompt + response - 3
     every = max(1, response // PLACES)
     return list(range(prompt - 1, last + 1, every))[:PLACES]

@@ -58,7 +58,7 @@ class Source:
 
 @dataclass
 class Gathered:
-    """Prompts by a hash of what they say, in the order of the hashes, and how many were passed over and why."""
+    """Prompts by a hash of their text, in the order of the hashes, and how many were left out, by reason."""
 
     examples: dict[str, Example] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)

@@ -36,7 +36,7 @@ class Stage:
 
 
 class Stages:
-    """The stages of one folder, run by process ``rank``; ``wait`` returns when all processes have come to it."""
+    """The stages of one folder, run by process ``rank``; ``wait`` returns once every process has called it."""
 
     def __init__(self, folder: Path, stages: Sequence[Stage], rank: int = 0, wait: Callable[[], None] = lambda: None) -> None:
         self.file, self.stages, self.rank, self.wait = folder / FILE, stages, rank, wait

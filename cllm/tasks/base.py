@@ -5,14 +5,14 @@ A task is one file of this folder that ends in ``TASK = SomeTask()``. It knows t
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypedDict
 
 from cllm.files import BadRow, read_rows
 
-__all__ = ["BadField", "BadRow", "Example", "HubDataset", "Message", "NumberedRow", "Review", "Task", "text_field"]
+__all__ = ["BadField", "BadRow", "Example", "HubDataset", "Message", "NumberedRow", "Review", "Task", "read_each", "text_field"]
 
 NumberedRow = tuple[int, dict[str, Any] | BadRow]
 Review = dict[str, dict[str, float | None]]  # title -> column -> figure
@@ -131,6 +131,20 @@ class Task(ABC):
 
 class BadField(ValueError):
     """A field of a row that cannot be used; the message is a reason that can be counted."""
+
+
+def read_each(
+    rows: Iterable[NumberedRow], examples: Callable[[dict[str, Any], int], Iterable[Example | BadRow]]
+) -> Iterator[Example | BadRow]:
+    """What ``examples(row, number)`` gives for each row, lazily. Bad rows are passed on, and made where it raises BadField."""
+    for number, row in rows:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            yield from examples(row, number)
+        except BadField as error:
+            yield BadRow(number, str(error))
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:

@@ -28,7 +28,7 @@ from cllm.scoring import sandbox
 from cllm.scoring.code_extraction import completion, find_program
 from cllm.scoring.pass_at_k import USUAL_K, mean_pass_at_k
 from cllm.scoring.sandbox import Limits, Program, Verdict
-from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Review, Task, text_field
+from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Review, Task, read_each, text_field
 
 logger = logging.getLogger(__name__)
 
@@ -107,21 +107,17 @@ class CodeSearchNet(Task):
 
     def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
         seen: set[str] = set()
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            try:
-                example = self._example(row, number, split)
-                if example is None:
-                    continue
-                if example.id in seen:
-                    raise BadField("task_id given twice")
-            except BadField as error:
-                yield BadRow(number, str(error))
-            else:
-                seen.add(example.id)
-                yield example
+
+        def examples(row: dict[str, Any], number: int) -> Iterator[Example]:
+            example = self._example(row, number, split)
+            if example is None:
+                return
+            if example.id in seen:
+                raise BadField("task_id given twice")
+            seen.add(example.id)
+            yield example
+
+        return read_each(rows, examples)
 
     def _example(self, row: Mapping[str, Any], number: int, split: str) -> Example | None:
         """None for a row of another split of MBPP. Raises BadField."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from cllm.scoring.numerals import CURRENCY, NUMBER, plain_numbers, scaled_numbers
 from cllm.scoring.reply import parts
-from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, text_field
+from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, read_each, text_field
 
 _SIGN = rf"(?:(?<![\w.)\]}}%])-(?=[{CURRENCY}]?\.?[0-9]))?"  # a minus after a word, number or bracket is an operator
 _NO_EXPONENT = r"(?<![0-9^])(?<!\^[-{])"
@@ -61,14 +61,7 @@ class Gsm8k(Task):
     )
 
     def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            try:
-                yield self._example(row, f"{self.name}-{split}-{number}")
-            except BadField as error:
-                yield BadRow(number, str(error))
+        return read_each(rows, lambda row, number: [self._example(row, f"{self.name}-{split}-{number}")])
 
     def _example(self, row: Mapping[str, Any], row_id: str) -> Example:
         question = text_field(row, "question").strip()
@@ -132,7 +125,7 @@ def final_answer(reply: str, scaled: bool = False) -> str | None:
 
     The first of these that the reply has, the last of its kind: ``#### 18``, ``\boxed{18}``, ``the answer is 18`` or
     ``Final answer: 18``, ``Answer: 18`` where no other number follows, any number. Money signs, units, thousands commas and
-    what follows the number are dropped; of an equation the right side counts. ``scaled``: "million" and the like count, too.
+    what follows the number are dropped; of an equation the right side counts. ``scaled``: "million" and the like multiply it.
     """
     texts = map(plain_numbers, parts(reply))
     return next(filter(None, map(_find_answer, map(scaled_numbers, texts) if scaled else texts)), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cllm.files import open_text, read_rows
-from cllm.tasks.base import BadField, BadRow, Example, Message, NumberedRow, Task, text_field
+from cllm.tasks.base import BadField, BadRow, Example, Message, NumberedRow, Task, read_each, text_field
 
 TEXT = ".txt"
 _WRAPPED = ("request", "body")  # where a log has the request
@@ -31,14 +31,7 @@ class OwnPrompts(Task):
         return _lines(path) if path.name.removesuffix(".gz").endswith(TEXT) else read_rows(path)
 
     def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            try:
-                yield from _examples(row, f"{self.name}-{split}-{number}")
-            except BadField as error:
-                yield BadRow(number, str(error))
+        return read_each(rows, lambda row, number: _examples(row, f"{self.name}-{split}-{number}"))
 
     def judgeable(self, example: Example) -> bool:
         return example.reference is not None

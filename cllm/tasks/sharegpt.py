@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cllm.errors import UsageError
 from cllm.files import write_text
-from cllm.tasks.base import BadField, BadRow, Example, HubDataset, Message, NumberedRow, Review, Task, text_field
+from cllm.tasks.base import BadField, BadRow, Example, HubDataset, Message, NumberedRow, Review, Task, read_each, text_field
 
 if TYPE_CHECKING:
     from cllm.scoring.judge import Judge
@@ -86,17 +86,13 @@ class ShareGpt(Task):
 
     def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
         asked: set[str] = set()
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            try:
-                if "turns" in row:
-                    yield _question(row, f"{self.name}-{split}-question", asked)
-                else:
-                    yield from self._conversation(row, f"{self.name}-{split}-{number}")
-            except BadField as error:
-                yield BadRow(number, str(error))
+
+        def examples(row: dict[str, Any], number: int) -> Iterable[Example]:
+            if "turns" in row:
+                return [_question(row, f"{self.name}-{split}-question", asked)]
+            return self._conversation(row, f"{self.name}-{split}-{number}")
+
+        return read_each(rows, examples)
 
     def _conversation(self, row: Mapping[str, Any], row_id: str) -> list[Example]:
         messages = conversation_of(row)

@@ -19,7 +19,7 @@ from cllm.scoring.sql_hardness import hardness
 from cllm.scoring.sql_query import Limits
 from cllm.scoring.sql_schema import Schema, schema_of_file, schemas_of_json
 from cllm.scoring.sql_text import find_sql
-from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, text_field
+from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, read_each, text_field
 
 INSTRUCTION = (
     "Could you translate the following question into SQL. "
@@ -88,14 +88,7 @@ class Spider(Task):
             yield number, row
 
     def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            try:
-                yield self._example(row, number, split)
-            except BadField as error:
-                yield BadRow(number, str(error))
+        return read_each(rows, lambda row, number: [self._example(row, number, split)])
 
     def _example(self, row: Mapping[str, Any], number: int, split: str) -> Example | BadRow:
         database, question, query = (text_field(row, name).strip() for name in ("db_id", "question", "query"))

@@ -150,7 +150,7 @@ class TokenMeanTrainer(Trainer):
         return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
-        """Around all of the loss: what runs outside of the prepared model's forward (output layer, target) is autocast, too.
+        """Around all of the loss: it also autocasts what runs outside the prepared model's forward (output layer, target).
 
         Adapters do not cast their input to float32 meanwhile; autocast would cast it back.
         """

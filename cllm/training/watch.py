@@ -27,7 +27,7 @@ from cllm.training.base import TokenMeanTrainer
 from cllm.training.figures import EXTREME, Figures, Rule, signs
 
 EARLY = (0.1, 0.2, 0.4, 0.8)  # of the way to the first regular check: a rate that is too high shows there
-BEST, PART, OLD = "best", ".best", ".old-best"  # folders, with the step behind: the best model, while it is written or removed
+BEST, PART, OLD = "best", ".best", ".old-best"  # folders, each followed by its step: the best model, while it is written or removed
 FIGURES = "probe.json"  # beside the weights of the best model
 SIGNS = "probe_signs_of_collapse"  # how many, in the log
 

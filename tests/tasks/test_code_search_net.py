@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import HUMAN_EVAL
 
 from cllm.errors import UsageError
 from cllm.files import read_rows
@@ -17,13 +18,6 @@ from cllm.tasks.source import load_examples
 
 CODE: Any = get_task("code_search_net")
 FUNCTION = {"func_documentation_string": " Double it. ", "func_code_string": "def double(x):\n    return 2 * x"}
-HUMAN_EVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": 'def double(x):\n    """ Double it. """\n',
-    "entry_point": "double",
-    "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
-}
 MBPP = {
     "task_id": 11,
     "text": "Write a function to double.",

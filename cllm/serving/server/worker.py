@@ -65,9 +65,9 @@ class Job:
 class Worker:
     """Decodes jobs in the order they were submitted, as many at once as ``queue`` allows.
 
-    Out of memory, those inside are decoded again, half as many together. After any other error, too, but then it is only
-    these jobs that have less company: so the one at fault is alone in the end, and fails, and the others go on where they
-    were. ``device`` is held while anything is decoded, so that others can use the model between two runs.
+    When memory runs out, the jobs inside are decoded again, and from then on half as many together. After any other error they
+    are decoded again in ever smaller groups, until the job at fault is alone and fails; the others go on where they were.
+    ``device`` is held while anything is decoded, so that others can use the model between two runs.
     """
 
     def __init__(self, queue: Queue, max_waiting: int) -> None:

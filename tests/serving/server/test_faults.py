@@ -15,7 +15,7 @@ from itertools import islice
 
 import httpx
 import pytest
-from servers import run_server, until_empty
+from servers import answer_of, run_server, until_empty
 from tiny import tiny_model
 
 from cllm.decoding import JacobiDecoder, Queue, Request, RowResult, Sampling
@@ -92,16 +92,6 @@ def submit(worker: Worker, *requests: Request) -> list["queues.Queue[Progress]"]
     reports: list[queues.Queue[Progress]] = [queues.Queue() for _ in requests]
     worker.submit([Job(request, of.put) for request, of in zip(requests, reports, strict=True)])
     return reports
-
-
-def answer_of(reports: "queues.Queue[Progress]") -> tuple[list[list[int]], Progress]:
-    """The token ids that each forward brought, and the last report."""
-    steps: list[list[int]] = []
-    while True:
-        progress = reports.get(timeout=300)
-        steps += progress.steps
-        if progress.stop or progress.error:
-            return steps, progress
 
 
 def others() -> list[Request]:

@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
+from servers import answer_of
 from tiny import tiny_model
 
 from cllm.decoding import JacobiDecoder, Queue, Request, RowResult
@@ -22,16 +23,6 @@ def job(prompt: list[int], length: int) -> tuple[Job, "queues.Queue[Progress]"]:
     return Job(Request(prompt, length), reports.put), reports
 
 
-def finish(reports: "queues.Queue[Progress]") -> tuple[list[list[int]], Progress]:
-    """The token ids that each forward brought, and the last report."""
-    steps: list[list[int]] = []
-    while True:
-        progress = reports.get(timeout=60)
-        steps += progress.steps
-        if progress.stop or progress.error:
-            return steps, progress
-
-
 def steps_of(result: RowResult) -> list[list[int]]:
     ids = iter(result.token_ids)
     return [list(islice(ids, count)) for count in result.accepted]
@@ -46,7 +37,7 @@ def test_reports_add_up_to_the_result(decoder: JacobiDecoder, interval: int) -> 
     jobs = [job(*one) for one in wanted]
     worker.submit([one for one, _ in jobs])
     for (_, reports), result in zip(jobs, expected, strict=True):
-        steps, last = finish(reports)
+        steps, last = answer_of(reports)
         assert (steps, last.stop) == (steps_of(result), result.stop)
     worker.stop()
     assert worker.running == worker.waiting == 0
@@ -62,7 +53,7 @@ def test_cancelled_jobs_make_room_and_say_nothing_more(decoder: JacobiDecoder) -
     with pytest.raises(Busy, match="2 requests are waiting, and at most 3 may"):
         worker.submit([job([7], 1)[0]] * 2)
     worker.cancel([waiting, endless])
-    assert finish(third)[0] == steps_of(decoder.generate([[5, 6]], max_new_tokens=4)[0])
+    assert answer_of(third)[0] == steps_of(decoder.generate([[5, 6]], max_new_tokens=4)[0])
     worker.stop()
     assert second.empty()
     with pytest.raises(Closed):
@@ -75,7 +66,7 @@ def test_stopping_ends_everything_with_an_error(decoder: JacobiDecoder) -> None:
     worker.submit([one for one, _ in jobs])
     jobs[0][1].get(timeout=60)
     worker.stop()
-    assert all("shut down" in str(finish(reports)[1].error) for _, reports in jobs)
+    assert all("shut down" in str(answer_of(reports)[1].error) for _, reports in jobs)
     assert not worker.ready
 
 
@@ -93,12 +84,12 @@ def test_a_failure_ends_its_batch_only(decoder: JacobiDecoder, monkeypatch: pyte
     worker = Worker(Queue(decoder, 2), 10)
     first, reports = job([1, 2], 5)
     worker.submit([first])
-    assert "the model failed" in str(finish(reports)[1].error)
+    assert "the model failed" in str(answer_of(reports)[1].error)
     assert "the device is gone" in caplog.text
     caplog.clear()
     second, reports = job([1, 2], 5)
     worker.submit([second])
-    assert sum(map(len, finish(reports)[0])) == 5
+    assert sum(map(len, answer_of(reports)[0])) == 5
     worker.stop()
 
 
@@ -118,7 +109,7 @@ def test_out_of_memory_halves_the_batch_and_nothing_is_said_twice(decoder: Jacob
     jobs = [job(*one) for one in wanted]
     worker.submit([one for one, _ in jobs])
     for (_, reports), result in zip(jobs, expected, strict=True):
-        steps, last = finish(reports)
+        steps, last = answer_of(reports)
         assert (steps, last.error) == (steps_of(result), None)
     worker.stop()
     assert worker.queue.batch_size == 2 and max(calls[:5]) == 4 and max(calls[5:]) == 2
