@@ -83,4 +83,5 @@ def render(figures: dict[str, Any]) -> str:
         "same text as AR": percent(figures["same_as_ar"]),
         "minutes": number(sum(figures["seconds"].values()) / 60, 1),
     }
-    return f"on {plan.held_out} held-out prompts\n" + "\n".join(f"  {name:<20}{text}" for name, text in lines.items())
+    tried = "" if figures["reason"] is None else ", with the window that was tried"
+    return f"on {plan.held_out} held-out prompts{tried}\n" + "\n".join(f"  {name:<20}{text}" for name, text in lines.items())
