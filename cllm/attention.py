@@ -39,9 +39,7 @@ def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
     kinds = getattr(text, "layer_types", None) or [SLIDING if window else FULL]
     odd = sorted(set(kinds) - {FULL, SLIDING})
     if odd:
-        raise UnsupportedModelError(
-            f"{text.model_type} has layers of type {', '.join(odd)}; Jacobi decoding needs {FULL} or {SLIDING}"
-        )
+        raise UnsupportedModelError(f"{text.model_type} has layers of type {', '.join(odd)}; Jacobi decoding needs {FULL} or {SLIDING}")
     return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
 
 

@@ -22,9 +22,7 @@ PUBLISHED = (
     Checkpoint("GAIR/Abel-7B-001", "gsm8k", "abel"),
     Checkpoint("cllm/consistency-llm-7b-math", "gsm8k", "abel", "GAIR/Abel-7B-001"),
     Checkpoint("cllm/deepseekcoder-7b-instruct-spider", "spider", "deepseek-instruct"),
-    Checkpoint(
-        "cllm/consistency-llm-7b-spider", "spider", "deepseek-instruct", "cllm/deepseekcoder-7b-instruct-spider"
-    ),
+    Checkpoint("cllm/consistency-llm-7b-spider", "spider", "deepseek-instruct", "cllm/deepseekcoder-7b-instruct-spider"),
     Checkpoint("cllm/deepseekcoder_7b_codesearch_net_python", "code_search_net", "deepseek-instruct"),
     Checkpoint(
         "cllm/consistency-llm-7b-codesearchnet",

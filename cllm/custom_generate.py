@@ -250,9 +250,7 @@ class Sheet:
     Stopping criteria are called once a step, with all rows, when every unfinished row has its token of that step.
     """
 
-    def __init__(
-        self, input_ids: torch.Tensor, room: Sequence[int], criteria: StoppingCriteriaList, pad: torch.Tensor | None
-    ) -> None:
+    def __init__(self, input_ids: torch.Tensor, room: Sequence[int], criteria: StoppingCriteriaList, pad: torch.Tensor | None) -> None:
         self.criteria, self.room = criteria, room  # room: tokens that each row can have
         self.pad = int(pad) if pad is not None else 0
         self.ids_BS = torch.nn.functional.pad(input_ids, (0, max(room)), value=self.pad)

@@ -63,9 +63,7 @@ def load_model(
     """
     check_path(path)
     if (folder := _adapter_folder(path)) is not None:
-        return _load_adapted(
-            path, folder, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
-        )
+        return _load_adapted(path, folder, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization)
     device = device or default_device()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
@@ -133,9 +131,7 @@ def _load_adapted(path: str, folder: Path, *, quantization: Any = None, **how: s
         revision = record.get(BASE_REVISION) if base and not Path(base).is_dir() else None
         model = load_model(base, quantization=quantization, revision=revision, **how)
     except UsageError as error:
-        raise UsageError(
-            f"the base model of the adapter in {path!r}: {error}; {ADAPTER} names it as base_model_name_or_path"
-        ) from error
+        raise UsageError(f"the base model of the adapter in {path!r}: {error}; {ADAPTER} names it as base_model_name_or_path") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"cannot load the adapter in {path!r}: {first_line(error)}") from error
     if record.get(LOSSLESS):
@@ -237,9 +233,7 @@ def reread_length(config: PretrainedConfig) -> int | None:
     return config.original_max_position_embeddings + 1
 
 
-def stop_token_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate | None = None
-) -> list[int]:
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate | None = None) -> list[int]:
     """Every id that ends a response: the generation configuration's, the tokenizer's and the prompt template's."""
     ids = {tokenizer.eos_token_id, *(template.stop_ids(tokenizer) if template is not None else [])}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

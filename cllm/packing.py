@@ -147,9 +147,7 @@ def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return rows
 
 
-def pack(
-    texts: Sequence[PackedRow], pad_token_id: int, places: Sequence[Place] | None = None
-) -> tuple[torch.Tensor, Layout]:
+def pack(texts: Sequence[PackedRow], pad_token_id: int, places: Sequence[Place] | None = None) -> tuple[torch.Tensor, Layout]:
     """Token ids [B, T], padded on the right, and their layout. Without ``places`` every text has a row of its own."""
     places = arrange(texts) if places is None else places
     B, T = 1 + max(place.row for place in places), 1 + max(max(place.columns) for place in places)

@@ -76,8 +76,7 @@ class PromptTemplate:
     def __post_init__(self) -> None:
         if self.text != CHAT and self.text not in DIALOGUES and PLACE not in self.text:
             raise UsageError(
-                f"prompt_template must be one of {', '.join(template_names())}, or a text that contains {PLACE}, "
-                f"got {self.text!r}"
+                f"prompt_template must be one of {', '.join(template_names())}, or a text that contains {PLACE}, got {self.text!r}"
             )
 
     @property
@@ -96,9 +95,7 @@ class PromptTemplate:
         if self.text != CHAT:
             return prompt_ids(self.render(messages), tokenizer)
         try:
-            ids: list[int] = apply_chat_template(
-                messages, tokenizer, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            ids: list[int] = apply_chat_template(messages, tokenizer, add_generation_prompt=True, tokenize=True, return_dict=False)
         except UsageError:
             if all(m["role"] != "system" for m in messages):
                 raise

@@ -64,9 +64,7 @@ def encode(tokenizer, questions: list[str]):
     talks = [[{"role": "user", "content": question}] for question in questions]
     if not tokenizer.chat_template:
         return tokenizer(questions, return_tensors="pt", padding=True)
-    return tokenizer.apply_chat_template(
-        talks, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-    )
+    return tokenizer.apply_chat_template(talks, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True)
 
 
 def tokens(model, ids: list[int]) -> int:

@@ -17,6 +17,8 @@ FULL_SIZE = """The full-size recipe (paper: GSM8K, Abel-7B, which is a target mo
   cd ../cllm && NUM_PROCESSES=8 bash train_cllm.sh GAIR/Abel-7B-001 ../data/collected_jacobi_trajectory/FOLDER OUTPUT 16 \\
       --lossless --bf16
   cd ../eval/gsm8k && python speedup.py --test_model OUTPUT && python acc.py --model_dir OUTPUT --use_consistency_decoding"""
+
+
 @dataclass(frozen=True)
 class Column:
     """One model's figures: a method of a result file, and the quality of its text."""
@@ -90,9 +92,7 @@ def draw(lossless: dict, paper: dict | None, path: Path) -> None:
     runs = {"target model": (lossless, "ar"), "CLLM": (lossless, "jacobi")}
     if paper:
         runs["all weights (paper)"] = (paper, "jacobi")
-    accepted = {
-        title: [prompt["methods"][method]["accepted"] for prompt in run["prompts"]] for title, (run, method) in runs.items()
-    }
+    accepted = {title: [prompt["methods"][method]["accepted"] for prompt in run["prompts"]] for title, (run, method) in runs.items()}
     figure, (top, bottom) = plot.new_figure(2, 1, size=(8, 8))
     plot.progress(top, accepted)
     top.set(title="Every held-out response, forward by forward")

@@ -53,15 +53,11 @@ def steps(result: Mapping[str, Any], prompt_id: str, tokenizer: Any) -> list[Ste
         raise UsageError(f"the response of {prompt_id} has {tokens} tokens, and {len(ids)} with this tokenizer")
     timed = result["batches"][row["batch"]]
     return [
-        step
-        for method in TITLES
-        for step in _steps(method, row["methods"][method]["accepted"], timed[method], ids, TextStream(tokenizer))
+        step for method in TITLES for step in _steps(method, row["methods"][method]["accepted"], timed[method], ids, TextStream(tokenizer))
     ]
 
 
-def _steps(
-    method: Method, accepted: Sequence[int], timed: Mapping[str, float], ids: Sequence[int], text: TextStream
-) -> Iterator[Step]:
+def _steps(method: Method, accepted: Sequence[int], timed: Mapping[str, float], ids: Sequence[int], text: TextStream) -> Iterator[Step]:
     end = 0
     each = (timed["seconds"] - timed["prefill_seconds"]) / max(1, len(accepted) - 1)
     for number, count in enumerate(accepted):

@@ -127,8 +127,7 @@ SHOP = Database(
             "For each category, what is the {average} price of the products that cost {more} {price}?",
             "Show every category and the {average} price of its products that cost {more} {price}.",
         ],
-        "SELECT name, age FROM customers WHERE city = '{city}' AND age {older} "
-        "(SELECT avg(age) FROM customers WHERE city = '{city2}')": [
+        "SELECT name, age FROM customers WHERE city = '{city}' AND age {older} (SELECT avg(age) FROM customers WHERE city = '{city2}')": [
             "Which customers from {city} are {older} the average customer from {city2}? Show name and age.",
             "Show names and ages of the customers from {city} who are {older} the average in {city2}.",
         ],

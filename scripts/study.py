@@ -49,8 +49,7 @@ BASE, TARGET = "default", "target"
 GUESS = "guess_"  # such a run takes TRAJECTORIES_NAME: the same, collected with `--guess NAME`
 RUNS = {  # name -> flags of `cllm train`
     BASE: "",
-    "paper": "--teacher self --ar_loss fixed_point --ar_weight 10 --distance_decay 1 --states_per_block 1 "
-    "--label_smoothing_factor 0.1",
+    "paper": "--teacher self --ar_loss fixed_point --ar_weight 10 --distance_decay 1 --states_per_block 1 --label_smoothing_factor 0.1",
     "guess_uniform": "",
     "guess_filler": "",
     "states_2": "--states_per_block 2",
@@ -278,18 +277,14 @@ def _cell(seeds: dict[str, dict], base: dict[str, dict], title: str) -> str:
     return text
 
 
-def difference(
-    runs: Sequence[Sequence[Row]], bases: Sequence[Sequence[Row]], title: str
-) -> tuple[float, tuple[float, float] | None]:
+def difference(runs: Sequence[Sequence[Row]], bases: Sequence[Sequence[Row]], title: str) -> tuple[float, tuple[float, float] | None]:
     """How much a metric of some runs is above that of others with the same seeds, prompt by prompt the same: 95% bootstrap.
 
     Seeds are taken together, prompts are drawn again.
     """
     above, below, _ = METRICS[title]
     columns = [
-        [sum(rows[prompt][key] for rows in side) for prompt in range(len(side[0]))]
-        for side in (runs, bases)
-        for key in (above, below)
+        [sum(rows[prompt][key] for rows in side) for prompt in range(len(side[0]))] for side in (runs, bases) for key in (above, below)
     ]
     sums = [sum(column) for column in columns]
     return sums[0] / sums[1] - sums[2] / sums[3], bootstrap(columns, lambda s: s[0] / s[1] - s[2] / s[3])

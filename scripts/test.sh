@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them: linter, type checker, tests. About twenty minutes on two cores.
+# Set up what the tests need and run them: linter, formatter, type checker, tests. About twenty minutes on two cores.
 #
 #   bash scripts/test.sh                  # everything
 #   bash scripts/test.sh -m "not slow"    # arguments go to pytest
@@ -8,8 +8,9 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 use_environment requirements-dev.txt
 
-echo "==> linter and type checker"
+echo "==> linter, formatter and type checker"
 ruff check .
+ruff format --check .
 mypy cllm
 echo "==> the small real model (once; kept in the user's cache)"
 CLLM_TEST_MODEL=$(python scripts/small_model.py)

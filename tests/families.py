@@ -156,6 +156,5 @@ def drawn(length: int) -> list[int]:
 
 
 AROUND_THE_SWITCH = [  # prompt, new tokens: below it, up to it, across it, beyond it
-    Request(drawn(length), tokens)
-    for length, tokens in [(9, 10), (9, 23), (9, 24), (9, 50), (31, 8), (32, 8), (33, 8), (60, 20)]
+    Request(drawn(length), tokens) for length, tokens in [(9, 10), (9, 23), (9, 24), (9, 50), (31, 8), (32, 8), (33, 8), (60, 20)]
 ]

@@ -178,9 +178,7 @@ def test_an_append_that_fails_half_way_leaves_the_rows(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-json_rows = st.lists(
-    st.dictionaries(st.text(max_size=3), st.text() | st.integers() | st.none(), max_size=3), max_size=5
-)
+json_rows = st.lists(st.dictionaries(st.text(max_size=3), st.text() | st.integers() | st.none(), max_size=3), max_size=5)
 
 
 @given(first=json_rows, second=json_rows, cut=st.integers(0, 400))

@@ -54,9 +54,7 @@ def test_a_text_that_equals_a_dialogue_is_one(name):
 
 def test_places_in_a_question_stay():
     assert (
-        PromptTemplate("vicuna")
-        .render([{"role": "user", "content": "{question} {reply}"}])
-        .endswith("USER: {question} {reply} ASSISTANT:")
+        PromptTemplate("vicuna").render([{"role": "user", "content": "{question} {reply}"}]).endswith("USER: {question} {reply} ASSISTANT:")
     )
 
 

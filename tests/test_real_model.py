@@ -45,8 +45,7 @@ def test_fifty_prompts_equal_generate(request, smol):
     decoder = JacobiDecoder(model, 8, eos_token_ids=eos)
     drafting = JacobiDecoder(model, 8, eos_token_ids=eos, adapter=random_adapter(model, rank=8, size=0.05))
     ours, drafted = (
-        [r for i in range(0, 50, 10) for r in one.generate(prompts[i : i + 10], max_new_tokens=NEW_TOKENS)]
-        for one in (decoder, drafting)
+        [r for i in range(0, 50, 10) for r in one.generate(prompts[i : i + 10], max_new_tokens=NEW_TOKENS)] for one in (decoder, drafting)
     )
     for prompt, result, other in zip(prompts, ours, drafted):
         expected = model.generate(

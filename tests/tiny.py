@@ -39,8 +39,7 @@ CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + 
 VOCABULARY = ["<pad>", "<unk>", "<eos>", *CHARACTERS]
 KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral")
 CHAT_TEMPLATE = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 SLIDING = {"head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8}
 
@@ -154,9 +153,7 @@ def surround(tokenizer: PreTrainedTokenizerFast, text: str) -> PreTrainedTokeniz
     return tokenizer
 
 
-def save_tiny_checkpoint(
-    folder: str | Path, kind: str = "llama", chat_template: bool = True, seed: int = 0, **changes: Any
-) -> Path:
+def save_tiny_checkpoint(folder: str | Path, kind: str = "llama", chat_template: bool = True, seed: int = 0, **changes: Any) -> Path:
     """Save a tiny model and its tokenizer as a plain checkpoint; returns the folder."""
     folder = Path(folder)
     model = tiny_model(kind, seed, **changes)

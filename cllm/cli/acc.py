@@ -43,12 +43,8 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     )
     add_task_option(result, task, "acc", argv)
     add_model_options(result, "--model_dir", required=False)
-    result.add_argument(
-        "--use_consistency_decoding", action="store_true", help="Jacobi decoding; without it, autoregressive decoding"
-    )
-    result.add_argument(
-        "--max_new_tokens_for_consistency", type=positive, help="block size; default: the checkpoint's own, else 16"
-    )
+    result.add_argument("--use_consistency_decoding", action="store_true", help="Jacobi decoding; without it, autoregressive decoding")
+    result.add_argument("--max_new_tokens_for_consistency", type=positive, help="block size; default: the checkpoint's own, else 16")
     add_guess_option(result)
     add_prefix_option(result)
     result.add_argument("--max_tokens", type=positive, default=1024, help="new tokens per reply at most")
@@ -59,9 +55,7 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
         help="the task's plain text prompt (Question: ... Answer: Let's think step by step.) in the place of the "
         "tokenizer's chat template. Weaker than --prompt_template and than the template that a CLLM was trained with",
     )
-    result.add_argument(
-        "--dev_set", default="all", help="only rows with this `source`, upper or lower case; all for every row"
-    )
+    result.add_argument("--dev_set", default="all", help="only rows with this `source`, upper or lower case; all for every row")
     result.add_argument(
         "--filename",
         help="rows to answer; default: ./test.jsonl or ./test.jsonl.gz if there, else the task's own test rows: "
@@ -71,16 +65,13 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     result.add_argument("--batch_size", type=positive, default=8, help="questions answered together")
     result.add_argument("--seed", type=int, default=0, help="of the draws, the fresh guesses and the bootstrap")
     result.add_argument("--output_file_name", help="JSONL file of answers; default: cllm_generated_TASK.jsonl")
-    result.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True, help="keep the answers of an earlier run"
-    )
+    result.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="keep the answers of an earlier run")
     result.add_argument("--eval_only", action="store_true", help="score the answers there are; needs no --model_dir")
     result.add_argument("--results", help="JSON file of scores; default: OUTPUT_FILE_NAME's name with .accuracy.json")
     result.add_argument(
         "--export",
         metavar="FILE",
-        help="the answers in the format of the dataset's own tools, if it has one; "
-        "default: OUTPUT_FILE_NAME's name with .export.jsonl",
+        help="the answers in the format of the dataset's own tools, if it has one; default: OUTPUT_FILE_NAME's name with .export.jsonl",
     )
     return result
 
@@ -231,9 +222,7 @@ def _answer_missing(
     prompts, too_long = encode(missing, of.template, of.tokenizer, context_length(of.model.config))
     asked = [p.ids for p in prompts]
     guess = pick_guess(args.guess, of, block_size, asked, batch_size=args.batch_size, sampling=sampling)
-    decoder = JacobiDecoder(
-        of.model, block_size, eos_token_ids=of.stops, guess=guess, seed=args.seed, prefix_cache=args.prefix_cache
-    )
+    decoder = JacobiDecoder(of.model, block_size, eos_token_ids=of.stops, guess=guess, seed=args.seed, prefix_cache=args.prefix_cache)
     if too_long:
         answers.append(accuracy.too_long_rows(task, too_long))
     with tqdm(total=len(prompts), desc="answers", unit="answer", file=sys.stderr, disable=None) as bar:
@@ -304,9 +293,7 @@ def _finish(args: argparse.Namespace, task: Any, rows: list[dict[str, Any]], rep
     return report
 
 
-def choose_prompt(
-    option: str | None, plain: str, tokenizer: Any, record: dict[str, Any], *, prompt_type: str | None
-) -> Any:
+def choose_prompt(option: str | None, plain: str, tokenizer: Any, record: dict[str, Any], *, prompt_type: str | None) -> Any:
     """``--prompt_template``, else what the checkpoint was trained with, else ``--prompt_type``, else the tokenizer's.
 
     The checkpoint's own template is stronger than ``--prompt_type``, since the paper's command always gives that

@@ -60,9 +60,7 @@ def build_parser(task: str | None, argv: Sequence[str] | None = None) -> argpars
     )
     options.add_argument("--published", metavar="FILE", help="also write the paper's JSON form; blocks then start at 0")
     options.add_argument("--seed", type=int, default=0, help="of starting guesses and block boundaries")
-    options.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on with what the folder holds"
-    )
+    options.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on with what the folder holds")
     return options
 
 

@@ -79,9 +79,7 @@ def parser(description: str, prog: str) -> Parser:
     return Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-def add_task_option(
-    options: argparse.ArgumentParser, task: str | None, command: str = "", argv: Sequence[str] | None = None
-) -> None:
+def add_task_option(options: argparse.ArgumentParser, task: str | None, command: str = "", argv: Sequence[str] | None = None) -> None:
     """``--task``, unless a per-dataset script has fixed it, and the task's own options of ``command``.
 
     ``argv`` is looked at for the task's name, since its options must be there before everything is parsed.
@@ -123,9 +121,7 @@ def add_sampling_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--top_k", type=int, default=0, help="draw from the k most likely tokens only; 0: from all")
     options.add_argument("--top_p", type=float, default=1.0, help="draw from the most likely tokens that have this probability")
     options.add_argument("--min_p", type=float, default=0.0, help="draw from tokens this times as likely as the likeliest")
-    options.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="on tokens of the prompt and the reply so far; 1: none"
-    )
+    options.add_argument("--repetition_penalty", type=float, default=1.0, help="on tokens of the prompt and the reply so far; 1: none")
 
 
 def sampling_of(args: argparse.Namespace, seed: int = 0) -> Sampling:

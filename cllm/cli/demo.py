@@ -17,9 +17,7 @@ def options() -> argparse.ArgumentParser:
 
     result = parser("Watch AR and Jacobi decoding write the same text side by side, in a web page or a picture.", "cllm demo")
     add_service_options(result)
-    result.add_argument(
-        "--cllm_type", choices=task_names(), default=DEFAULT_TASK, help="whose default question the page starts with"
-    )
+    result.add_argument("--cllm_type", choices=task_names(), default=DEFAULT_TASK, help="whose default question the page starts with")
     result.add_argument("--prompt", help="another question to start with")
     result.add_argument("--browser", action=argparse.BooleanOptionalAction, default=True, help="open the page in a browser")
     result.add_argument("--record", metavar="FILE.svg", help="no page: write the race as an animated SVG")

@@ -42,9 +42,7 @@ def options() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSONL or a JSON list, plain or .gz: rows with `prompt` or `messages`, and, if wanted, `id` and `max_tokens`",
     )
-    result.add_argument(
-        "--output", required=True, metavar="FILE", help="JSONL of {id, reply, tokens, forwards, stop}, as they finish"
-    )
+    result.add_argument("--output", required=True, metavar="FILE", help="JSONL of {id, reply, tokens, forwards, stop}, as they finish")
     result.add_argument("--block_size", type=positive, help="default: what `cllm tune` or the training stored, else 16")
     result.add_argument("--max_tokens", type=positive, default=512, help="new tokens per reply at most")
     result.add_argument("--batch_size", type=positive, default=8, help="prompts decoded together at most")
@@ -55,9 +53,7 @@ def options() -> argparse.ArgumentParser:
     add_prefix_option(result)
     add_sampling_options(result)
     result.add_argument("--seed", type=int, default=0, help="of the draws and the fresh guesses")
-    result.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True, help="keep the replies of an earlier run"
-    )
+    result.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="keep the replies of an earlier run")
     return result
 
 
@@ -92,9 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = ResultFile(args.output, settings, args.resume, "--output")
     samples = _samples(args.prompts, of) if args.guess == AUTO and len(results.rows) < total else []
     guess = pick_guess(args.guess, of, width, samples, batch_size=args.batch_size, sampling=sampling)
-    decoder = JacobiDecoder(
-        of.model, width, eos_token_ids=of.stops, guess=guess, seed=args.seed, prefix_cache=args.prefix_cache
-    )
+    decoder = JacobiDecoder(of.model, width, eos_token_ids=of.stops, guess=guess, seed=args.seed, prefix_cache=args.prefix_cache)
     queue = Queue(decoder, args.batch_size, args.max_slots)
     waiting = (item for item in read_prompts(args.prompts) if isinstance(item, Prompt) and item.id not in results.rows)
     answers = answer(queue, of.tokenizer, of.template, waiting, max_tokens=args.max_tokens, sampling=sampling)

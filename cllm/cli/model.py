@@ -31,9 +31,7 @@ class OpenModel:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def open_model(
-    args: argparse.Namespace, plain_template: str, choose: Callable[..., PromptTemplate] = choose_template
-) -> OpenModel:
+def open_model(args: argparse.Namespace, plain_template: str, choose: Callable[..., PromptTemplate] = choose_template) -> OpenModel:
     """Load what ``args`` name. ``choose`` is given the option, the plain template, the tokenizer and the record."""
     tokenizer = load_tokenizer(args.model)
     model = load_weights(args, args.model)

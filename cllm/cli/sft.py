@@ -28,9 +28,7 @@ class RunArguments:
         default=None,
         metadata={"help": "as in `cllm collect`; default: the model's chat template, else the task's plain prompt"},
     )
-    dtype: str = field(
-        default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"}
-    )
+    dtype: str = field(default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"})
 
 
 @command

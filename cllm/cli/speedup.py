@@ -33,12 +33,8 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
     add_task_option(result, task, "speedup", argv)
     add_model_options(result, "--test_model")
     result.add_argument("--max_new_tokens", type=positive, help="block size; default: the checkpoint's own, else 16")
-    result.add_argument(
-        "--drafts", type=int, help="draft tokens of a consistency adapter; default: what `cllm tune` stored, else one less"
-    )
-    result.add_argument(
-        "--filename", help="rows to take prompts from; default: ./test.jsonl or ./test.jsonl.gz if there, else the hub"
-    )
+    result.add_argument("--drafts", type=int, help="draft tokens of a consistency adapter; default: what `cllm tune` stored, else one less")
+    result.add_argument("--filename", help="rows to take prompts from; default: ./test.jsonl or ./test.jsonl.gz if there, else the hub")
     result.add_argument("--data_size", type=positive, default=500, help="prompts at most")
     result.add_argument("--max_new_seq_len", type=positive, default=512, help="new tokens per response at most")
     result.add_argument("--batch_size", type=positive, default=1, help="prompts decoded together")
@@ -51,14 +47,10 @@ def options(task: str | None, argv: Sequence[str] | None = None) -> argparse.Arg
         help="more to compare with, may be repeated; no_adapter: the same window without the model's consistency adapter; "
         "generate and prompt_lookup are Hugging Face's; ar is always there",
     )
-    result.add_argument(
-        "--window", choices=("sliding", "block"), default="sliding", help="block: the paper's procedure"
-    )
+    result.add_argument("--window", choices=("sliding", "block"), default="sliding", help="block: the paper's procedure")
     add_guess_option(result, several=True)
     add_prefix_option(result)
-    result.add_argument(
-        "--target_model", metavar="PATH", help="the model before training: adds its text's quality, side by side"
-    )
+    result.add_argument("--target_model", metavar="PATH", help="the model before training: adds its text's quality, side by side")
     result.add_argument(
         "--explain",
         action="store_true",
@@ -147,16 +139,12 @@ def _open_models(args: argparse.Namespace, task: Any) -> tuple[OpenModel, PreTra
     of = open_model(args, task.plain_template)
     target = load_weights(args, args.target_model) if args.target_model else None
     if target is not None and load_tokenizer(args.target_model).get_vocab() != of.tokenizer.get_vocab():
-        raise UsageError(
-            f"{args.target_model} and {args.model} have different vocabularies, so they cannot be compared"
-        )
+        raise UsageError(f"{args.target_model} and {args.model} have different vocabularies, so they cannot be compared")
     contexts = [length for m in (of.model, target) if m is not None and (length := context_length(m.config))]
     return of, target, min(contexts, default=None)
 
 
-def _methods(
-    args: argparse.Namespace, of: OpenModel, prompts: Sequence[Prompt]
-) -> tuple[list[Method], dict[str, Any]]:
+def _methods(args: argparse.Namespace, of: OpenModel, prompts: Sequence[Prompt]) -> tuple[list[Method], dict[str, Any]]:
     """What to measure, and the block size and guesses that the options came to."""
     from cllm.cli.guess import pick_guess
     from cllm.decoding import make_guess
@@ -164,10 +152,7 @@ def _methods(
     from cllm.models import default_width
 
     block_size = args.max_new_tokens or default_width(of.record)
-    picked = [
-        pick_guess(name, of, block_size, [p.ids for p in prompts], batch_size=args.batch_size)
-        for name in args.guess or [None]
-    ]
+    picked = [pick_guess(name, of, block_size, [p.ids for p in prompts], batch_size=args.batch_size) for name in args.guess or [None]]
     guesses = [make_guess(name) for name in dict.fromkeys(picked)]
     methods = build_methods(
         of.model,
@@ -254,10 +239,7 @@ def _target_texts(
 
 def _batch_rows(measured: Any, batches: int) -> list[dict[str, Any]]:
     return [
-        {
-            name: {"seconds": runs[at].seconds, "prefill_seconds": runs[at].prefill_seconds}
-            for name, runs in measured.runs.items()
-        }
+        {name: {"seconds": runs[at].seconds, "prefill_seconds": runs[at].prefill_seconds} for name, runs in measured.runs.items()}
         for at in range(batches)
     ]
 
@@ -278,9 +260,7 @@ def _prompt_rows(prompts: Any, measured: Any, texts: dict, tokenizer: Any, batch
                 **facts,
                 "same_as_ar": response.token_ids == expected,
             }
-        row["responses"] = {
-            name: tokenizer.decode(responses[at], skip_special_tokens=True) for name, responses in texts.items()
-        }
+        row["responses"] = {name: tokenizer.decode(responses[at], skip_special_tokens=True) for name, responses in texts.items()}
         rows.append(row)
     return rows
 

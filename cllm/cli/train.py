@@ -21,15 +21,9 @@ class RunArguments:
     """What to train from."""
 
     model: str = field(metadata={"help": "the target model: checkpoint folder or hub name"})
-    trajectories: str = field(
-        metadata={"help": "a folder that `cllm collect` wrote, a published JSON file, or a hub name of either"}
-    )
-    block_size: int | None = field(
-        default=None, metadata={"help": "block size n; default: the one the trajectories were collected with"}
-    )
-    dtype: str = field(
-        default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"}
-    )
+    trajectories: str = field(metadata={"help": "a folder that `cllm collect` wrote, a published JSON file, or a hub name of either"})
+    block_size: int | None = field(default=None, metadata={"help": "block size n; default: the one the trajectories were collected with"})
+    dtype: str = field(default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager or flex_attention (on a GPU); default: the model's own"}
     )

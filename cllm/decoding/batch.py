@@ -40,9 +40,7 @@ class Batch:
     def look(self) -> tuple[Running, Running]:
         """The rows still running, and those that have ended in places still theirs. The host waits for the device here."""
         facts = torch.stack([self.live.ids_B, self.live.start_B, self.live.done_B.long()], dim=1).tolist()
-        running, ended = (
-            {row: (place, start) for place, (row, start, done) in enumerate(facts) if done == of} for of in (False, True)
-        )
+        running, ended = ({row: (place, start) for place, (row, start, done) in enumerate(facts) if done == of} for of in (False, True))
         return running, ended
 
     def useful(self) -> int:

@@ -33,10 +33,7 @@ class Deltas:
     def fit(self, model: PreTrainedModel) -> bool:
         """Whether the layers are where they were."""
         layers = dict(model.named_modules())
-        return all(
-            name in layers and layers[name].weight.device == device and model.dtype == dtype
-            for name, device, dtype in self.place
-        )
+        return all(name in layers and layers[name].weight.device == device and model.dtype == dtype for name, device, dtype in self.place)
 
     def group(self, inputs: list[tuple[str, torch.Tensor]]) -> None:
         """Find the layers that share an input, from the layers of a forward in their order, each with what it was given."""

@@ -59,9 +59,7 @@ class Guess(ABC):
     fills_all = False  # leaves no position empty
     narrows = False  # says how many leading tokens are worth a forward (Draft.useful_B); else all of them are
 
-    def learn(
-        self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor
-    ) -> None:
+    def learn(self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor) -> None:
         """Remember, in place, what the model chose behind each token of a window; ``before_B`` stands in front of it."""
 
     @abstractmethod

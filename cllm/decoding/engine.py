@@ -241,9 +241,7 @@ class JacobiDecoder:
         if length == 0:
             raise UsageError(f"{name} is empty; decoding needs at least one token to start from")
         if self.context is not None and length >= self.context:
-            raise UsageError(
-                f"{name} has {length} tokens, which leaves no room in the model's context of {self.context}"
-            )
+            raise UsageError(f"{name} has {length} tokens, which leaves no room in the model's context of {self.context}")
         for token in (min(request.prompt), max(request.prompt)):
             if not 0 <= token < self.vocabulary:
                 raise UsageError(f"token ids must be between 0 and {self.vocabulary - 1}, and {name} has {token}")

@@ -40,9 +40,7 @@ def grouped_attention(
     (B, H, T, D), shared = query.shape, key.shape[1]
     worth = shared < H and T <= MOST_QUERIES and not dropout and not torch.is_grad_enabled()
     if not worth or attention_mask is None or attention_mask.shape[1] != 1 or not IGNORED.issuperset(other):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **other
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **other)
     mask = attention_mask if T == 1 else attention_mask.repeat(1, 1, H // shared, 1)
     queries = query.reshape(B, shared, H // shared * T, D)
     result = scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)

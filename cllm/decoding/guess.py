@@ -22,16 +22,12 @@ FILLER_ID = 0
 class FreshGuess(Protocol):
     """A guess for each position by itself."""
 
-    def __call__(
-        self, text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor) -> torch.Tensor:
         """Token ids [B, K] for ``positions_BK``, given that the first ``known_B`` tokens of ``text_BS`` are verified."""
         ...
 
 
-def context_tokens(
-    text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor
-) -> torch.Tensor:
+def context_tokens(text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor) -> torch.Tensor:
     """Random tokens of the context (paper, Algorithm 1)."""
     return text_BS.gather(1, _hash(positions_BK, seed_B) % known_B[:, None])
 
@@ -39,17 +35,13 @@ def context_tokens(
 def uniform_tokens(vocabulary: int) -> FreshGuess:
     """Random tokens out of all that there are."""
 
-    def tokens(
-        text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor
-    ) -> torch.Tensor:
+    def tokens(text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor) -> torch.Tensor:
         return _hash(positions_BK, seed_B) % vocabulary
 
     return tokens
 
 
-def filler_tokens(
-    text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor
-) -> torch.Tensor:
+def filler_tokens(text_BS: torch.Tensor, known_B: torch.Tensor, positions_BK: torch.Tensor, seed_B: torch.Tensor) -> torch.Tensor:
     """The same token everywhere."""
     return torch.full_like(positions_BK, FILLER_ID)
 
@@ -96,9 +88,7 @@ class Combination(Guess):
         self.fills_all = any(part.fills_all for part in parts)
         self.narrows = all(part.narrows for part in parts)
 
-    def learn(
-        self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor
-    ) -> None:
+    def learn(self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor) -> None:
         for part, own_BM in zip(self.parts, memory_BM.split(self.sizes, dim=1)):
             part.learn(own_BM, before_B, window_BW, choices_BW)
 

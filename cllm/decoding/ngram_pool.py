@@ -34,9 +34,7 @@ class NgramPool(Guess):
     narrows = True
     memory_size = SLOTS + 1
 
-    def learn(
-        self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor
-    ) -> None:
+    def learn(self, memory_BM: torch.Tensor, before_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor) -> None:
         first_BW = torch.cat([before_B[:, None], window_BW[:, :-1]], dim=1)
         keys_BE = torch.cat([(NO_TOKEN << TOKEN_BITS) | window_BW, (first_BW << TOKEN_BITS) | window_BW], dim=1)
         entries_BE = (keys_BE << TOKEN_BITS) | choices_BW.repeat(1, 2)
@@ -58,9 +56,7 @@ class NgramPool(Guess):
         return replace(draft, window_BW=window_BW, firm_B=firm_B, filled_B=filled_B, useful_B=useful_B)
 
 
-def _recall(
-    memory_BM: torch.Tensor, first_B: torch.Tensor, second_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _recall(memory_BM: torch.Tensor, first_B: torch.Tensor, second_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Whether a choice behind the second token is known, whether one behind both is, and what it is; all [B]."""
     keys_B2 = torch.stack([torch.full_like(first_B, NO_TOKEN), first_B], dim=1) << TOKEN_BITS | second_B[:, None]
     entries_B2 = memory_BM.gather(1, slot_of(keys_B2))

@@ -70,9 +70,7 @@ def latest_match(text_BS: torch.Tensor, end_B: torch.Tensor, limit_B: torch.Tens
     return torch.where(best_B < 0, -1, best_B % S), (best_B // S).clamp(min=0)
 
 
-def continuation(
-    text_BS: torch.Tensor, match_B: torch.Tensor, end_B: torch.Tensor, positions_BW: torch.Tensor
-) -> torch.Tensor:
+def continuation(text_BS: torch.Tensor, match_B: torch.Tensor, end_B: torch.Tensor, positions_BW: torch.Tensor) -> torch.Tensor:
     """What stands at ``positions_BW`` if the text goes on behind ``end_B`` as it did behind ``match_B``: [B, W].
 
     A copy that reaches ``end_B`` goes on with what it has put there itself, so the text repeats with that period.

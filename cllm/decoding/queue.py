@@ -58,9 +58,7 @@ class Queue:
             self._sort()
             free_memory()  # what the error held on to is gone by now
 
-    def _flow(
-        self, source: Iterator[tuple[int, Request]], inside: dict[int, tuple[int, Request]]
-    ) -> Iterator[tuple[int, RowResult]]:
+    def _flow(self, source: Iterator[tuple[int, Request]], inside: dict[int, tuple[int, Request]]) -> Iterator[tuple[int, RowResult]]:
         tally = Tally(self.decoder.eos_ids.tolist())
         fed = 0
         finished: list[int] = []

@@ -171,9 +171,7 @@ class Step:
         with self.linears.traced(self.adapter, verified + drafts, drafts):
             yield
 
-    def choose(
-        self, rows: Rows, chooser: Chooser, logits_BTV: torch.Tensor, drafts: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self, rows: Rows, chooser: Chooser, logits_BTV: torch.Tensor, drafts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The target model's choices [B, K] after each of the windows' leading tokens, and the refined guesses [B, R]: for
         each position after the first token's what draft tokens lead to, else what verify tokens do.
         """
@@ -278,9 +276,7 @@ class Step:
         stood = torch.nn.functional.pad(right, (1, R - right.shape[1])).gather(1, source_BW)
         rows.stayed_BW.copy_(stood & (rows.window_BW == shifted_BW))
 
-    def _accept(
-        self, rows: Rows, choices_BK: torch.Tensor, matched_B: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _accept(self, rows: Rows, choices_BK: torch.Tensor, matched_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """How many choices are verified, how many join the output, and whether the row ends with them."""
         room_B = rows.end_B - rows.start_B - 1
         eos_BK = (choices_BK[:, :, None] == self.eos_ids).any(dim=2)

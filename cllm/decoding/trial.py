@@ -48,9 +48,7 @@ def try_out(step: Step) -> None:
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise UnsupportedModelError(
-            f"{name} fails with the masks and positions of Jacobi decoding: {first_line(error)}"
-        ) from error
+        raise UnsupportedModelError(f"{name} fails with the masks and positions of Jacobi decoding: {first_line(error)}") from error
     most = TOLERANCE_16 if step.model.dtype.itemsize <= 2 else TOLERANCE
     if not off <= most:
         raise UnsupportedModelError(

@@ -112,9 +112,7 @@ def _converse(
     turns: list[list[Turn]] = [[] for _ in batch]
     asked = {at: prompt.ids for at, prompt in enumerate(batch)}
     while asked:
-        results = decoder.generate(
-            list(asked.values()), max_new_tokens=max_new_tokens, sampling=[samplings[at] for at in asked]
-        )
+        results = decoder.generate(list(asked.values()), max_new_tokens=max_new_tokens, sampling=[samplings[at] for at in asked])
         for at, result in zip(list(asked), results, strict=True):
             reply = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
             turns[at].append(Turn(reply, len(result.token_ids), result.forwards, result.stop))
@@ -181,18 +179,14 @@ def select(examples: Iterable[Example], task: Task, dev_set: str, limit: int | N
             if limit is not None and len(chosen) == limit:
                 break
     if not chosen:
-        raise UsageError(
-            f"no row has the source {dev_set!r}; choose from all, {', '.join(list(sources)[:MOST_GROUPS])}"
-        )
+        raise UsageError(f"no row has the source {dev_set!r}; choose from all, {', '.join(list(sources)[:MOST_GROUPS])}")
     return chosen
 
 
 def samples(examples: Iterable[Example], count: int) -> list[Example]:
     """Each example ``count`` times, as NAME, NAME#2, NAME#3 and so on."""
     return [
-        example if number == 1 else replace(example, id=f"{example.id}#{number}")
-        for example in examples
-        for number in range(1, count + 1)
+        example if number == 1 else replace(example, id=f"{example.id}#{number}") for example in examples for number in range(1, count + 1)
     ]
 
 

@@ -107,9 +107,7 @@ def measure_choices(
     return [_choice(setting, size, runs) for size, race in races for setting, runs in race.items()]
 
 
-def _settings(
-    model: PreTrainedModel, widths: Sequence[int], drafts: Sequence[int], guesses: Sequence[str]
-) -> Iterator[Setting]:
+def _settings(model: PreTrainedModel, widths: Sequence[int], drafts: Sequence[int], guesses: Sequence[str]) -> Iterator[Setting]:
     for width in widths:
         if width == 1:
             yield Setting(1, 0, guesses[0])

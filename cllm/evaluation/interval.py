@@ -70,9 +70,7 @@ def ratio_interval(
     return bootstrap(columns, lambda sums: sums[0] / sums[1], seed=seed, resamples=resamples)
 
 
-def mean_interval(
-    scores: Sequence[bool | float], *, problems: Sequence[Hashable] | None = None, seed: int = 0
-) -> Interval | None:
+def mean_interval(scores: Sequence[bool | float], *, problems: Sequence[Hashable] | None = None, seed: int = 0) -> Interval | None:
     """95% interval of a mean: Wilson's where every score is 0 or 1, otherwise by bootstrap.
 
     ``problems`` as for :func:`ratio_interval`; Wilson's interval then counts as many scores as say the same independently.

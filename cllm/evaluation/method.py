@@ -61,9 +61,7 @@ class HuggingFace:
     torch.compile.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, eos_ids: Sequence[int], lookup: int | None = None, compiled: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int], lookup: int | None = None, compiled: bool = False) -> None:
         self.model, self.eos_ids, self.lookup, self.compiled = model, list(eos_ids), lookup, compiled
         self.name, self.one_by_one = (PROMPT_LOOKUP, True) if lookup else (GENERATE, False)
         self.label = f"HF prompt lookup {lookup}" if lookup else "HF generate" + ", compiled" * compiled
@@ -135,9 +133,7 @@ def build_methods(
     return methods
 
 
-def pad_left(
-    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both [B, P], the padding on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)

@@ -176,9 +176,7 @@ def _bar(axes: Axes, at: float, value: float, interval: Interval | None, look: d
 
 def _quality(axes: Axes, of: Quality, shade: str) -> None:
     error = [[of.score - of.interval[0]], [of.interval[1] - of.score]] if of.interval else None
-    axes.errorbar(
-        of.tokens_per_forward, of.score, yerr=error, fmt="o", capsize=3, color=shade, label=f"{of.task}: {of.label} ({of.name})"
-    )
+    axes.errorbar(of.tokens_per_forward, of.score, yerr=error, fmt="o", capsize=3, color=shade, label=f"{of.task}: {of.label} ({of.name})")
 
 
 def _by_width(speeds: Sequence[Speed]) -> dict[tuple[str, str], list[tuple[int, float]]]:

@@ -103,9 +103,7 @@ def response_entropy(model: PreTrainedModel, prompt: Sequence[int], response: Se
     return float(sum(Categorical(logits=logits, validate_args=False).entropy().sum().double() for logits, _ in chunks))
 
 
-def _response_logits(
-    model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _response_logits(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Float32 logits [CHUNK, V] that predict the tokens of a response, with these [CHUNK], a few at a time."""
     if not response:
         return
@@ -117,16 +115,12 @@ def _response_logits(
         yield logits.float(), ids
 
 
-def response_nlls(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-) -> list[float]:
+def response_nlls(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
     """:func:`response_nll` of every response, one at a time: no padding, the same figures whatever the batch."""
     return _of_each(response_nll, model, prompts, responses)
 
 
-def response_entropies(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-) -> list[float]:
+def response_entropies(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
     """:func:`response_entropy` of every response, one at a time."""
     return _of_each(response_entropy, model, prompts, responses)
 

@@ -165,9 +165,7 @@ def _ratio(top: float, bottom: float) -> float | None:
 
 
 @torch.inference_mode()
-def divergence(
-    model: PreTrainedModel, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]
-) -> dict[str, Any] | None:
+def divergence(model: PreTrainedModel, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]) -> dict[str, Any] | None:
     """Where two greedy responses part, and by what logit margin; None if they are equal.
 
     The logits come from one plain forward over the prompt and what both responses share. ``margin`` is the best logit
@@ -196,9 +194,7 @@ def divergence(
     }
 
 
-def divergences(
-    model: PreTrainedModel, measurement: Measurement, prompts: Mapping[str, Sequence[int]]
-) -> list[dict[str, Any]]:
+def divergences(model: PreTrainedModel, measurement: Measurement, prompts: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
     """Every response of every method that is not AR's, by prompt id in the order measured."""
     found = []
     for name in measurement.runs:

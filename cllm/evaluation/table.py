@@ -24,9 +24,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*head_rows, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        ]
+        first, *others = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
         return "  ".join([first, *others]).rstrip()
 
     return "\n".join([*map(line, head_rows), "  ".join("-" * width for width in widths), *map(line, rows)])

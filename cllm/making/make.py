@@ -415,9 +415,7 @@ def _row(example: Example) -> str:
     return json.dumps({"messages": example.messages}, ensure_ascii=False) + "\n"
 
 
-def _unfit(
-    example: Example, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, context: int | None
-) -> str | None:
+def _unfit(example: Example, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, context: int | None) -> str | None:
     """Why a prompt cannot be answered."""
     try:
         ids = template.encode(example.messages, tokenizer)

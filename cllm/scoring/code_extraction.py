@@ -185,9 +185,7 @@ def _defining(lines: list[str], name: str) -> str | None:
 
 def _ends(lines: list[str], head: int) -> Iterator[int]:
     """Where a program might end, the longest first: before an unindented line, else (cut-off replies) anywhere."""
-    starts = [
-        number for number in range(head + 1, len(lines)) if lines[number].strip() and lines[number][0] not in " \t)]}"
-    ]
+    starts = [number for number in range(head + 1, len(lines)) if lines[number].strip() and lines[number][0] not in " \t)]}"]
     yield len(lines)
     yield from reversed(starts)
     block_end = starts[0] if starts else len(lines)

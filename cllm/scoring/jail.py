@@ -440,11 +440,7 @@ def run(job: Job, end: int, ticket: int) -> NoReturn:
 def seen_by_tests(space: dict[str, Any], entry_points: list[str], watch: Watch) -> dict[str, Any]:
     """The program's names, without those that would hide a built-in one unless it is asked for, and real built-ins."""
     real = vars(builtins)
-    names = {
-        name: guarded(value, watch, name in entry_points)
-        for name, value in space.items()
-        if name not in real or name in entry_points
-    }
+    names = {name: guarded(value, watch, name in entry_points) for name, value in space.items() if name not in real or name in entry_points}
     return names | {"__builtins__": real, "__name__": "test"}
 
 

@@ -263,12 +263,8 @@ def _mean(values: Sequence[float]) -> float | None:
 def add_options(options: argparse.ArgumentParser) -> None:
     """The judge's command-line options."""
     options.add_argument("--judge_model", help="grade the answers with this model, of an OpenAI-compatible endpoint")
-    options.add_argument(
-        "--judge_base_url", help=f"the endpoint; default: {DEFAULT_URL}. The key is read from ${KEY_VARIABLE}"
-    )
-    options.add_argument(
-        "--judge_prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl; default: short prompts of our own"
-    )
+    options.add_argument("--judge_base_url", help=f"the endpoint; default: {DEFAULT_URL}. The key is read from ${KEY_VARIABLE}")
+    options.add_argument("--judge_prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl; default: short prompts of our own")
     options.add_argument(
         "--judge_references",
         metavar="FILE",

@@ -151,8 +151,7 @@ def protection() -> Protection:
             return found
         failures.append(f"{kind}: {found}")
     raise UsageError(
-        "generated programs cannot be run safely here: Linux with user namespaces, root, or Landlock is needed "
-        f"({'; '.join(failures)})"
+        f"generated programs cannot be run safely here: Linux with user namespaces, root, or Landlock is needed ({'; '.join(failures)})"
     )
 
 
@@ -171,9 +170,7 @@ def protection_of(kind: str) -> Protection | str:
     if not verdict.passed:
         return f"a harmless program fails: {verdict.detail or verdict.reason}"
     if kind == NAMESPACES:
-        return Protection(
-            kind, "namespaces (own files, no network, no other processes, all children killed) and limits"
-        )
+        return Protection(kind, "namespaces (own files, no network, no other processes, all children killed) and limits")
     files = "another user" if root else f"Landlock {landlock} (writes only in its folder)"
     network = "no TCP" if landlock >= 4 else "network open"
     return Protection(kind, f"limits, {files}, {network}; no namespaces, so files can be read")
@@ -223,9 +220,7 @@ class _Place:
 
     kind: str
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
-    uid: int | None = field(
-        default_factory=lambda: _FIRST_UID + next(_USERS) % _UIDS if os.geteuid() == 0 else None
-    )
+    uid: int | None = field(default_factory=lambda: _FIRST_UID + next(_USERS) % _UIDS if os.geteuid() == 0 else None)
     folder: str = "/box"  # in the program's own file system
 
     def __enter__(self) -> "_Place":

@@ -38,13 +38,9 @@ def schema_of_file(file: Path) -> Schema:
     with connect(file) as connection:
         rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         names = [name for (name,) in rows if not name.startswith(_OWN)]
-        facts = {
-            name: connection.execute("SELECT name, pk FROM pragma_table_info(?)", (name,)).fetchall() for name in names
-        }
+        facts = {name: connection.execute("SELECT name, pk FROM pragma_table_info(?)", (name,)).fetchall() for name in names}
         keys = {
-            name: connection.execute(
-                'SELECT "from", "table", "to", seq FROM pragma_foreign_key_list(?)', (name,)
-            ).fetchall()
+            name: connection.execute('SELECT "from", "table", "to", seq FROM pragma_foreign_key_list(?)', (name,)).fetchall()
             for name in names
         }
     primary = {name.lower(): {pk: column for column, pk in columns if pk} for name, columns in facts.items()}
@@ -70,11 +66,7 @@ def schemas_of_json(path: Path) -> dict[str, Schema]:
 
 def _entry(entry: Mapping[str, Any]) -> Schema:
     names, columns = entry["table_names_original"], entry["column_names_original"]
-    tables = {
-        name: tuple(column for owner, column in columns if owner == at)
-        for at, name in enumerate(names)
-        if not name.startswith(_OWN)
-    }
+    tables = {name: tuple(column for owner, column in columns if owner == at) for at, name in enumerate(names) if not name.startswith(_OWN)}
     full = [(names[owner].lower(), column.lower()) for owner, column in columns]
     return Schema(tables, tuple((full[one], full[other]) for one, other in entry.get("foreign_keys", ())))
 

@@ -47,9 +47,7 @@ MERGED = (
 logger = logging.getLogger(__name__)
 
 
-def export(
-    model: str, output: StrPath, results: Sequence[StrPath] = (), *, adapter_only: bool = False, form: str = FORMS[0]
-) -> None:
+def export(model: str, output: StrPath, results: Sequence[StrPath] = (), *, adapter_only: bool = False, form: str = FORMS[0]) -> None:
     """Write the checkpoint ``model``, a folder or a hub name, to the folder ``output`` and :func:`equip` it.
 
     A consistency adapter is written with its target model, in a folder of its own, so that transformers opens the target as it

@@ -85,9 +85,7 @@ class CllmAdapter:
         """Whether config.json has our record, or the path is the name of a CLLM that the paper published."""
         return "target_model" in published_record(model_path) or bool(_local_record(model_path))
 
-    def load_model(
-        self, model_path: str, from_pretrained_kwargs: Mapping[str, Any]
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load_model(self, model_path: str, from_pretrained_kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Raises UsageError for an adapter alone, which transformers would switch on for every token."""
         if Path(model_path, ADAPTER).is_file():
             raise UsageError(f"{model_path} holds an adapter alone; `cllm export` puts it beside its target model for FastChat")

@@ -120,9 +120,7 @@ def _figures(report: Report) -> list[EvalResult]:
         values = {"tokens_per_forward": report["methods"]["jacobi"]["tokens_per_forward"], report["settings"]["metric"]: score}
     else:
         values = {name: of["mean"] for name, of in report["summary"]["scores"].items()}
-    return [
-        EvalResult("text-generation", task, task, kind, round(value, 4)) for kind, value in values.items() if value is not None
-    ]
+    return [EvalResult("text-generation", task, task, kind, round(value, 4)) for kind, value in values.items() if value is not None]
 
 
 def _head(name: str, record: Mapping[str, Any]) -> str:

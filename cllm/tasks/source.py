@@ -81,10 +81,7 @@ class ExampleStream:
     def _nothing(self) -> str:
         found = f"found the fields {', '.join(self._found[:20])}" if self._found else "found no JSON object"
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.bad.most_common(3)) or "no rows"
-        return (
-            f"no usable row for task {self._task.name!r} in {self.source}: "
-            f"expected rows with {self._task.fields}; {found} ({reasons})"
-        )
+        return f"no usable row for task {self._task.name!r} in {self.source}: expected rows with {self._task.fields}; {found} ({reasons})"
 
 
 def load_examples(task: Task, filename: StrPath | None, split: str, limit: int | None = None) -> ExampleStream:

@@ -21,10 +21,7 @@ from cllm.scoring.sql_schema import Schema, schema_of_file, schemas_of_json
 from cllm.scoring.sql_text import find_sql
 from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, read_each, text_field
 
-INSTRUCTION = (
-    "Could you translate the following question into SQL. "
-    "Please only generate SQL, don't include explanation in the answer."
-)
+INSTRUCTION = "Could you translate the following question into SQL. Please only generate SQL, don't include explanation in the answer."
 FILES = {"train": "train_spider.json", "test": "dev.json"}
 TABLES = "tables.json"
 DATABASES = "database"
@@ -141,13 +138,9 @@ class Spider(Task):
         options.set_defaults(judges_replies=command in SCORING)
         if command not in SCORING:
             return
-        group.add_argument(
-            "--keep_distinct", action="store_true", help="DISTINCT counts; the official evaluator leaves it out"
-        )
+        group.add_argument("--keep_distinct", action="store_true", help="DISTINCT counts; the official evaluator leaves it out")
         group.add_argument("--sql_seconds", type=_seconds, default=Limits.seconds, help="time limit of a query")
-        group.add_argument(
-            "--keep_empty", action="store_true", help="do not pass over rows whose gold query reads an empty table"
-        )
+        group.add_argument("--keep_empty", action="store_true", help="do not pass over rows whose gold query reads an empty table")
 
     def configure(self, args: Namespace) -> Self:
         databases = _databases(args)

@@ -44,9 +44,7 @@ class ConsistencyArguments(TrainingArguments):
     states_per_block: int = field(
         default=1, metadata={"help": "states drawn from each trajectory per epoch; they share the cost of the clean text"}
     )
-    distance_decay: float = field(
-        default=0.5, metadata={"help": "a token d places after the first wrong guess weighs distance_decay**d"}
-    )
+    distance_decay: float = field(default=0.5, metadata={"help": "a token d places after the first wrong guess weighs distance_decay**d"})
     divergence: str = field(
         default="forward_kl",
         metadata={

@@ -71,9 +71,7 @@ class TokenMeanTrainer(Trainer):
     def useful_tokens(self, batch: Batch) -> torch.Tensor:
         """How many tokens of a batch are not padding: []."""
 
-    def last_hidden(
-        self, model: torch.nn.Module, head: LanguageHead, cache: Cache | None = None, **inputs: Any
-    ) -> torch.Tensor:
+    def last_hidden(self, model: torch.nn.Module, head: LanguageHead, cache: Cache | None = None, **inputs: Any) -> torch.Tensor:
         """Last hidden states [B, T, H], through the model's public forward, after what is in ``cache`` and into it."""
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
         asked: list[int] = [] if self._verified else [-1]  # places whose logits the model itself makes
@@ -89,9 +87,7 @@ class TokenMeanTrainer(Trainer):
         """Last hidden states [B, T, H] of a packed batch."""
         layout = batch_layout(batch)
         mask = packed_mask(head.config, layout, layout, head.layer.weight.dtype)
-        return self.last_hidden(
-            model, head, input_ids=batch["input_ids"], attention_mask=mask, position_ids=layout.position_BT
-        )
+        return self.last_hidden(model, head, input_ids=batch["input_ids"], attention_mask=mask, position_ids=layout.position_BT)
 
     # ------------------------------------------------- what the parent calls
 

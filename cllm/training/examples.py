@@ -100,9 +100,7 @@ def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) ->
     return Example(PackedRow(builder.clean, builder.blocks), student, teacher, distance, ar_index, ar_target)
 
 
-def draw_states(
-    row: TrajectoryRow, rng: random.Random, sampling: Sampling
-) -> Iterator[tuple[int, State, State, State]]:
+def draw_states(row: TrajectoryRow, rng: random.Random, sampling: Sampling) -> Iterator[tuple[int, State, State, State]]:
     """Of every block: its start, and for each state drawn the state, what it should lead to, and the fixed point.
 
     With ``random_block_size`` the blocks are cut to one width for all of them. Since no token looks ahead, what is left is a

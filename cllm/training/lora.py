@@ -29,9 +29,7 @@ class AdapterArguments:
     lora_target_modules: list[str] = field(
         default_factory=list, metadata={"help": "names of the linear layers to adapt; default: all but the output layer"}
     )
-    qlora: bool = field(
-        default=False, metadata={"help": "keep the frozen weights in 4 bits; needs --lora_r and a GPU (extra: qlora)"}
-    )
+    qlora: bool = field(default=False, metadata={"help": "keep the frozen weights in 4 bits; needs --lora_r and a GPU (extra: qlora)"})
     least_rank: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

@@ -141,9 +141,7 @@ def _packed(group: Sequence[Answered]) -> PackedRow:
     if len(group) == 1:
         return PackedRow([*group[0].prompt_ids, *group[0].answer_ids])
     shared = _shared(group)
-    return PackedRow(
-        group[0].prompt_ids[:shared], [Block(shared, [*row.prompt_ids[shared:], *row.answer_ids]) for row in group]
-    )
+    return PackedRow(group[0].prompt_ids[:shared], [Block(shared, [*row.prompt_ids[shared:], *row.answer_ids]) for row in group])
 
 
 def _before_answers(group: Sequence[Answered], text: PackedRow) -> Iterator[int]:

@@ -75,9 +75,7 @@ class CllmTrainer(TokenMeanTrainer):
         ar_hidden = at(hidden, batch["ar_index"])
         if self.args.ar_loss == "target":
             weight = torch.ones(len(ar_hidden), device=ar_hidden.device)
-            ar = distillation_sum(
-                ar_hidden, student_head, at(target_hidden, batch["ar_index"]), target_head, weight
-            )
+            ar = distillation_sum(ar_hidden, student_head, at(target_hidden, batch["ar_index"]), target_head, weight)
         else:
             ar = cross_entropy_sum(ar_hidden, student_head, batch["ar_target"], self.args.label_smoothing_factor)
         return torch.stack([consistency, ar])

@@ -58,9 +58,7 @@ class Watch(TrainerCallback):
     check: then there is nothing worth saving.
     """
 
-    def __init__(
-        self, trainer: TokenMeanTrainer, measure: Measure, target: PreTrainedModel, every: float, good: Rule, stop: bool
-    ) -> None:
+    def __init__(self, trainer: TokenMeanTrainer, measure: Measure, target: PreTrainedModel, every: float, good: Rule, stop: bool) -> None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UsageError("checks during training need whole weights; leave out --probe_prompts under FSDP and DeepSpeed")
         self.trainer, self.measure, self.target_model, self.every, self.stop = trainer, measure, target, every, stop

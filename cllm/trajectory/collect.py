@@ -61,9 +61,7 @@ class CollectionSettings:
         if self.responses_only and self.use_aug:
             raise UsageError("use_aug adds to the states of trajectories, and responses_only stores none; leave out one")
         if self.max_new_seq_len < self.block_size:
-            raise UsageError(
-                f"max_new_seq_len must be at least the block size {self.block_size}, got {self.max_new_seq_len}"
-            )
+            raise UsageError(f"max_new_seq_len must be at least the block size {self.block_size}, got {self.max_new_seq_len}")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values. Options that older collections did not have are there only where they are used."""
@@ -188,9 +186,7 @@ class Collector:
         for (prompt, response), offsets, blocks in zip(part, starts, states):
             rng = random.Random(draw(settings.seed, prompt.row_id, "augment"))
             augmented = [augment(block, rng) for block in blocks] if settings.use_aug else []
-            rows.append(
-                TrajectoryRow(prompt.row_id, prompt.ids, response, offsets, blocks, augmented, prompt.label_ids)
-            )
+            rows.append(TrajectoryRow(prompt.row_id, prompt.ids, response, offsets, blocks, augmented, prompt.label_ids))
         return rows
 
     def _states(self, part: list[Response], starts: list[list[int]]) -> list[list[States]]:

@@ -141,14 +141,10 @@ class _Response:
             raise ValueError(f"{item['data_id']} has blocks of {self.size} and of {states.shape[1]} tokens")
         before = _token_array("prompt_ids", item["prompt_ids"])
         if len(before) <= number * states.shape[1]:
-            raise ValueError(
-                f"{len(before)} prompt_ids leave no prompt before block {number} of {states.shape[1]} tokens"
-            )
+            raise ValueError(f"{len(before)} prompt_ids leave no prompt before block {number} of {states.shape[1]} tokens")
         self.size, self.states[number] = states.shape[1], states
         self.extra[number] = _augmented_len(item, states)
-        self.complete_len = len(
-            _token_array("complete_teacher_output_ids", item.get("complete_teacher_output_ids") or [])
-        )
+        self.complete_len = len(_token_array("complete_teacher_output_ids", item.get("complete_teacher_output_ids") or []))
         if self.first < 0 or number < self.first:
             self.first, self.before = number, before
             self.labels = _token_array("labels_ids", item["labels_ids"]) if item.get("labels_ids") else None
@@ -192,9 +188,7 @@ class _Response:
             extra, states = states[: self.extra[number]], states[self.extra[number] :]
             starts.append(start)
             augmented.append(extra)
-            trajectories.append(
-                [state for state, _ in groupby(states)] if cut else states
-            )  # equal but for what was cut
+            trajectories.append([state for state, _ in groupby(states)] if cut else states)  # equal but for what was cut
         if not starts:
             return None
         return TrajectoryRow(
@@ -320,8 +314,7 @@ def published_items(row: TrajectoryRow, block_size: int, pad_id: int) -> Iterato
     first = row.block_starts[0]
     if first % block_size or row.block_starts != list(range(first, len(row.response_ids), block_size)):
         raise UsageError(
-            f"row {row.row_id!r}: the published form needs blocks that start at multiples of {block_size}, "
-            f"got {row.block_starts}"
+            f"row {row.row_id!r}: the published form needs blocks that start at multiples of {block_size}, got {row.block_starts}"
         )
     tokens = row.prompt_ids + row.response_ids
     for block, (start, end) in enumerate(row.spans()):

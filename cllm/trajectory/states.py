@@ -116,9 +116,7 @@ def _clean_cache(model: PreTrainedModel, ids_BC: torch.Tensor, layout: Layout) -
     return cache
 
 
-def _iterate(
-    model: PreTrainedModel, blocks: _Blocks, state_KN: torch.Tensor, cache: RowCache, clean: Layout
-) -> torch.Tensor:
+def _iterate(model: PreTrainedModel, blocks: _Blocks, state_KN: torch.Tensor, cache: RowCache, clean: Layout) -> torch.Tensor:
     """One Jacobi iteration of every block that is not yet at its fixed point."""
     order_N = torch.arange(state_KN.shape[1], device=state_KN.device)
     wrong_KN = (state_KN != blocks.fixed_KN) & blocks.valid_KN

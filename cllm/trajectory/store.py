@@ -257,9 +257,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         if _show(stored, name) != _show(settings, name)
     ]
     if differences:
-        raise UsageError(
-            f"cannot resume in {folder}, which has other settings: {'; '.join(differences)}. Start over, or elsewhere"
-        )
+        raise UsageError(f"cannot resume in {folder}, which has other settings: {'; '.join(differences)}. Start over, or elsewhere")
 
 
 def _show(settings: dict[str, Any], name: str) -> str:

@@ -119,9 +119,7 @@ class Race:
         one, filled = torch.ones(1, dtype=torch.long), torch.tensor([len(kept)])
         window = torch.tensor([kept + [kept[-1]] * (self.width - len(kept))])
         seed, vocabulary = torch.tensor([self.decoder.seed]), self.decoder.step.vocabulary
-        draft = Draft(
-            room, torch.tensor([len(self.text) - 1]), window, one, filled, one, seed, vocabulary, self.decoder.step.narrows
-        )
+        draft = Draft(room, torch.tensor([len(self.text) - 1]), window, one, filled, one, seed, vocabulary, self.decoder.step.narrows)
         return guess.fill(memory_BM, draft).window_BW
 
     def learn(self, window_CW: torch.Tensor, choice_CW: torch.Tensor, winner: int) -> None:

@@ -1,6 +1,6 @@
 """Is collapse caught in time? The quick start's training with ten times its learning rate, and checks that may stop it.
 
-    bash scripts/quickstart.sh && python scripts/benchmarks/collapse.py --data quickstart --output collapse.json
+bash scripts/quickstart.sh && python scripts/benchmarks/collapse.py --data quickstart --output collapse.json
 """
 
 from __future__ import annotations

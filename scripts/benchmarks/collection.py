@@ -1,6 +1,6 @@
 """Collection against the paper's procedure, on the same prompts in one run.
 
-    python scripts/benchmarks/collection.py --model MODEL --filename gsm8k_train.jsonl --output collection.json
+python scripts/benchmarks/collection.py --model MODEL --filename gsm8k_train.jsonl --output collection.json
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def main() -> None:
     eos = collector.decoder.eos_ids.tolist()
     for index, ids in enumerate(prompts):
         start = time.perf_counter()
-        blocks, forwarded = reference.collect(
-            model, ids, args.block_size, args.length, start_guess(collector, str(index)), eos
-        )
+        blocks, forwarded = reference.collect(model, ids, args.block_size, args.length, start_guess(collector, str(index)), eos)
         slow += time.perf_counter() - start
         slow_tokens += forwarded
         if index in kept:

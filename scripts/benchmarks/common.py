@@ -235,9 +235,7 @@ def cllm_trainer(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer, rows: list[TrajectoryRow], folder: str, **options: Any
 ) -> CllmTrainer:
     """A trainer of ``model`` over some rows, with the frozen target where the options need one."""
-    training = CllmTrainingArguments(
-        output_dir=folder, use_cpu=model.device.type == "cpu", report_to="none", **options
-    )
+    training = CllmTrainingArguments(output_dir=folder, use_cpu=model.device.type == "cpu", report_to="none", **options)
     target = load_model(args.model, dtype=args.dtype, device=args.device) if training.needs_target else None
     collator = Collator(tokenizer.pad_token_id, training.distance_decay, training.max_row_tokens)
     dataset = ExampleDataset(Rows(rows), training.sampling)

@@ -1,6 +1,6 @@
 """``cllm`` with a model that fails whenever a request with the seed FAULT joins a batch, and so fails the whole batch.
 
-    python scripts/benchmarks/faulty.py serve MODEL
+python scripts/benchmarks/faulty.py serve MODEL
 """
 
 from __future__ import annotations

@@ -111,9 +111,7 @@ class Soak:
         async with httpx.AsyncClient(base_url=self.url, timeout=600, limits=limits) as self.client:
             await self._ask_alone()
             start = time.monotonic()
-            clients = [
-                asyncio.create_task(self._talk(number, start + self.args.seconds)) for number in range(self.args.clients)
-            ]
+            clients = [asyncio.create_task(self._talk(number, start + self.args.seconds)) for number in range(self.args.clients)]
             memory, prefixes = [await self._mebibytes(MEMORY)], [await self._mebibytes(PREFIXES)]
             for _ in range(SAMPLES):
                 await asyncio.sleep(self.args.seconds / SAMPLES)

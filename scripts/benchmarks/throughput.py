@@ -140,9 +140,7 @@ def peak(args: argparse.Namespace, row: TrajectoryRow, name: str) -> int:
         steps = dict(per_device_train_batch_size=1, max_steps=2, save_strategy="no", disable_tqdm=True)
         if name == FINE_TUNING:
             use_cpu = model.device.type == "cpu"
-            training = TrainingArguments(
-                output_dir=folder, use_cpu=use_cpu, report_to="none", remove_unused_columns=False, **steps
-            )
+            training = TrainingArguments(output_dir=folder, use_cpu=use_cpu, report_to="none", remove_unused_columns=False, **steps)
             collator, data = AnswerCollator(tokenizer.pad_token_id), [Answered(row.prompt_ids, row.response_ids)] * 2
             trainer = AnswerTrainer(model=model, args=training, train_dataset=data, data_collator=collator)
         else:

@@ -24,8 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def data(tmp_path):
     path = tmp_path / "test.jsonl"
     rows = [
-        {"question": q, "target": str(n), "source": "GSM8K" if n else "math", "tag": {"level": str(n % 2)}}
-        for n, q in enumerate(QUESTIONS)
+        {"question": q, "target": str(n), "source": "GSM8K" if n else "math", "tag": {"level": str(n % 2)}} for n, q in enumerate(QUESTIONS)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -60,9 +59,7 @@ def answers(tmp_path):
 
 
 def test_consistency_and_ar_decoding_answer_the_same(tmp_path, tiny_model_dir, data, capsys):
-    consistent = run(
-        tmp_path, tiny_model_dir, data, "--use_consistency_decoding", "--max_new_tokens_for_consistency", "6"
-    )
+    consistent = run(tmp_path, tiny_model_dir, data, "--use_consistency_decoding", "--max_new_tokens_for_consistency", "6")
     first = {row["id"]: row["reply"] for row in answers(tmp_path)}
     assert "Jacobi decoding, block size 6" in capsys.readouterr().out
     plain = run(tmp_path, tiny_model_dir, data, "--no-resume", "--batch_size", "1")
@@ -253,9 +250,7 @@ def test_the_papers_command(tmp_path, tiny_model_dir, data):
     words += "--output_file_name cllm_generated_gsm8k.jsonl --dev_set gsm8k --prompt_type math-single --max_tokens 32 "
     words += "--use_consistency_decoding"
     command = [sys.executable, str(SCRIPT), *words.split()]
-    done = subprocess.run(
-        command, check=False, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "gsm8k, 2 questions" in done.stdout and "plain text template" in done.stdout
     assert len((tmp_path / "cllm_generated_gsm8k.jsonl").read_text().splitlines()) == 2

@@ -215,9 +215,7 @@ def test_the_task_as_an_option(model_dir: Path, data: Path, tmp_path: Path) -> N
 def test_the_papers_command(model_dir: Path, data: Path, tmp_path: Path) -> None:
     """Word for word but for the lengths, as a real process that says little."""
     words = f"--model {model_dir} --filename {data} --use_aug --use_labels --max_new_tokens 16 --max_new_seq_len 24"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *words.split(), "--output", str(tmp_path / "t")], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(SCRIPT), *words.split(), "--output", str(tmp_path / "t")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"8 responses stored in {tmp_path / 't'}\n"
     bar, *others = reversed(done.stderr.strip().splitlines())

@@ -182,9 +182,7 @@ def test_counts(words: Build, refuse, command, option, value) -> None:
     assert f"--{option}: must be an integer >= 1, got {value!r}" in message
 
 
-@pytest.mark.parametrize(
-    ("command", "option"), [("collect", "max_new_seq_len"), ("chat", "max_new_seq_len"), ("acc", "max_tokens")]
-)
+@pytest.mark.parametrize(("command", "option"), [("collect", "max_new_seq_len"), ("chat", "max_new_seq_len"), ("acc", "max_tokens")])
 def test_lengths(words: Build, refuse, command, option) -> None:
     assert "got " in refuse(words(command, **{option: "-1"}))
 

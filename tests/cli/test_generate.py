@@ -72,9 +72,7 @@ def test_sampled_replies_do_not_depend_on_the_run(words: list[str], tmp_path: Pa
     assert len({row["reply"] for row in first.values()}) == len(QUESTIONS)
 
 
-def test_rows_that_cannot_be_answered_trouble_no_other(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_rows_that_cannot_be_answered_trouble_no_other(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     given = [
         {"prompt": "fine", "id": "x", "max_tokens": 3},

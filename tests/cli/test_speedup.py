@@ -22,9 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "test.jsonl"
-    path.write_text(
-        "".join(json.dumps({"question": q, "answer": f"x\n#### {n}"}) + "\n" for n, q in enumerate(QUESTIONS))
-    )
+    path.write_text("".join(json.dumps({"question": q, "answer": f"x\n#### {n}"}) + "\n" for n, q in enumerate(QUESTIONS)))
     return path
 
 
@@ -55,10 +53,7 @@ def test_all_methods_against_a_target_model(tmp_path, tiny_model_dir, data, caps
     assert report["divergences"] == []
     assert report["methods"]["ar"]["tokens_per_forward"] == 1.0
     assert report["methods"]["jacobi"]["tokens"] == sum(row["methods"]["jacobi"]["tokens"] for row in report["prompts"])
-    assert (
-        sum(report["prompts"][0]["methods"]["jacobi"]["accepted"])
-        == report["prompts"][0]["methods"]["jacobi"]["tokens"]
-    )
+    assert sum(report["prompts"][0]["methods"]["jacobi"]["accepted"]) == report["prompts"][0]["methods"]["jacobi"]["tokens"]
     assert report["quality"]["jacobi"]["same_as_own_ar"] == 1.0
     assert report["quality"]["jacobi"]["nll_per_token"] > report["quality"]["target"]["nll_per_token"] > 0
     assert report["settings"]["block_size"] == 6 and report["settings"]["prompt_template"] == "chat"

@@ -91,9 +91,7 @@ def answer(tmp_path, model, *more, questions=QUESTIONS):
 def test_the_second_turn_is_asked_with_the_models_own_first_answer(tmp_path, tiny_model_dir, monkeypatch, capsys):
     asked = []
     generate = JacobiDecoder.generate
-    monkeypatch.setattr(
-        JacobiDecoder, "generate", lambda self, prompts, **k: asked.append(prompts) or generate(self, prompts, **k)
-    )
+    monkeypatch.setattr(JacobiDecoder, "generate", lambda self, prompts, **k: asked.append(prompts) or generate(self, prompts, **k))
     answer(tmp_path, tiny_model_dir)
     (_, second), tokenizer = asked, tiny_tokenizer()
     rows = {r["target"]["question_id"]: r for r in map(json.loads, (tmp_path / "mt.jsonl").read_text().splitlines())}
@@ -101,9 +99,7 @@ def test_the_second_turn_is_asked_with_the_models_own_first_answer(tmp_path, tin
     for question in sorted(QUESTIONS, key=lambda q: len(q["turns"][0])):
         row = rows[question["question_id"]]
         assert row["follow_ups"] == question["turns"][1:] and row["reply"] == row["replies"][1]
-        expected.append(
-            f"[user]{question['turns'][0]}\n[assistant]{row['replies'][0].strip()}\n[user]{question['turns'][1]}\n"
-        )
+        expected.append(f"[user]{question['turns'][0]}\n[assistant]{row['replies'][0].strip()}\n[user]{question['turns'][1]}\n")
     assert [tokenizer.decode(ids) for ids in second] == [text + "[assistant]" for text in expected]
     exported = [json.loads(line) for line in (tmp_path / "mt.export.jsonl").read_text().splitlines()]
     assert [e["choices"][0]["turns"] for e in exported] == [[r.strip() for r in rows[q]["replies"]] for q in (81, 111)]

@@ -36,10 +36,7 @@ def reference(model, prompt: list[int], max_new_tokens: int, eos: list[int]) -> 
 def padded(prompts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, prompts))
     rows = [[0] * (longest - len(p)) + p if side == "left" else p + [0] * (longest - len(p)) for p in prompts]
-    masks = [
-        [0] * (longest - len(p)) + [1] * len(p) if side == "left" else [1] * len(p) + [0] * (longest - len(p))
-        for p in prompts
-    ]
+    masks = [[0] * (longest - len(p)) + [1] * len(p) if side == "left" else [1] * len(p) + [0] * (longest - len(p)) for p in prompts]
     return torch.tensor(rows), torch.tensor(masks)
 
 
@@ -95,9 +92,7 @@ class Oracle:
 
     def __call__(self, text_BS, known_B, positions_BK, seed_B):
         right = self.text[positions_BK.clamp(max=len(self.text) - 1)]
-        lucky = torch.tensor(
-            [[random.Random(int(p)).random() < self.p for p in row] for row in positions_BK], dtype=torch.bool
-        )
+        lucky = torch.tensor([[random.Random(int(p)).random() < self.p for p in row] for row in positions_BK], dtype=torch.bool)
         return torch.where(lucky, right, (right + 1) % 97)
 
 
@@ -190,7 +185,13 @@ def test_learned_positions_do_not_overflow_at_the_end_of_the_context():
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=2, n_head=2, n_positions=40, bos_token_id=None, eos_token_id=None,
+        vocab_size=97,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=40,
+        bos_token_id=None,
+        eos_token_id=None,
         initializer_range=0.3,
     )
     model = GPT2LMHeadModel(config).eval()

@@ -105,9 +105,7 @@ def test_refused_with_the_reason(name: str, changes: dict, reason: str) -> None:
 # ------------------------------------------------------- frequencies that depend on the length of a text
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "gemma3_text"))]
-)
+@pytest.mark.parametrize("name", ["llama", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "gemma3_text"))])
 def test_longrope(name: str) -> None:
     """Rows before, across and beyond the switch beside each other, long prompts in pieces, an adapter's drafts."""
     model = longrope(name)

@@ -19,9 +19,7 @@ def test_captured_steps_give_the_same_texts(mode: str) -> None:
     """All kinds of model and of fresh guesses; rows join and leave, greedy ones beside sampled ones."""
     for kind in KINDS:
         model = tiny_model(kind, vocab_size=97, eos_token_id=None).cuda()
-        wanted = [
-            Request([1 + n, 2, 3][: 1 + n % 3], 10 + 3 * n, Sampling(temperature=0.9 * (n % 3 == 2), seed=n)) for n in range(8)
-        ]
+        wanted = [Request([1 + n, 2, 3][: 1 + n % 3], 10 + 3 * n, Sampling(temperature=0.9 * (n % 3 == 2), seed=n)) for n in range(8)]
         plain = dict(Queue(JacobiDecoder(model, 1, compile="off"), 3).run(wanted))
         for guess in STRATEGIES:
             decoder = JacobiDecoder(model, 6, guess=guess, compile=mode)

@@ -54,9 +54,7 @@ def test_the_same_numbers_without_a_copy(tokens, scaling, dtype, left, monkeypat
     given, seen = inputs(tokens, dtype=dtype), []
     expected, _ = sdpa_attention_forward(layer(), **given, scaling=scaling)
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        grouped_attention, "scaled_dot_product_attention", lambda q, k, v, **o: seen.append((k, v)) or sdpa(q, k, v, **o)
-    )
+    monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", lambda q, k, v, **o: seen.append((k, v)) or sdpa(q, k, v, **o))
     found, _ = grouped_attention.grouped_attention(layer(), **given, scaling=scaling, position_ids=torch.arange(tokens))
     torch.testing.assert_close(found, expected)
     assert found.is_contiguous() and not left

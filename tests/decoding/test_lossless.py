@@ -117,9 +117,7 @@ def test_the_end_of_the_context() -> None:
 
 
 @pytest.mark.parametrize(("width", "drafts", "gained"), [(2, 2, [2]), (4, 6, [4]), (4, 9, [4]), (4, 3, [4, 1])])
-def test_drafts_become_the_next_guesses(
-    width: int, drafts: int, gained: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drafts_become_the_next_guesses(width: int, drafts: int, gained: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With draft tokens that lead to the right text, an iteration gains all that it verifies.
 
     D draft tokens reach D + 1 positions ahead, so fewer than 2 (K - 1) leave the next window with nothing but fresh guesses.

@@ -14,10 +14,7 @@ from cllm.errors import UsageError
 
 def requests(seed: int, number: int, vocabulary: int = 97) -> list[Request]:
     draw = random.Random(seed)
-    return [
-        Request([draw.randrange(1, vocabulary) for _ in range(draw.randint(1, 25))], draw.randint(1, 30))
-        for _ in range(number)
-    ]
+    return [Request([draw.randrange(1, vocabulary) for _ in range(draw.randint(1, 25))], draw.randint(1, 30)) for _ in range(number)]
 
 
 def alone(decoder: JacobiDecoder, wanted: list[Request]):

@@ -305,8 +305,7 @@ def test_whatever_passes_can_be_decoded(options):
     samplings = [GREEDY, Sampling(**options)]
     prompts = [[1, 2, 3], [4, 5]]
     texts = [
-        [row.token_ids for row in JacobiDecoder(model, width).generate(prompts, max_new_tokens=12, sampling=samplings)]
-        for width in (1, 6)
+        [row.token_ids for row in JacobiDecoder(model, width).generate(prompts, max_new_tokens=12, sampling=samplings)] for width in (1, 6)
     ]
     assert texts[0] == texts[1] and all(0 <= token < 97 for token in texts[0][1])
     assert texts[0][0] == JacobiDecoder(model, 6).generate(prompts[:1], max_new_tokens=12)[0].token_ids

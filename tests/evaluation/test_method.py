@@ -57,9 +57,7 @@ def test_forwards():
 def test_the_checkpoints_own_sampling_settings_are_kept_out_and_left_alone():
     model = tiny_model()
     expected = decode_all(model)
-    model.generation_config = own = GenerationConfig(
-        do_sample=True, temperature=5.0, repetition_penalty=3.0, eos_token_id=9
-    )
+    model.generation_config = own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=3.0, eos_token_id=9)
     changed = decode_all(model)
     assert [r.token_ids for r in changed[GENERATE]] == [r.token_ids for r in expected[GENERATE]]
     assert model.generation_config is own

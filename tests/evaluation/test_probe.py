@@ -23,10 +23,7 @@ def make_probe(target) -> Probe:
 
 
 def plain_texts(model, probe: Probe) -> list[list[int]]:
-    return [
-        model.generate(torch.tensor([p.ids]), max_new_tokens=LENGTH, do_sample=False)[0, len(p.ids) :].tolist()
-        for p in probe.prompts
-    ]
+    return [model.generate(torch.tensor([p.ids]), max_new_tokens=LENGTH, do_sample=False)[0, len(p.ids) :].tolist() for p in probe.prompts]
 
 
 def test_its_figures() -> None:

@@ -24,8 +24,7 @@ SPEEDUP: dict[str, Any] = {
     "labels": {"jacobi": "Jacobi 8", "ar": "AR", "generate": "HF generate"},
     "methods": {"jacobi": METHOD, "ar": METHOD | {"tokens_per_forward": 1.0}, "generate": METHOD},
     "prompts": [
-        {"methods": {"jacobi": {"accepted": gains}, "ar": {"accepted": [1, 1]}, "generate": {"accepted": None}}}
-        for gains in ([1, 2], [3])
+        {"methods": {"jacobi": {"accepted": gains}, "ar": {"accepted": [1, 1]}, "generate": {"accepted": None}}} for gains in ([1, 2], [3])
     ],
     "quality": {
         "jacobi": {"score": 0.5, "score_interval": [0.4, 0.6]},
@@ -38,9 +37,7 @@ ACCURACY = {
 }
 TUNE = {
     "best": {},
-    "choices": [
-        {"guess": "context", "width": w, "batch_size": b, "tokens_per_forward": w / 4} for b in (1, 2) for w in (8, 4)
-    ],
+    "choices": [{"guess": "context", "width": w, "batch_size": b, "tokens_per_forward": w / 4} for b in (1, 2) for w in (8, 4)],
 }
 STATE = {
     "log_history": [

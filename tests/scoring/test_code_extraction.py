@@ -71,8 +71,7 @@ FOUND = {
     "lambda": "total = lambda numbers: sum(numbers)",
     "future import": f"from __future__ import annotations\n{DEFINITION}",
     "constant before": "START = 0\n\ndef total(numbers):\n    return sum(numbers, START)\n",
-    "constant in another block": "```python\nSTART = 0\n```\nand\n```python\ndef total(numbers):\n"
-    "    return sum(numbers, START)\n```",
+    "constant in another block": "```python\nSTART = 0\n```\nand\n```python\ndef total(numbers):\n    return sum(numbers, START)\n```",
     "usage in another block": "```python\nx = total([1])\nx.sort()\nprint(x)\n```\n" + f"```python\n{DEFINITION}\n```",
     "table filled after": "def total(numbers):\n    return T[0](numbers)\n\nT = []\nT.append(sum)\nT.append(print(1))\n",
     "table filled by a loop after": "def total(numbers):\n    return T[0](numbers)\n\nT = {}\nfor n in range(2):\n"
@@ -80,8 +79,7 @@ FOUND = {
     "stub before": "```python\ndef total(numbers):\n    raise NotImplementedError('later')\n```\nNow in full:\n"
     f"```python\n{DEFINITION}\n```",
     "stub before in the same block": f"def total(numbers):\n    raise NotImplementedError\n\n{DEFINITION}",
-    "thinking before": "<think>\n```python\ndef total(numbers):\n    return 0\n```\nno\n</think>\n"
-    f"```python\n{DEFINITION}\n```",
+    "thinking before": f"<think>\n```python\ndef total(numbers):\n    return 0\n```\nno\n</think>\n```python\n{DEFINITION}\n```",
     "thinking that the prompt began": f"def total(numbers):\n    return 0\n</think>\n{DEFINITION}",
     "special token": f"{DEFINITION}<|eot_id|>\n\ndef total(numbers):\n    return 0",
     "special tokens around": f"<|im_start|>assistant\n{DEFINITION}<|im_end|>",
@@ -102,24 +100,20 @@ FOUND = {
     "fence in a docstring without a fence": DOCUMENTED,
     "fence in a docstring and no line for the last": f"```python\n{DOCUMENTED}```",
     "fence as a string": f"```python\nFENCE = '```'\nOTHER = \"```python\"\n\n{LONGER}\n```",
-    "docstring cut off before": f"```python\ndef total(numbers):\n    \"\"\"Add\n```\nAgain:\n```python\n{DEFINITION}\n```",
+    "docstring cut off before": f'```python\ndef total(numbers):\n    """Add\n```\nAgain:\n```python\n{DEFINITION}\n```',
     "docstring cut off before another": '```python\ndef total(numbers):\n    """Add\n```\nAgain:\n```python\n'
     'def total(numbers):\n    """Add."""\n    return sum(numbers)\n```',
-    "docstring cut off before a fence in another": '```python\ndef total(numbers):\n    """Add\n```\nAgain:\n```python\n'
-    f"{DOCUMENTED}\n```",
+    "docstring cut off before a fence in another": f'```python\ndef total(numbers):\n    """Add\n```\nAgain:\n```python\n{DOCUMENTED}\n```',
     "docstring cut off without a closing fence": f'```python\ndef add(a):\n    """Add\n\n```python\n{DOCUMENTED}\n```',
     "docstring of a module cut off": f'```python\n"""Sums of\n```\nIn full:\n```\n{DOCUMENTED}\n```',
-    "docstring of single quotes cut off": "~~~\ndef total(numbers):\n    \'\'\'Add\n~~~\n~~~\n"
-    + DOCUMENTED.replace('"', "'")
-    + "\n~~~",
+    "docstring of single quotes cut off": "~~~\ndef total(numbers):\n    '''Add\n~~~\n~~~\n" + DOCUMENTED.replace('"', "'") + "\n~~~",
     "helper in a later block": "```python\ndef total(numbers):\n    return add(numbers)\n```\nThis needs\n```python\n"
     "def add(numbers):\n    return sum(numbers)\n\nprint(add([1]))\n```",
     "helpers in later blocks": "```python\nfrom __future__ import annotations\n\ndef total(numbers):\n"
     "    return Adder().add(numbers)\n```\nwhere\n```python\nclass Adder(Base):\n    def add(self, numbers):\n"
     "        return reduce(add, numbers, START)\n```\nwith\n```python\nfrom functools import reduce\n"
     "from operator import add\n\nSTART = 0\n\nclass Base:\n    pass\n```",
-    "import in a later block": "```python\ndef total(numbers):\n    return int(math.fsum(numbers))\n```\n"
-    "and\n```python\nimport math\n```",
+    "import in a later block": "```python\ndef total(numbers):\n    return int(math.fsum(numbers))\n```\nand\n```python\nimport math\n```",
     "body": BODY,
     "body and a special token": f"{BODY}<|endoftext|>def total(numbers):",
     "body and a turn": f"{BODY}\n\n### Instruction:\nThanks",
@@ -238,9 +232,7 @@ def test_any_reply_is_answered(reply: str) -> None:
     assert isinstance(completion(reply, PROMPT, "total"), str)
 
 
-@pytest.mark.parametrize(
-    "reply", ["(" * 5000, "def total(" * 500, "import os\n" * 5000, "x = 1\n" * 300 + "def total(\n"]
-)
+@pytest.mark.parametrize("reply", ["(" * 5000, "def total(" * 500, "import os\n" * 5000, "x = 1\n" * 300 + "def total(\n"])
 def test_long_nonsense_is_answered_soon(reply: str) -> None:
     assert find_program(reply, "total") is None
 

@@ -137,9 +137,7 @@ def test_passing_faults_are_tried_again(name):
 
 
 def test_parts_are_joined():
-    parts = {
-        "choices": [{"message": {"content": [{"type": "text", "text": "Rating: "}, {"type": "text", "text": "7"}]}}]
-    }
+    parts = {"choices": [{"message": {"content": [{"type": "text", "text": "Rating: "}, {"type": "text", "text": "7"}]}}]}
     with serving(in_turn((200, {}, json.dumps(parts)))) as server:
         assert endpoint(server).complete(ASK) == "Rating: 7"
 
@@ -387,10 +385,7 @@ def test_going_on_after_a_stop_asks_only_for_what_is_missing(tmp_path):
     with serving(grade) as server:
         assert judge(server).review(CASES, "mine", path) == review
         assert len(server.seen) == 1  # the one without a score is asked again
-    assert (
-        Counter((row["question_id"], row["turn"]) for row in rows_of(path) if row["score"] != -1).most_common(1)[0][1]
-        == 1
-    )
+    assert Counter((row["question_id"], row["turn"]) for row in rows_of(path) if row["score"] != -1).most_common(1)[0][1] == 1
 
 
 def test_other_answers_and_other_judges_are_judged_anew(tmp_path):
@@ -446,9 +441,7 @@ def test_fastchats_own_prompts_and_references(shared_data):
     references = read_references(str(shared_data / "mt_bench" / "reference_answer" / "gpt-4.jsonl"))
     assert len(references) == 30 and all(len(turns) == 2 for turns in references.values())
     with serving(grade) as server:
-        request = list(
-            judge(server, prompts=prompts, references=references).requests(Case(101, "", ("a", "b"), ("c", "d")))
-        )[1]
+        request = list(judge(server, prompts=prompts, references=references).requests(Case(101, "", ("a", "b"), ("c", "d"))))[1]
     assert request.prompt.name == "single-math-v1-multi-turn" and references["101"][1] in request.text
     assert "{" not in request.text.replace(references["101"][0], "").replace(references["101"][1], "")
 

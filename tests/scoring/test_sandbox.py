@@ -72,8 +72,7 @@ HOSTILE = {
     "sys.stdout.write('passed'); sys.stderr.write('{{\"reason\": \"passed\"}}')\nsys.exit(0)\n",
     "own check": "def check(candidate):\n    pass\ndef double(x):\n    return x\n",
     "own assertion": "import builtins\nbuiltins.AssertionError = Exception\ndef double(x):\n    return None\n",
-    "threads that never end": "import threading\ndef spin():\n    while True: pass\n"
-    "threading.Thread(target=spin).start()\n" + SOLUTION,
+    "threads that never end": "import threading\ndef spin():\n    while True: pass\nthreading.Thread(target=spin).start()\n" + SOLUTION,
     "daemon threads that never end": "import threading\ndef spin():\n    while True: pass\n"
     "threading.Thread(target=spin, daemon=True).start()\n" + SOLUTION,
     "recursion": "def double(x):\n    return double(x + 1)\n",
@@ -122,8 +121,7 @@ def test_right_program_passes_and_wrong_fails(kind: str) -> None:
         "import sys\nsys.setrecursionlimit(10000)\ndef deep(n):\n    return n and deep(n - 1)\ndeep(5000)\n" + SOLUTION,
         "print('x' * 100000)\n" + SOLUTION,
         "import threading\nthread = threading.Thread(target=print)\nthread.start()\n" + SOLUTION,
-        "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\npool.submit(print).result()\n"
-        + SOLUTION,
+        "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\npool.submit(print).result()\n" + SOLUTION,
         "import dataclasses, functools\n@dataclasses.dataclass\nclass P:\n    x: 'int'\n"
         "@functools.lru_cache\ndef double(x):\n    return 2 * P(x).x\n",
         "import tempfile, subprocess, sys\nopen('here', 'w').write('x')\ntempfile.TemporaryFile().write(b'x')\n"

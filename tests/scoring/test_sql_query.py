@@ -31,9 +31,7 @@ def test_rows(file: Path) -> None:
     assert run_query(file, "SELECT a, b FROM t ORDER BY a;") == [(1, "x"), (2, None), (3, "A")]
     assert run_query(file, "SELECT * FROM t WHERE 0") == []
     assert run_query(file, "WITH u AS (SELECT a FROM t) SELECT sum(a) FROM u -- end") == [(6,)]
-    assert run_query(file, "SELECT strftime('%Y', '2014-05-01'), upper('a'), date('2014-01-31', '+1 day')") == [
-        ("2014", "A", "2014-02-01")
-    ]
+    assert run_query(file, "SELECT strftime('%Y', '2014-05-01'), upper('a'), date('2014-01-31', '+1 day')") == [("2014", "A", "2014-02-01")]
 
 
 @pytest.mark.parametrize(

@@ -183,11 +183,7 @@ def test_a_target_that_is_not_known_to_be_on_the_hub(checkpoint: Path) -> None:
 def test_the_card_of_a_model_that_says_nothing(tmp_path: Path) -> None:
     export(str(save_tiny_checkpoint(tmp_path / "m", chat_template=False)), tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert (
-        card.data.base_model is None
-        and "tokenizer('{question}'.replace(" in card.text
-        and "Its config.json does not say." in card.text
-    )
+    assert card.data.base_model is None and "tokenizer('{question}'.replace(" in card.text and "Its config.json does not say." in card.text
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,7 @@ def stream(prompt, model=None, tokenizer=None, **params):
 
 def greedy(prompt, count=20):
     tokenizer = tiny_tokenizer()
-    result = JacobiDecoder(tiny_model(), 1, eos_token_ids=[EOS_ID]).generate(
-        [tokenizer(prompt).input_ids], max_new_tokens=count
-    )
+    result = JacobiDecoder(tiny_model(), 1, eos_token_ids=[EOS_ID]).generate([tokenizer(prompt).input_ids], max_new_tokens=count)
     return tokenizer.decode(result[0].token_ids, skip_special_tokens=True), result[0]
 
 
@@ -101,9 +99,7 @@ def test_stop_tokens_of_the_request():
 
 
 def test_a_long_prompt_keeps_its_end():
-    items = list(
-        ours.generate_stream(tiny_model(), tiny_tokenizer(), {"prompt": "x" * 300 + "Hello", "max_new_tokens": 20}, "cpu", 64)
-    )
+    items = list(ours.generate_stream(tiny_model(), tiny_tokenizer(), {"prompt": "x" * 300 + "Hello", "max_new_tokens": 20}, "cpu", 64))
     assert items[-1]["usage"]["prompt_tokens"] == 64 - 20 - 1 and items[-1]["usage"]["completion_tokens"] <= 20
 
 

@@ -67,9 +67,7 @@ def test_training_rows_get_the_papers_prompt() -> None:
     (found,) = read(FUNCTION, "train")
     assert isinstance(found, Example)
     assert found.id == "code_search_net-train-1"
-    assert found.messages == (
-        {"role": "user", "content": "Please generate code based on the following doc:\nDouble it."},
-    )
+    assert found.messages == ({"role": "user", "content": "Please generate code based on the following doc:\nDouble it."},)
     assert found.reference == FUNCTION["func_code_string"]
     assert CODE.plain_template == "### Instruction:\n{question}\n### Response:\n"
     (same,) = read({"docstring": "Double it.", "code": FUNCTION["func_code_string"]}, "train")

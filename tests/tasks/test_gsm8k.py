@@ -295,9 +295,7 @@ def test_own_rows() -> None:
 
 def test_rows_of_the_papers_test_form() -> None:
     row = {"question": "How many?", "target": "18", "source": "GSM8K", "tag": {"level": 3}}
-    assert read(row) == Example(
-        "gsm8k-test-1", ({"role": "user", "content": "How many?"},), None, "18", {"source": "GSM8K", "level": "3"}
-    )
+    assert read(row) == Example("gsm8k-test-1", ({"role": "user", "content": "How many?"},), None, "18", {"source": "GSM8K", "level": "3"})
     both = read({**row, "answer": "9 + 9 = 18\n#### 18", "tag": {}})
     assert isinstance(both, Example) and both.reference == "9 + 9 = 18\n#### 18" and both.target == "18"
 

@@ -174,9 +174,7 @@ def test_files_of_every_form_and_bad_rows_counted(tmp_path):
 
 def test_a_file_of_another_task_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
-    with pytest.raises(
-        UsageError, match="expected rows with conversations or messages.*found the fields question, answer"
-    ):
+    with pytest.raises(UsageError, match="expected rows with conversations or messages.*found the fields question, answer"):
         list(load_examples(TASK, tmp_path / "x.jsonl", "train"))
 
 
@@ -249,7 +247,5 @@ def test_real_conversations(shared_data, name):
 def test_real_mt_bench(shared_data):
     examples = list(load_examples(TASK, shared_data / "mt_bench" / "question.jsonl", "test"))
     assert len(examples) == 80 and all(len(e.follow_ups) == 1 for e in examples)
-    assert {e.tags["category"] for e in examples} == set(
-        "writing roleplay reasoning math coding extraction stem humanities".split()
-    )
+    assert {e.tags["category"] for e in examples} == set("writing roleplay reasoning math coding extraction stem humanities".split())
     assert sum("reference" in e.target for e in examples) == 39

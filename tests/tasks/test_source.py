@@ -97,9 +97,7 @@ def test_equal_rows_have_one_fingerprint_however_they_are_written(tmp_path: Path
     assert len(extents) == 1 and extents.pop().rows == 6
     listed = tmp_path / "c.json"
     listed.write_text(json.dumps(good(5), indent=1))
-    assert load_examples(GSM8K, listed, "train").extent() == load_examples(
-        GSM8K, write(tmp_path / "d.jsonl", good(5)), "train"
-    ).extent()
+    assert load_examples(GSM8K, listed, "train").extent() == load_examples(GSM8K, write(tmp_path / "d.jsonl", good(5)), "train").extent()
 
 
 def test_any_other_row_changes_the_fingerprint(tmp_path: Path) -> None:

@@ -132,16 +132,12 @@ def test_bad_rows_are_counted_and_passed_over(with_databases: Path) -> None:
 def test_wrong_sources_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("gsm8k")
     (other / "test.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
-    with pytest.raises(
-        UsageError, match=r"has no dev\.json: a Spider folder has train_spider.json, .*found test\.jsonl"
-    ):
+    with pytest.raises(UsageError, match=r"has no dev\.json: a Spider folder has train_spider.json, .*found test\.jsonl"):
         load(other, "test")
     with pytest.raises(UsageError, match=r"no schemas in .*expected database/ or tables.json"):
         load(other / "test.jsonl", "test")
     (folder / "test.jsonl").write_text((other / "test.jsonl").read_text())
-    with pytest.raises(
-        UsageError, match=r"expected rows with db_id, question and query.*found the fields question, answer"
-    ):
+    with pytest.raises(UsageError, match=r"expected rows with db_id, question and query.*found the fields question, answer"):
         load(folder / "test.jsonl", "test")
     with pytest.raises(UsageError, match="no field"):
         load(folder / "tables.json", "test")

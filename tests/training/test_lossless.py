@@ -75,9 +75,7 @@ def merged(kind: str, model: Module) -> Module:
     return copy
 
 
-def plain_loss(
-    base: Module, draft: Module, example: DraftExample, decay: float, divergence: Callable, on_policy: bool = False
-) -> float:
+def plain_loss(base: Module, draft: Module, example: DraftExample, decay: float, divergence: Callable, on_policy: bool = False) -> float:
     """Block by block over the base's own keys and values, without a packed layout."""
     teacher, loss = base(torch.tensor([example.row.clean])).logits[0], 0.0
     for block, wrong in zip(example.row.blocks, example.wrong, strict=True):
@@ -126,9 +124,7 @@ def test_accumulation_and_batch_size_do_not_change_the_gradient(tmp_path, on_pol
     whole = step(tmp_path, per_device_train_batch_size=8, on_policy=on_policy)
     assert whole.abs().max() > 1e-3
     for size, accumulation in SPLITS:
-        split = step(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, on_policy=on_policy
-        )
+        split = step(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, on_policy=on_policy)
         torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
 
 

@@ -1,6 +1,5 @@
 """The objective's mathematics, on plain tensors."""
 
-
 import pytest
 import torch
 
@@ -36,9 +35,7 @@ def test_kl_is_zero_for_equal_logits_and_positive_otherwise():
 
 def test_kl_matches_torch():
     teacher, student = torch.randn(7, 13), torch.randn(7, 13)
-    expected = torch.nn.functional.kl_div(
-        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
+    expected = torch.nn.functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     assert torch.allclose(kl_divergence(teacher, student), expected, atol=1e-6)
 
 

@@ -99,9 +99,7 @@ def test_accumulation_and_batch_size_do_not_change_the_gradient(tmp_path, object
     whole = step(tmp_path, per_device_train_batch_size=8, **objective)
     assert whole.abs().max() > 1e-3
     for size, accumulation in [(4, 2), (2, 4), (1, 8)]:
-        split = step(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, **objective
-        )
+        split = step(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, **objective)
         torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
 
 
@@ -126,9 +124,7 @@ def test_bfloat16_is_near_float32(tmp_path):
 
 
 def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
-    torch.testing.assert_close(
-        step(tmp_path, gradient_checkpointing=True, max_row_tokens=150), step(tmp_path), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(step(tmp_path, gradient_checkpointing=True, max_row_tokens=150), step(tmp_path), atol=1e-5, rtol=1e-4)
 
 
 SHARDED = {"ddp": None, "fsdp2": "fsdp2.yaml", "zero2": "zero2.yaml", "zero3": "zero3.yaml"}  # in cllm/configs
@@ -177,14 +173,20 @@ def test_equals_the_papers_plain_forwards(tmp_path):
         row = random_row(index)
         for block, (start, _) in enumerate(row.spans()):
             only = TrajectoryRow(
-                row.row_id, row.prompt_ids, row.response_ids, row.block_starts,
+                row.row_id,
+                row.prompt_ids,
+                row.response_ids,
+                row.block_starts,
                 [t if b == block else t[-1:] for b, t in enumerate(row.trajectories)],
             )
             example = build_example(only, random.Random(0), Sampling())
             state = random.Random(0).sample(range(len(row.trajectories[block]) - 1), 1)[0]
             expected = reference.training_losses(
-                trainer.model, row.prompt_ids, row.response_ids,
-                reference.ReferenceBlock(row.prompt_ids + row.response_ids[:start], row.trajectories[block]), state,
+                trainer.model,
+                row.prompt_ids,
+                row.response_ids,
+                reference.ReferenceBlock(row.prompt_ids + row.response_ids[:start], row.trajectories[block]),
+                state,
             )
             assert loss_sums(trainer, [example]) == pytest.approx([x.item() for x in expected[:2]], rel=1e-3, abs=1e-4)
 
@@ -207,8 +209,7 @@ def test_every_divergence_equals_plain_forwards(tmp_path, divergence):
 def test_label_smoothing_smooths_the_labels(tmp_path):
     example = build_example(random_row(0), random.Random(0), Sampling())
     plain, smoothed = (
-        loss_sums(make_trainer(tmp_path, ar_loss="fixed_point", label_smoothing_factor=factor), [example])
-        for factor in (0.0, 0.1)
+        loss_sums(make_trainer(tmp_path, ar_loss="fixed_point", label_smoothing_factor=factor), [example]) for factor in (0.0, 0.1)
     )
     trainer = make_trainer(tmp_path)
     logits = trainer.model(torch.tensor([example.row.clean])).logits[0, example.ar_index]
@@ -219,9 +220,7 @@ def test_label_smoothing_smooths_the_labels(tmp_path):
 def test_consistency_is_zero_at_the_fixed_point(tmp_path):
     trainer = make_trainer(tmp_path)
     row = random_row(0)
-    fixed = TrajectoryRow(
-        row.row_id, row.prompt_ids, row.response_ids, row.block_starts, [t[-1:] for t in row.trajectories]
-    )
+    fixed = TrajectoryRow(row.row_id, row.prompt_ids, row.response_ids, row.block_starts, [t[-1:] for t in row.trajectories])
     consistency, ar = loss_sums(trainer, [build_example(fixed, random.Random(0), Sampling())])
     assert consistency == 0.0 and ar > 0.0
 

@@ -31,10 +31,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTH
 
 
 def examples(count: int) -> list[Example]:
-    return [
-        Example(f"q-{n}", ({"role": "user", "content": row["question"]},), row["answer"])
-        for n, row in enumerate(question_rows(count))
-    ]
+    return [Example(f"q-{n}", ({"role": "user", "content": row["question"]},), row["answer"]) for n, row in enumerate(question_rows(count))]
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +140,7 @@ def test_more_data_later(model: Any, whole: dict[str, TrajectoryRow], tmp_path: 
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_without_overlap(
-    model: Any, whole: dict[str, TrajectoryRow], tmp_path: Path, processes: int
-) -> None:
+def test_processes_share_without_overlap(model: Any, whole: dict[str, TrajectoryRow], tmp_path: Path, processes: int) -> None:
     """A row that two processes made would be there twice, since the shards' names tell what is in them."""
     for rank in range(processes):
         with TrajectoryWriter(tmp_path / str(rank), SETTINGS.as_dict(), resume=True, rank=rank) as writer:
@@ -255,6 +250,7 @@ def test_a_cache_that_cannot_be_rolled_back() -> None:
 
 # ---- the real thing: kills, processes, memory ----
 
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_checkpoint(tmp_path_factory.mktemp("model"), seed=SEED)
@@ -302,9 +298,7 @@ def words(model_dir: Path, data: Path, output: Path, *more: str) -> list[str]:
 
 
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words], env=ENVIRONMENT | environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, *words], env=ENVIRONMENT | environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow

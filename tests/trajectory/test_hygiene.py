@@ -65,9 +65,7 @@ def test_degenerate(ids: list[int], reason: str | None) -> None:
     assert degenerate(ids) == reason
 
 
-@given(
-    st.lists(st.integers(0, 1), max_size=160), st.lists(st.integers(0, 4), min_size=1, max_size=34), st.integers(0, 6)
-)
+@given(st.lists(st.integers(0, 1), max_size=160), st.lists(st.integers(0, 4), min_size=1, max_size=34), st.integers(0, 6))
 def test_degenerate_is_its_definition(head: list[int], cycle: list[int], times: int) -> None:
     ids = head + cycle * times
     run = any(len(set(ids[i : i + 10])) == 1 for i in range(len(ids) - 9))

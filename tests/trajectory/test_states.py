@@ -41,10 +41,7 @@ def test_states_do_not_depend_on_the_batch():
     responses = [r.token_ids for r in JacobiDecoder(model, 1).generate(prompts, max_new_tokens=20)]
     starts = [block_starts(20, 8, first) for first in (3, 0)]
     together = jacobi_states(model, prompts, responses, starts, seeds=[7, 8])
-    alone = [
-        jacobi_states(model, [p], [r], [s], seeds=[seed])[0]
-        for p, r, s, seed in zip(prompts, responses, starts, [7, 8])
-    ]
+    alone = [jacobi_states(model, [p], [r], [s], seeds=[seed])[0] for p, r, s, seed in zip(prompts, responses, starts, [7, 8])]
     assert together == alone
 
 

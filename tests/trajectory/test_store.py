@@ -287,9 +287,7 @@ def test_resuming_with_other_settings(folder: Path) -> None:
     with pytest.raises(UsageError) as caught:
         TrajectoryWriter(folder, other, resume=True)
     assert str(caught.value).startswith(f"cannot resume in {folder}, which has other settings: ")
-    assert "block_size: 4 there, 8 now; eos_token_ids: [2] there, not set now; seed: not set there, 1 now" in str(
-        caught.value
-    )
+    assert "block_size: 4 there, 8 now; eos_token_ids: [2] there, not set now; seed: not set there, 1 now" in str(caught.value)
     assert names(folder) == before
     with TrajectoryWriter(folder, other, resume=False) as writer:
         assert writer.done_ids == set()
@@ -339,9 +337,7 @@ def damage(shard: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", "half", "garbage", "other columns", "ids"])
-def test_unreadable_shards_are_collected_again(
-    folder: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_shards_are_collected_again(folder: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     shard = next(path for path in folder.glob("part-*.parquet") if pq.read_metadata(path).num_rows == 3)
     damage(shard, how)
     for read in (lambda: list(read_rows(folder)), lambda: dataset(folder, tmp_path), lambda: stored_counts(folder)):

@@ -70,8 +70,7 @@ class Racer:
         self.generated += emitted
         self.ended = self.generated >= self.most or choices[emitted - 1] in self.eos
         gained = [
-            Gained(token, self.text.put([token]), self._kind(window, choices, index))
-            for index, token in enumerate(choices[:emitted])
+            Gained(token, self.text.put([token]), self._kind(window, choices, index)) for index, token in enumerate(choices[:emitted])
         ]
         if self.ended and (rest := self.text.end()):
             gained[-1] = replace(gained[-1], text=rest)

@@ -33,9 +33,7 @@ def test_the_texts_are_equal(runs) -> None:
             own = of(steps, method)
             assert [token.id for step in own for token in step.gained] == result.token_ids
             assert [step.ended for step in own] == [False] * (len(own) - 1) + [True]
-            assert "".join(t.text for s in own for t in s.gained) == tiny_tokenizer().decode(
-                result.token_ids, skip_special_tokens=True
-            )
+            assert "".join(t.text for s in own for t in s.gained) == tiny_tokenizer().decode(result.token_ids, skip_special_tokens=True)
         assert len(of(steps, "ar")) == len(result.token_ids) and len(of(steps, "jacobi")) == result.forwards
 
 

@@ -264,9 +264,7 @@ def test_refusals_are_the_clients_exceptions(server) -> None:
 
 def test_curl(server) -> None:
     body = json.dumps({"model": "tiny", "prompt": "ab", **SPEED})
-    output = subprocess.run(
-        ["curl", "-sS", f"{server.url}/v1/completions", "--json", body], check=True, capture_output=True, timeout=60
-    )
+    output = subprocess.run(["curl", "-sS", f"{server.url}/v1/completions", "--json", body], check=True, capture_output=True, timeout=60)
     ids = server.service.tokenizer("ab").input_ids
     assert json.loads(output.stdout)["choices"][0]["text"] == alone(server, ids)
 
