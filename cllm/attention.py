@@ -22,6 +22,7 @@ SDPA = "sdpa"
 GROUPED = "cllm_grouped"  # the same while a model decodes, see cllm.decoding.grouped_attention
 MASKABLE = (SDPA, "eager")  # take a 4-D mask; flash attention takes none
 GIVEN = ("attention_mask", "position_ids", "past_key_values")  # arguments of a model's forward
+LENGTHS = 32  # attention sees a multiple of this many tokens, so shapes repeat: a new one costs time, and memory for good
 TRAINABLE = (*MASKABLE, FLEX)  # FlexAttention's own form of mask serves packed training, not decoding
 
 ModelMask = torch.Tensor | BlockMask | dict[str, torch.Tensor] | dict[str, BlockMask]
@@ -131,3 +132,8 @@ def _by_kind(config: PretrainedConfig, mask: Callable[[int | None], Any]) -> Any
     """The mask for a window, or a dict of them by layer type where a model mixes types."""
     masks = {kind: mask(window) for kind, window in attention_windows(config).items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def round_up(tokens: int, unit: int = LENGTHS) -> int:
+    """The next multiple of ``unit``."""
+    return -(-tokens // unit) * unit

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from cllm.attention import FLEX, ModelMask, flex_mask, model_mask
+from cllm.attention import FLEX, ModelMask, flex_mask, model_mask, round_up
 from cllm.errors import UsageError
 from cllm.models import rotary_switch
 
@@ -147,10 +147,12 @@ def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return rows
 
 
-def pack(texts: Sequence[PackedRow], pad_token_id: int, places: Sequence[Place] | None = None) -> tuple[torch.Tensor, Layout]:
-    """Token ids [B, T], padded on the right, and their layout. Without ``places`` every text has a row of its own."""
+def pack(
+    texts: Sequence[PackedRow], pad_token_id: int, places: Sequence[Place] | None = None, unit: int = 1
+) -> tuple[torch.Tensor, Layout]:
+    """Token ids [B, T], padded on the right to a multiple of ``unit``, and their layout. Without ``places`` every text has its own row."""
     places = arrange(texts) if places is None else places
-    B, T = 1 + max(place.row for place in places), 1 + max(max(place.columns) for place in places)
+    B, T = 1 + max(place.row for place in places), round_up(1 + max(max(place.columns) for place in places), unit)
     ids = torch.full((B, T), pad_token_id)
     position, horizon, document = torch.zeros(B, T).long(), torch.ones(B, T).long(), torch.zeros(B, T).long()
     number = torch.full((B, T), PADDING)

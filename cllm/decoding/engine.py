@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cllm.adapter import Adapter, attached
-from cllm.attention import check_model
+from cllm.attention import LENGTHS, check_model
 from cllm.decoding.batch import Batch
 from cllm.decoding.cache import GROWTH
 from cllm.decoding.draft import Guess
@@ -25,7 +25,7 @@ from cllm.decoding.result import Iteration, RowResult, Tally
 from cllm.decoding.rows import Rows
 from cllm.decoding.runner import Mode, make_runner
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
-from cllm.decoding.step import LENGTHS, Step
+from cllm.decoding.step import Step
 from cllm.decoding.trial import try_out
 from cllm.errors import LARGEST, UsageError
 from cllm.models import (

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cllm.attention import round_up
 from cllm.decoding.batch import Batch
 from cllm.decoding.prefixes import Prefixes, common
 from cllm.decoding.sampling import Chooser
-from cllm.decoding.step import Step, round_up
+from cllm.decoding.step import Step
 
 if TYPE_CHECKING:
     from cllm.decoding.engine import Request

@@ -10,11 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from cllm.attention import round_up
 from cllm.decoding.batch import Batch
 from cllm.decoding.cache import RowCache
 from cllm.decoding.rows import Rows
 from cllm.decoding.sampling import Chooser
-from cllm.decoding.step import Step, round_up
+from cllm.decoding.step import Step
 from cllm.errors import UsageError
 from cllm.models import first_line
 

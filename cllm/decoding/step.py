@@ -38,8 +38,6 @@ from cllm.decoding.rotary import Rotary
 from cllm.decoding.rows import Rows
 from cllm.decoding.sampling import Chooser, Windows
 
-LENGTHS = 32  # attention sees a multiple of this many slots, so shapes repeat
-
 
 class Step:
     """``sliding`` or the paper's blocks of ``block_size`` tokens, see :class:`cllm.decoding.engine.JacobiDecoder`.
@@ -292,7 +290,3 @@ class Step:
         running = ~rows.done_B
         ends_B = running & (advance_B > 0) & (advance_B == last_B)
         return verified_B * running, advance_B * running, ends_B
-
-
-def round_up(slots: int, unit: int = LENGTHS) -> int:
-    return -(-slots // unit) * unit

@@ -10,8 +10,9 @@ from weakref import WeakSet
 import torch
 from transformers import PreTrainedModel
 
+from cllm.attention import round_up
 from cllm.decoding.cache import RowCache
-from cllm.decoding.step import Step, round_up
+from cllm.decoding.step import Step
 from cllm.errors import UnsupportedModelError, out_of_memory
 from cllm.models import embedding_device, first_line
 from cllm.modes import evaluating

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cllm.attention import LENGTHS, round_up
 from cllm.decoding.guess import FreshGuess
 from cllm.packing import Block, PackedRow, Place, pack
 from cllm.training.examples import ExampleDataset, Sampling, State, draw_states, first_wrong, laid_out
@@ -77,7 +78,7 @@ class DraftCollator:
         The loss is taken at ``student`` [M, 2], (row, column) among the T, each block's tokens in order, ``distance`` [M] from
         the first wrong guess. ``teacher`` [D, 2]: the clean tokens that they learn from, each once; ``goal`` [M]: which one.
         """
-        C = max(len(example.row.clean) for example in examples)
+        C = round_up(max(len(example.row.clean) for example in examples))
         places = [
             Place(index, [*range(len(row.clean)), *range(C, C + len(row) - len(row.clean))])
             for index, row in enumerate(example.row for example in examples)
@@ -92,7 +93,7 @@ class DraftCollator:
                     distance.append(order - wrong)
                     goal.append(teacher.setdefault((index, block.start + order), len(teacher)))
         return {
-            **laid_out(*pack([example.row for example in examples], self.pad_token_id, places)),
+            **laid_out(*pack([example.row for example in examples], self.pad_token_id, places, LENGTHS)),
             "student": _integers(student).reshape(-1, 2),
             "distance": _integers(distance),
             "teacher": _integers(list(teacher)).reshape(-1, 2),

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from cllm.attention import LENGTHS, round_up
 from cllm.errors import UsageError
 from cllm.packing import CLEAN, Block, Layout, PackedRow, Place, arrange, pack
 from cllm.trajectory.record import TrajectoryRow
@@ -183,7 +184,7 @@ class Collator:
         """input_ids and layout [B, T]; index pairs (row, column) [M, 2] with weights [M]; AR pairs [A, 2], targets [A]."""
         rows = [e.row for e in examples]
         places = arrange(rows, self.max_row_tokens)
-        input_ids, layout = pack(rows, self.pad_token_id, places)
+        input_ids, layout = pack(rows, self.pad_token_id, places, LENGTHS)
         distance = torch.tensor([d for e in examples for d in e.distance], dtype=torch.float32)
         return {
             **laid_out(input_ids, layout),
@@ -218,5 +219,5 @@ def batch_layout(batch: dict[str, torch.Tensor]) -> Layout:
 
 
 def clean_columns(batch: dict[str, torch.Tensor]) -> int:
-    """How many columns the clean text of a collated batch takes; it comes first."""
-    return int((batch["block"] == CLEAN).sum(dim=1).max())
+    """How many columns hold the clean text of a collated batch, which comes first; a multiple of LENGTHS, like the batch's own."""
+    return round_up(int((batch["block"] == CLEAN).sum(dim=1).max()))

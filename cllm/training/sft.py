@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from cllm.attention import TRAINABLE, check_model
+from cllm.attention import LENGTHS, TRAINABLE, check_model
 from cllm.errors import UsageError
 from cllm.packing import PADDING, Block, PackedRow, arrange, pack
 from cllm.prompts import PromptTemplate
@@ -89,7 +89,7 @@ class AnswerCollator:
         groups = list(_groups(rows))
         texts = [_packed(group) for group in groups]
         places = arrange(texts, max(map(len, texts)))
-        input_ids, layout = pack(texts, self.pad_token_id, places)
+        input_ids, layout = pack(texts, self.pad_token_id, places, LENGTHS)
         columns = [list(_before_answers(group, text)) for group, text in zip(groups, texts, strict=True)]
         targets = [token for group in groups for row in group for token in row.answer_ids]
         return {

@@ -3,7 +3,7 @@
     python scripts/benchmarks/prefix.py --model MODEL --filename SPIDER --output docs/results/prefix.json
 
 SPIDER: a Spider folder, such as scripts/sql_questions.py writes. Four parts: the second turn of a conversation, up to its first
-tokens; questions about one database, one after the other; samples of one prompt, together; the questions again, each with
+tokens; questions about one database, one batch after the other; samples of one prompt, together; the questions again, each with
 another first token.
 """
 
@@ -31,6 +31,8 @@ ON, OFF = "with reuse", "without"
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(options, prompts=60)
+    options.add_argument("--database", help="whose questions; default: the one that has most")
+    options.add_argument("--batch_size", type=int, default=1, help="questions about one database that are asked together")
     options.add_argument("--conversation", type=int, default=1500, help="tokens of it when the second turn is asked")
     options.add_argument("--question", type=int, default=24, help="tokens of that turn's question")
     options.add_argument("--samples", type=int, default=8)
@@ -57,9 +59,10 @@ SIDES: dict[str, dict[str, Any]] = {ON: {}, OFF: {"prefix_cache": 0}}
 
 
 def one_database(args: argparse.Namespace) -> list[Sequence[Any]]:
-    """Questions about the database that has the most of them, in the file's order."""
+    """Questions about one database, in the file's order."""
     examples = list(load_examples(get_task(args.task), args.filename, "test"))
-    (database, _), *_ = Counter(example.target["db_id"] for example in examples).most_common(1)
+    (most, _), *_ = Counter(example.target["db_id"] for example in examples).most_common(1)
+    database = args.database or most
     return [example.messages for example in examples if example.target["db_id"] == database][: args.prompts]
 
 
@@ -87,14 +90,15 @@ class Race:
     def questions(self, prompts: list[list[int]]) -> dict[str, Any]:
         prefills: dict[str, list[float]] = {side: [] for side in SIDES}
         wholes: dict[str, list[float]] = {side: [] for side in SIDES}
-        texts: dict[str, list[list[list[int]]]] = {side: [] for side in SIDES}
+        texts: dict[str, list[list[int]]] = {side: [] for side in SIDES}
         self._clear()
-        for at, prompt in enumerate(tqdm(prompts)):
+        size = self.args.batch_size
+        for at, batch in enumerate(tqdm([prompts[start : start + size] for start in range(0, len(prompts), size)])):
             for side in self._turns(at):
-                prefill, whole, text = answer(self.decoders[side], [prompt], self.args.length)
+                prefill, whole, together = answer(self.decoders[side], batch, self.args.length)
                 prefills[side].append(prefill)
                 wholes[side].append(whole)
-                texts[side].append(text)
+                texts[side] += together
         different = sum(one != other for one, other in zip(*texts.values()))
         figures = _compared("seconds of prefill", prefills) | _compared("seconds", wholes)
         return {"tokens": sum(map(len, prompts)), "texts that differ": different} | figures
