@@ -26,11 +26,13 @@ from cllm.tasks import get_task
 from cllm.tasks.source import load_examples
 
 ON, OFF = "with reuse", "without"
+PARTS = ("second turn", "questions about one database", "samples of one prompt", "nothing shared")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(options, prompts=60)
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     options.add_argument("--database", help="whose questions; default: the one that has most")
     options.add_argument("--batch_size", type=int, default=1, help="questions about one database that are asked together")
     options.add_argument("--conversation", type=int, default=1500, help="tokens of it when the second turn is asked")
@@ -44,12 +46,14 @@ def main() -> None:
     prompts = encode_messages(model, tokenizer, args.task, one_database(args))
     stops = stop_token_ids(model, tokenizer)
     race = Race({side: JacobiDecoder(model, args.block_size, eos_token_ids=stops, **SIDES[side]) for side in SIDES}, args)
-    result = {
-        "second turn": race.second_turn(prompts),
-        f"{len(prompts)} questions about one database": race.questions(prompts),
-        f"{args.samples} samples of one prompt": race.samples(prompts),
-        "nothing shared": race.questions([[at + 1, *prompt[1:]] for at, prompt in enumerate(prompts)]),
-    }
+    unshared = [[at + 1, *prompt[1:]] for at, prompt in enumerate(prompts)]
+    measures = (
+        lambda: race.second_turn(prompts),
+        lambda: race.questions(prompts),
+        lambda: race.samples(prompts),
+        lambda: race.questions(unshared),
+    )
+    result = {part: measure() for part, measure in zip(PARTS, measures, strict=True) if part in args.parts}
     for part, figures in result.items():
         print(f"{part}: {figures}")
     publish(args, model, result)
