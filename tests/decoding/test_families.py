@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cllm.attention import TRAINABLE, check_model
 from cllm.decoding import JacobiDecoder, Queue, Request, Sampling
-from cllm.decoding.trial import FAMILIES, largest_difference
+from cllm.decoding.self_test import FAMILIES, largest_logit_error
 from cllm.errors import UnsupportedModelError, UsageError
 from cllm.packing import Block, PackedRow, pack, packed_mask
 
@@ -32,7 +32,7 @@ def outcome(model: PreTrainedModel) -> str:
     requests = [Request(prompt, NEW_TOKENS) for prompt in PROMPTS]
     for decoder in decoders:
         assert texts(decoder, requests) == expected, (model.config.model_type, decoder.block_size)
-    assert largest_difference(decoders[-1].step, longest=3 * WINDOW, width=8) < 1e-3, model.config.model_type
+    assert largest_logit_error(decoders[-1].step, longest=3 * WINDOW, width=8) < 1e-3, model.config.model_type
     assert packed_difference(model) < 1e-3, model.config.model_type
     return EQUAL
 

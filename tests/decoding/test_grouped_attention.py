@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cllm.attention import GROUPED, SDPA
 from cllm.decoding import JacobiDecoder, grouped_attention
-from cllm.decoding.grouped_attention import MOST_QUERIES, GroupedAttention
+from cllm.decoding.grouped_attention import MOST_QUERIES, AttentionPatch
 
 PROMPT = [5, 6, 7, 8, 5, 6]
 GROUPS = 3
@@ -100,7 +100,7 @@ def test_nothing_is_left_where_a_forward_fails():
 
 def test_the_last_thread_that_leaves_takes_it_out():
     model, together = tiny_model(), Barrier(2, timeout=60)
-    attention = GroupedAttention.of(model)
+    attention = AttentionPatch.for_model(model)
 
     def enter(first: bool) -> tuple[str, str]:
         with attention:
@@ -124,7 +124,7 @@ def test_the_last_thread_that_leaves_takes_it_out():
 
 def test_an_interrupt_that_kept_a_thread_inside_is_mended_by_the_next_text():
     model = tiny_model()
-    GroupedAttention.of(model).__enter__()
+    AttentionPatch.for_model(model).__enter__()
     JacobiDecoder(model, 4).generate([PROMPT], max_new_tokens=4)
     assert model.config._attn_implementation == SDPA
 
@@ -147,6 +147,6 @@ def test_one_for_all_decoders_of_a_model_which_can_be_copied():
     decoder = JacobiDecoder(model, 4)
     assert decoder.step.attention is JacobiDecoder(model, 8).step.attention
     twin = copy.deepcopy(decoder)
-    assert twin.step.attention is GroupedAttention.of(twin.model) is not decoder.step.attention
+    assert twin.step.attention is AttentionPatch.for_model(twin.model) is not decoder.step.attention
     texts = [of.generate([PROMPT], max_new_tokens=8)[0].token_ids for of in (decoder, twin)]
     assert texts[0] == texts[1]

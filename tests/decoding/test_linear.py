@@ -12,7 +12,7 @@ from tiny import tiny_model
 from torch import nn
 
 from cllm.decoding import JacobiDecoder, linear
-from cllm.decoding.linear import Linears
+from cllm.decoding.linear import LinearPatch
 
 pytestmark = pytest.mark.skipif(not linear._supported(), reason="no x86 CPU, or a torch without oneDNN")
 PROMPT, OTHER = [5, 6, 7, 8, 5, 6], [9, 3, 4]
@@ -40,7 +40,7 @@ def test_the_same_numbers(shape, most, monkeypatch):
     monkeypatch.setattr(linear, "PACKED_BYTES", most)
     model = tiny_model("qwen2")
     assert any(layer.bias is not None for layer in layers(model))
-    linears = Linears.fresh(model)
+    linears = LinearPatch.refreshed(model)
     for layer in (layer for layer in layers(model) if layer.in_features == 32):
         x = torch.randn(shape).transpose(0, -1).contiguous().transpose(0, -1)
         expected = layer(x)
@@ -88,7 +88,7 @@ def test_weights_are_those_of_now(change):
         change(weight)
         x = torch.randn(2, weight.shape[1])
         with torch.inference_mode():
-            with Linears.fresh(model):
+            with LinearPatch.refreshed(model):
                 layer = next(layer for layer in layers(model) if layer.weight is weight)
                 torch.testing.assert_close(layer(x), x @ weight.T)
 
@@ -99,11 +99,11 @@ def test_a_small_edit_beside_a_huge_weight(size, place):
     model = tiny_model(tie_word_embeddings=False)
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data[:, 0] = 1e12
-    Linears.fresh(model)
+    LinearPatch.refreshed(model)
     weight.data[place] = size
     x = torch.zeros(1, 32)
     x[0, place[1]] = 1
-    with torch.inference_mode(), Linears.fresh(model):
+    with torch.inference_mode(), LinearPatch.refreshed(model):
         assert float(model.model.layers[1].mlp.up_proj(x)[0, place[0]]) == pytest.approx(size)
 
 
@@ -113,9 +113,9 @@ def test_weights_that_were_exchanged():
     x = torch.randn(2, 32)
     with torch.inference_mode():
         expected = second(x)
-        Linears.fresh(model)
+        LinearPatch.refreshed(model)
         first.weight.data, second.weight.data = second.weight.data, first.weight.data
-        with Linears.fresh(model):
+        with LinearPatch.refreshed(model):
             torch.testing.assert_close(first(x), expected)
 
 
@@ -149,7 +149,7 @@ def test_left_alone(case):
         odd.forward = own = lambda x: nn.functional.linear(x, odd.weight, odd.bias)
     if case == "another class":
         odd.__class__ = Own
-    with torch.backends.mkldnn.flags(enabled=case != "switched off"), Linears.fresh(model):
+    with torch.backends.mkldnn.flags(enabled=case != "switched off"), LinearPatch.refreshed(model):
         expected = {"forward of its own": len(layers(model)), "another class": len(layers(model)) - 1}.get(case, 0)
         assert patched(model) == expected
     if case == "forward of its own":
@@ -159,7 +159,7 @@ def test_left_alone(case):
 def test_a_forward_that_comes_later_stays():
     """Hooks of other libraries may be put on a layer between two iterations."""
     model = tiny_model()
-    linears, layer = Linears.fresh(model), layers(model)[0]
+    linears, layer = LinearPatch.refreshed(model), layers(model)[0]
     layer.forward = own = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
     with linears:
         assert layer.__dict__["forward"] is own and patched(model) == len(layers(model))
@@ -168,7 +168,7 @@ def test_a_forward_that_comes_later_stays():
 
 def test_autocast():
     model = tiny_model()
-    with torch.inference_mode(), Linears.fresh(model), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), LinearPatch.refreshed(model), torch.autocast("cpu", torch.bfloat16):
         assert layers(model)[0](torch.randn(2, 32)).dtype == torch.bfloat16
 
 
@@ -191,16 +191,16 @@ def test_one_copy_for_all_decoders_of_a_model_until_it_goes():
     gone = weakref.ref(model)
     del first, second, model
     gc.collect()
-    assert gone() is None and not any(linears._products is kept for linears in Linears._known.values())
+    assert gone() is None and not any(linears._products is kept for linears in LinearPatch._instances.values())
 
 
 def test_memory_can_be_had_back():
     model = tiny_model()
-    linears = Linears.fresh(model)
+    linears = LinearPatch.refreshed(model)
     linears.clear()
     with linears:
         assert not patched(model)
-    assert len(Linears.fresh(model)._products) == len(layers(model))
+    assert len(LinearPatch.refreshed(model)._products) == len(layers(model))
 
 
 def test_packing_that_fails_leaves_the_model_as_it_is(monkeypatch):
@@ -225,7 +225,7 @@ def test_packing_that_fails_leaves_the_model_as_it_is(monkeypatch):
 def test_an_interrupt_is_mended():
     """What a Control-C in the wrong place leaves behind lasts until the next text at most."""
     model = tiny_model()
-    linears = Linears.fresh(model)
+    linears = LinearPatch.refreshed(model)
     linears.__enter__()  # and never left
     model.lm_head.weight.data.mul_(-1)
     text = JacobiDecoder(model, 4).generate([PROMPT], max_new_tokens=8)[0].token_ids
@@ -255,7 +255,7 @@ def test_another_thread_trains_and_looks_at_the_weights_of_now():
         with torch.no_grad():
             torch.testing.assert_close(layer(x), x @ layer.weight.T)
 
-    with Linears.fresh(model), ThreadPoolExecutor(1) as pool:
+    with LinearPatch.refreshed(model), ThreadPoolExecutor(1) as pool:
         pool.submit(elsewhere).result()
         model(torch.tensor([PROMPT]), labels=torch.tensor([PROMPT])).loss.backward()  # gradients are enabled here, too
     assert all(layer.weight.grad is not None for layer in layers(model))
@@ -265,5 +265,5 @@ def test_decoders_can_be_copied():
     decoder = JacobiDecoder(tiny_model(), 4)
     text = decoder.generate([PROMPT], max_new_tokens=8)[0].token_ids
     twin = copy.deepcopy(decoder)
-    assert twin.step.linears is Linears.of(twin.model) is not decoder.step.linears
+    assert twin.step.linears is LinearPatch.for_model(twin.model) is not decoder.step.linears
     assert twin.generate([PROMPT], max_new_tokens=8)[0].token_ids == text

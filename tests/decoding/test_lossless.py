@@ -64,8 +64,8 @@ def logits(model, adapter: Adapter | None, batch: int, drafts: int) -> torch.Ten
     decoder = JacobiDecoder(model, 6, adapter=adapter or random_adapter(model), drafts=drafts)
     decoder.step.adapter = adapter
     decoder.step.linears.refresh(adapter)
-    rows = decoder._start([Request([*PROMPT[: 9 + n]], 20) for n in range(batch)], range(batch))
-    tokens, positions, drafts = decoder.step.ahead(rows.rows, 6)
+    rows = decoder._new_batch([Request([*PROMPT[: 9 + n]], 20) for n in range(batch)], range(batch))
+    tokens, positions, drafts = decoder.step.inputs(rows.rows, 6)
     return decoder.step.forward(tokens, positions, rows.cache, 32, tokens.shape[1], drafts)
 
 
@@ -230,7 +230,7 @@ def test_bad_input() -> None:
     adapter = random_adapter(model)
     with pytest.raises(UsageError, match="window must be 'sliding' with a consistency adapter, got 'block'"):
         JacobiDecoder(model, 4, adapter=adapter, window="block")
-    with pytest.raises(UsageError, match="drafts need an adapter, and the model has none, got drafts=3"):
+    with pytest.raises(UsageError, match="drafts need an adapter, but the model has none; got drafts=3"):
         JacobiDecoder(model, 4, drafts=3)
     with pytest.raises(UsageError, match="drafts must be between 0 and the context length 256 - 1, got -1"):
         JacobiDecoder(model, 4, adapter=adapter, drafts=-1)

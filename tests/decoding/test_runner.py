@@ -95,9 +95,9 @@ def test_rows_with_a_process_of_their_own() -> None:
 
 def test_what_a_caller_holds_is_not_overwritten() -> None:
     model = tiny_model(seed=2, vocab_size=97, eos_token_id=None)
-    plain = [i.facts_BF.tolist() for i in JacobiDecoder(model, 4).iterate([[1, 2], [3]], max_new_tokens=30)]
+    plain = [i.fields_BF.tolist() for i in JacobiDecoder(model, 4).iterate([[1, 2], [3]], max_new_tokens=30)]
     held = list(capturing(model, 4).iterate([[1, 2], [3]], max_new_tokens=30))
-    running = [i.facts_BF for i in held if i.running_B.all()]
+    running = [i.fields_BF for i in held if i.running_B.all()]
     assert [facts.tolist() for facts in running] == plain[: len(running)]
     assert len({facts.data_ptr() for facts in running}) == len(running) > 5
 

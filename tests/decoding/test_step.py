@@ -101,7 +101,7 @@ def test_a_prefill_has_no_more_tokens_than_a_chunk_and_a_window() -> None:
 
 def test_iterations_tell_the_same_in_one_tensor() -> None:
     singles = [torch.tensor([n, n + 10]) for n in range(5)]
-    facts = Iteration.facts(
+    facts = Iteration.pack(
         *singles, torch.tensor([1, 0]), window_BW=torch.tensor([[7, 8], [9, 6]]), choices_BW=torch.tensor([[3, 4], [5, 2]])
     )
     iteration = Iteration(facts)
@@ -125,6 +125,6 @@ def test_a_cache_that_is_used_up_or_grows_keeps_nothing_of_what_it_was() -> None
         with torch.inference_mode():
             model(torch.tensor([[5, 6]]), position_ids=torch.tensor([[0, 1]]), past_key_values=one, use_cache=True)
     with torch.inference_mode():
-        cache.put(other, torch.tensor([1]), 2)
+        cache.move_in(other, torch.tensor([1]), 2)
     assert all(layer.keys is None and not layer._views for layer in other.row_layers)
     assert all(len(layer.keys) == 2 and not layer._views for layer in cache.row_layers)

@@ -52,7 +52,7 @@ def test_the_exported_file_is_the_source_word_for_word() -> None:
     engine = (Path(__file__).parents[2] / "cllm" / "decoding" / "engine.py").read_text()
     assert engine[engine.index("class JacobiDecoder") :].rstrip() in text
     assert "def load_model" not in text and "class Queue" not in text
-    assert "def attach_own" in text and "def _merged" not in text
+    assert "def attach_exported" in text and "def _merged" not in text
 
 
 def test_modules_stand_in_the_order_of_their_imports(package) -> None:

@@ -230,11 +230,11 @@ def other_tokenizer(adapter: Path) -> None:
         (lambda adapter: save_tiny_checkpoint(adapter.parent / "base", seed=5), "trained for other weights"),
         (lambda adapter: (adapter.parent / "base").rename(adapter.parent / "moved"), "must be a checkpoint folder or a hub"),
         (lambda adapter: (adapter.parent / "base" / "model.safetensors").unlink(), "no file named model.safetensors"),
-        (other_tokenizer, "has another vocabulary than that of its target model"),
+        (other_tokenizer, "has another vocabulary than its target model"),
         (lambda adapter: write_json(adapter / ADAPTER, json.loads((adapter / ADAPTER).read_text()) | {"r": 0}), "has rank 0"),
         (lambda adapter: (adapter / ADAPTER_WEIGHTS).write_bytes(b"torn"), "cannot load the adapter in"),
         (lambda adapter: (adapter / "config.json").write_text("{"), "not a valid JSON file"),
-        (lambda adapter: (adapter / "config.json").unlink(), "belongs into its model's weights; merge it first"),
+        (lambda adapter: (adapter / "config.json").unlink(), "must be merged into its model's weights first"),
     ],
 )
 def test_adapters_that_cannot_be_exported(adapter: Path, tmp_path: Path, damage: Any, message: str) -> None:

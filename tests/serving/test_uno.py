@@ -92,7 +92,7 @@ def test_what_is_refused(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit) as exit_:
         command.main([str(adapter), str(tmp_path / "out"), "--format", "merged"])
-    assert exit_.value.code == 2 and "is not merged" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "cannot be merged" in capsys.readouterr().err
 
 
 def test_the_commands_forms_are_the_librarys() -> None:

@@ -7,7 +7,7 @@ from tiny import EOS_ID, tiny_model, tiny_tokenizer
 
 from cllm.decoding import JacobiDecoder
 from cllm.serving.demo.picture import COLUMNS, LINES, animate, fragments
-from cllm.serving.demo.race import race, token_by_token
+from cllm.serving.demo.race import ar_decoder, race
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def runs():
         model = tiny_model(seed=seed, initializer_range=0.08 + 0.05 * seed)
         decoder = JacobiDecoder(model, 6, eos_token_ids=[EOS_ID])
         prompt = tokenizer(f"prompt {seed}").input_ids
-        steps = list(race(token_by_token(decoder), decoder, tokenizer, prompt, 60))
+        steps = list(race(ar_decoder(decoder), decoder, tokenizer, prompt, 60))
         found.append((steps, decoder.generate([prompt], max_new_tokens=60)[0]))
     return found
 

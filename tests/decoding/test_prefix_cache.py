@@ -14,7 +14,7 @@ from tiny import KINDS, random_adapter, tiny_model
 from cllm.cli import command
 from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling, linear
 from cllm.decoding.cache import RowCache
-from cllm.decoding.prefixes import DEFAULT_BYTES, Prefixes
+from cllm.decoding.prefix_cache import DEFAULT_BYTES, PrefixCache
 from cllm.decoding.runner import CapturingRunner
 from cllm.errors import UsageError
 
@@ -46,7 +46,7 @@ def held(cache: RowCache, count: int) -> list[torch.Tensor]:
     return [store[1, 1 : 1 + count] for layer in cache.row_layers for store in layer.stores]
 
 
-def load(prefixes: Prefixes, text: list[int], scope: str | None = "") -> int:
+def load(prefixes: PrefixCache, text: list[int], scope: str | None = "") -> int:
     """How many tokens of the text are known; they must be the right ones."""
     cache = RowCache()
     cache.reserve(2, len(text))
@@ -65,7 +65,7 @@ def draw_text(draw: random.Random) -> list[int]:
 
 
 def test_the_longest_common_beginning_is_found() -> None:
-    draw, prefixes, texts = random.Random(1), Prefixes(), [[]]
+    draw, prefixes, texts = random.Random(1), PrefixCache(), [[]]
     for _ in range(300):
         text = draw_text(draw)
         assert load(prefixes, text) == max(shared(text, other) for other in texts)
@@ -77,7 +77,7 @@ def test_the_longest_common_beginning_is_found() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 13, 40])
 def test_the_budget_holds_and_what_is_found_is_right(tokens: int) -> None:
-    draw, prefixes, found = random.Random(tokens), Prefixes(tokens * TOKEN + 1), 0
+    draw, prefixes, found = random.Random(tokens), PrefixCache(tokens * TOKEN + 1), 0
     for _ in range(300):
         text = draw_text(draw)
         found += load(prefixes, text)
@@ -90,7 +90,7 @@ def test_the_budget_holds_and_what_is_found_is_right(tokens: int) -> None:
 
 
 def test_what_was_used_least_recently_goes_first() -> None:
-    prefixes, texts = Prefixes(6 * TOKEN), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    prefixes, texts = PrefixCache(6 * TOKEN), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     for text in texts[:2]:
         prefixes.store(holding(text), 1, "", text)
     assert load(prefixes, texts[0]) == 3
@@ -99,7 +99,7 @@ def test_what_was_used_least_recently_goes_first() -> None:
 
 
 def test_scopes_never_meet() -> None:
-    prefixes, text = Prefixes(), [1, 2, 3]
+    prefixes, text = PrefixCache(), [1, 2, 3]
     prefixes.store(holding(text), 1, "a", text)
     prefixes.store(holding(text), 1, None, text)
     assert [load(prefixes, text, scope) for scope in ("a", "b", "", None)] == [3, 0, 0, 0]
