@@ -66,7 +66,7 @@ class Adapter:
             if found != wanted:
                 what = f"its {name} maps {found[0]} to {found[1]} features" if layer is not None else f"it has no {name}"
                 raise UsageError(
-                    f"the adapter was trained for another model than {model.name_or_path!r}: {what}; "
+                    f"the adapter was trained for another model, not {model.name_or_path!r}: {what}; "
                     f"the adapter needs {wanted[0]} to {wanted[1]}"
                 )
 
@@ -166,6 +166,6 @@ def check_base(model: PreTrainedModel, record: Mapping[str, Any]) -> None:
     found, wanted = fingerprint(model), record.get(BASE) or {}
     if any(found[kind] != wanted[kind] for kind in found.keys() & wanted.keys()):
         raise UsageError(
-            f"the adapter was trained for other weights than those of {model.name_or_path!r}: their fingerprint is "
+            f"the adapter was trained for other weights, not those of {model.name_or_path!r}: their fingerprint is "
             f"{'-'.join(found.values())}, the adapter's base has {'-'.join(wanted.values())}"
         )

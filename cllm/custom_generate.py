@@ -131,12 +131,12 @@ def jacobi(
         drafts=drafts,
         prefix_cache=DEFAULT_BYTES if len(prompts) > 1 else 0,  # only shared within this call, which has its own decoder
     )
-    most = generation_config.max_length - input_ids.shape[1]
-    room = [min(most, (decoder.context or most + len(prompt)) - len(prompt)) for prompt in prompts]
+    new_tokens = generation_config.max_length - input_ids.shape[1]
+    room = [min(new_tokens, (decoder.context or new_tokens + len(prompt)) - len(prompt)) for prompt in prompts]
     seed = (int(torch.randint(1 << 62, ())) if generation_config.do_sample else 0) if seed is None else seed
     samplings = _samplings(logits_processor, generation_config, input_ids, mask_BP, decoder.eos_ids.tolist(), seed)
     output = OutputBatch(input_ids, room, stopping_criteria, generation_config._pad_token_tensor)
-    _decode(decoder.iterate(prompts, max_new_tokens=most, sampling=samplings), output, stream_to)
+    _decode(decoder.iterate(prompts, max_new_tokens=new_tokens, sampling=samplings), output, stream_to)
     if generation_config.return_dict_in_generate:
         forwards_B = torch.tensor(output.forwards, device=input_ids.device)
         return JacobiOutput(sequences=output.sequences, forwards=forwards_B)  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ class Layout:
         return Layout(*(tensor.to(device) for tensor in self._tensors))
 
     def columns(self, columns: slice) -> Layout:
-        """These columns alone."""
+        """The layout of some columns only."""
         return Layout(*(tensor[:, columns] for tensor in self._tensors))
 
     def followed_by(self, other: Layout) -> Layout:

@@ -46,7 +46,7 @@ class Batch:
         return places
 
     def useful(self) -> int:
-        """The most leading window tokens worth a forward, over the running rows. Synchronises with the device."""
+        """How many leading window tokens are worth computing for at least one running row. Synchronises with the device."""
         return int(self.live.useful_B.masked_fill(self.live.done_B, 1).amax())
 
     def merge(self, other: Batch, running: Places, slots: int, fixed: bool) -> None:

@@ -253,7 +253,7 @@ class JacobiDecoder:
 
     def _loop(self, feed: Feed, cancelled: Collection[int], batch: Batch) -> Iterator[Iteration]:
         inside: dict[int, Request] = {}  # by row number
-        fed = step = reach = most = 0
+        fed = step = reach = limit = 0
         while True:
             if step % self.sync_interval == 0:
                 if cancelled:
@@ -276,8 +276,8 @@ class JacobiDecoder:
                     fields_BF, known = self.prefill(new, requests, self._width(new), unit)
                     yield Iteration(fields_BF, dict(zip(joining, known, strict=True)))
                     inside |= joining
-                    most = max(map(self._end, inside.values())) + self.step.span
-                    batch.merge(new, running, self.runner.length(most), self.runner.fixed)
+                    limit = max(map(self._end, inside.values())) + self.step.span
+                    batch.merge(new, running, self.runner.length(limit), self.runner.fixed)
                     batch.resize(self.runner.size(batch.size, len(batch.rows)))
                     continue
                 if not running:
@@ -289,7 +289,7 @@ class JacobiDecoder:
                 chooser = Chooser([request.sampling for request in inside.values()], [place for place, _ in running.values()])
                 reach = max(start for _, start in running.values()) + self.step.drafts
             step += 1
-            reach = min(reach + self.step.verified, most)  # no token has a slot beyond this
+            reach = min(reach + self.step.verified, limit)  # no token has a slot beyond this
             yield Iteration(self.runner.run(batch, chooser, self.runner.length(reach), self._width(batch)))
 
     def _to_reread(self, batch: Batch, ended: Mapping[int, tuple[Request, int, int]]) -> dict[int, Request]:

@@ -71,7 +71,7 @@ class Iteration:
 
 @dataclass
 class RowResult:
-    """The response to one prompt and what it cost."""
+    """The response to one prompt, with its forward passes and statistics."""
 
     token_ids: list[int] = field(default_factory=list)  # including the end-of-sequence token, if any
     accepted: list[int] = field(default_factory=list)  # tokens gained by each forward; sums to len(token_ids)

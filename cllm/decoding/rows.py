@@ -34,7 +34,7 @@ class Rows:
         return len(self.ids_B)
 
     def head(self, count: int) -> Rows:
-        """The first rows, as views."""
+        """The first ``count`` rows, as views."""
         return Rows(**{name: value[:count] for name, value in vars(self).items()})
 
     def reserve(self, rows: int, positions: int) -> bool:

@@ -86,7 +86,7 @@ class Step:
         return self.verified + self.drafts
 
     def split(self, width: int) -> tuple[int, int]:
-        """How many verify and draft tokens the leading ``width`` tokens of a window have."""
+        """How many verify and draft tokens a forward has for the leading ``width`` tokens of each window."""
         return min(self.verified, width), min(self.drafts, width - 1)
 
     def inputs(self, rows: Rows, width: int) -> tuple[torch.Tensor, torch.Tensor, int]:

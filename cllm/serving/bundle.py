@@ -101,7 +101,7 @@ def bundle(module: str, name: str) -> str:
 
     add(module, name)
     _check_names(wanted, outside)
-    sections = [_section(modules[each], wanted[each]) for each in _sorted(modules, module)]
+    sections = [_section(modules[each], wanted[each]) for each in _topological(modules, module)]
     return "\n".join([HEAD, "", "from __future__ import annotations", "", *_import_lines(outside), *sections]) + "\n"
 
 
@@ -114,7 +114,7 @@ def _import_lines(outside: dict[str, Import]) -> list[str]:
     return whole + [f"from {module} import ({', '.join(parts[module])})" for module in sorted(filter(None, parts))]
 
 
-def _sorted(modules: dict[str, Module], last: str) -> list[str]:
+def _topological(modules: dict[str, Module], last: str) -> list[str]:
     """The names of the modules, each after those that it imports from."""
     done: dict[str, None] = {}
 

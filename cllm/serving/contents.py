@@ -37,7 +37,7 @@ def contents(source: Path, name: str, adapter_only: bool) -> dict[str, Path]:
     named = json.loads((source / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     base = checkpoint_folder(named, record.get(BASE_REVISION))
     if vocabulary_stamp(load_tokenizer(str(source))) != vocabulary_stamp(load_tokenizer(str(base))):
-        raise UsageError(f"the tokenizer in {name} has another vocabulary than its target model, {named}")
+        raise UsageError(f"the tokenizer in {name} has a different vocabulary from its target model, {named}")
     if adapter_only:
         own = {path.name: path for path in _known(source) if not matches(path.name, WEIGHTS)}
         return own | {file: source / file for file in (ADAPTER_WEIGHTS, ADAPTER)}

@@ -161,7 +161,7 @@ def _origins(record: Mapping[str, Any]) -> dict[str, str]:
 def _check_output(source: Path, target: Path) -> None:
     """Raise UsageError for a folder that must not be written to."""
     if target.exists() and not target.is_dir() or source.resolve() == target.resolve():
-        raise UsageError(f"OUTPUT must be another folder than MODEL's and its target model's, got {target}")
+        raise UsageError(f"OUTPUT must differ from the folders of MODEL and its target model, got {target}")
     if target.is_dir() and any(target.iterdir()) and not _is_export(target):
         raise UsageError(f"OUTPUT must be new, empty, or an earlier export, but {target} has other files in it")
 

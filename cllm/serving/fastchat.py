@@ -120,10 +120,10 @@ class CllmAdapter:
 
 
 def dialogue_parts(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a template puts around turns, as arguments of FastChat's ``Conversation``; found by rendering a conversation.
+    """The arguments with which FastChat's ``Conversation`` renders prompts as ``template`` does.
 
     FastChat writes ``system_template`` with ``system_message``, then ``roles[0]`` question ``roles[1]`` reply ``sep2`` per turn.
-    Raises UsageError for a template that drops, changes or reorders turns.
+    These parts are cut out of a rendered example. Raises UsageError for a template that drops, changes or reorders turns.
     """
     first, reply, second, system = _MARKS
     turns = [

@@ -238,7 +238,7 @@ def _making(record: Mapping[str, Any], task: Task | None, recipe: Mapping[str, s
 
 
 def _speed(report: Report) -> str:
-    """The results of `cllm speedup`, and those on the target model's text if they were measured."""
+    """The results of `cllm speedup`: a table of speeds, and one of quality, next to the target model's if it was measured."""
     settings, machine = report["settings"], report["environment"]
     head = (
         f"**{settings['task']}**, {report['data']['prompts']} prompts, up to {settings['max_new_seq_len']} new tokens, "

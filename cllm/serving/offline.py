@@ -1,4 +1,4 @@
-"""Answering a file of prompts by continuous batching."""
+"""Replying to a file of prompts by continuous batching."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def _prompt(row: Mapping[str, Any], number: int) -> Prompt:
         raise ValueError("prompt is not a text, or messages is not a list of {role, content}")
     if messages[-1]["role"] != "user":
         raise ValueError("the last message is not the user's")
-    most = row.get("max_tokens")
-    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+    max_tokens = row.get("max_tokens")
+    if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
         raise ValueError("max_tokens is not an integer >= 1")
-    return Prompt(str(row.get("id", number)), tuple(messages), most)
+    return Prompt(str(row.get("id", number)), tuple(messages), max_tokens)
 
 
 def _is_message(message: Any) -> bool:

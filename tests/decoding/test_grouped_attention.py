@@ -148,5 +148,5 @@ def test_decoders_of_a_model_share_one_patch_and_can_be_copied():
     assert decoder.step.attention is JacobiDecoder(model, 8).step.attention
     twin = copy.deepcopy(decoder)
     assert twin.step.attention is AttentionPatch.for_model(twin.model) is not decoder.step.attention
-    texts = [of.generate([PROMPT], max_new_tokens=8)[0].token_ids for of in (decoder, twin)]
+    texts = [each.generate([PROMPT], max_new_tokens=8)[0].token_ids for each in (decoder, twin)]
     assert texts[0] == texts[1]

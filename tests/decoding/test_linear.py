@@ -132,7 +132,7 @@ def test_training_during_decoding():
     iterations.close()
     twin = tiny_model()
     twin.load_state_dict(model.state_dict())
-    texts = [of.generate([PROMPT], max_new_tokens=12)[0].token_ids for of in (decoder, JacobiDecoder(twin, 4))]
+    texts = [each.generate([PROMPT], max_new_tokens=12)[0].token_ids for each in (decoder, JacobiDecoder(twin, 4))]
     assert texts[0] == texts[1]
 
 
@@ -144,16 +144,16 @@ def test_unsupported_layers_are_not_patched(case):
     model = tiny_model()
     if case in ("float64", "bfloat16"):
         model.to(getattr(torch, case))
-    odd = layers(model)[0]
+    other = layers(model)[0]
     if case == "forward of its own":
-        odd.forward = own = lambda x: nn.functional.linear(x, odd.weight, odd.bias)
+        other.forward = own = lambda x: nn.functional.linear(x, other.weight, other.bias)
     if case == "another class":
-        odd.__class__ = OtherLinear
+        other.__class__ = OtherLinear
     with torch.backends.mkldnn.flags(enabled=case != "switched off"), LinearPatch.refreshed(model):
         expected = {"forward of its own": len(layers(model)), "another class": len(layers(model)) - 1}.get(case, 0)
         assert patched(model) == expected
     if case == "forward of its own":
-        assert odd.__dict__["forward"] is own
+        assert other.__dict__["forward"] is own
 
 
 def test_later_forward_is_kept():

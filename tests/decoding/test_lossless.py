@@ -181,7 +181,7 @@ def test_captured_steps() -> None:
     decoder.runner = CapturingRunner(decoder.step, lambda step: step)
     requests = [Request([1 + n, 2, 3][: 1 + n % 3], 10 + 3 * n) for n in range(8)]
     for _ in range(2):  # in the second round everything is captured
-        texts = [{n: r.token_ids for n, r in Queue(of, 3).run(requests)} for of in (decoder, expected)]
+        texts = [{n: r.token_ids for n, r in Queue(each, 3).run(requests)} for each in (decoder, expected)]
         assert texts[0] == texts[1]
 
 

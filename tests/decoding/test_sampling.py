@@ -81,7 +81,7 @@ OPTIONS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "window"),
-    [({"temperature": 1.0}, window) for window in WINDOWS] + [(of, WINDOWS[at % 3]) for at, of in enumerate(OPTIONS, 1)],
+    [({"temperature": 1.0}, window) for window in WINDOWS] + [(options, WINDOWS[at % 3]) for at, options in enumerate(OPTIONS, 1)],
 )
 def test_samples_have_the_exact_distribution(options, window):
     """50,000 texts of three tokens, against the probabilities of all 343."""
@@ -127,7 +127,7 @@ def test_filters_equal_those_of_transformers(options):
     logits = 3 * torch.randn(B, W, V, generator=generator)
     text = torch.randint(0, V, (B, 9), generator=generator)
     positions = torch.arange(5, 9).expand(B, W)
-    others = [Sampling(**of) for of in OPTIONS]
+    others = [Sampling(**other) for other in OPTIONS]
     sampling = Sampling(**{"temperature": 1.0} | options)
     for row in range(B):
         samplings = [*others[:row], sampling, *others[row + 1 :]]

@@ -104,7 +104,7 @@ def test_only_an_earlier_export_is_overwritten(checkpoint: Path, tmp_path: Path)
     (tmp_path / "out" / CODE).write_text(code() + "# changed")
     export(str(checkpoint), tmp_path / "out")
     assert files(tmp_path / "out") == first
-    with pytest.raises(UsageError, match="OUTPUT must be another folder than MODEL"):
+    with pytest.raises(UsageError, match="OUTPUT must differ from the folders of MODEL"):
         export(str(tmp_path / "out"), tmp_path / "out" / ".." / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
@@ -194,14 +194,14 @@ def test_local_paths_are_not_exported(checkpoint: Path, tmp_path: Path, monkeypa
     """Only folder names are exported, and results of the original still count as the export's."""
     (tmp_path / "target").mkdir()
     monkeypatch.chdir(tmp_path)
-    made = MADE | {"target_model": origin.format(tmp_path), "base_model": str(tmp_path / "base")}
-    write_json(checkpoint / "config.json", json.loads((checkpoint / "config.json").read_text()) | {RECORD: made})
+    record = MADE | {"target_model": origin.format(tmp_path), "base_model": str(tmp_path / "base")}
+    write_json(checkpoint / "config.json", json.loads((checkpoint / "config.json").read_text()) | {RECORD: record})
     export(str(checkpoint), tmp_path / "out")
     written = files(tmp_path / "out")
     assert json.loads(written["config.json"])[RECORD] == MADE | {"target_model": shown, "base_model": "base"}
     assert f"- target model: {shown}\n" in written["README.md"].decode()
     assert not any(str(tmp_path).encode() in content for content in written.values())
-    result = {"settings": {}, "summary": {}, "record": made}
+    result = {"settings": {}, "summary": {}, "record": record}
     write_json(tmp_path / "result.json", result)
     assert read_reports([tmp_path / "result.json"], json.loads(written["config.json"])[RECORD]) == [result]
 

@@ -230,7 +230,7 @@ def other_tokenizer(adapter: Path) -> None:
         (lambda adapter: save_tiny_checkpoint(adapter.parent / "base", seed=5), "trained for other weights"),
         (lambda adapter: (adapter.parent / "base").rename(adapter.parent / "moved"), "must be a checkpoint folder or a hub"),
         (lambda adapter: (adapter.parent / "base" / "model.safetensors").unlink(), "no file named model.safetensors"),
-        (other_tokenizer, "has another vocabulary than its target model"),
+        (other_tokenizer, "has a different vocabulary from its target model"),
         (lambda adapter: write_json(adapter / ADAPTER, json.loads((adapter / ADAPTER).read_text()) | {"r": 0}), "has rank 0"),
         (lambda adapter: (adapter / ADAPTER_WEIGHTS).write_bytes(b"torn"), "cannot load the adapter in"),
         (lambda adapter: (adapter / "config.json").write_text("{"), "not a valid JSON file"),

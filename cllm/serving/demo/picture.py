@@ -44,8 +44,8 @@ def animate(steps: Sequence[Step], prompt: str, model: str) -> str:
     width, height = 3 * MARGIN + 2 * _panel_width(), HEAD + lines * LINE + 2 * MARGIN + 28
     body = [f'<rect class="page" width="{width:.0f}" height="{height}"/>', _text(MARGIN, 26, model, "title")]
     question = " ".join(prompt.split())
-    most = int((width - 2 * MARGIN) / CHARACTER)
-    body.append(_text(MARGIN, 50, question if len(question) <= most else "…" + question[1 - most :]))
+    fitting = int((width - 2 * MARGIN) / CHARACTER)
+    body.append(_text(MARGIN, 50, question if len(question) <= fitting else "…" + question[1 - fitting :]))
     for index, (method, each) in enumerate(own.items()):
         body += _panel(TITLES[method], each, MARGIN + index * (_panel_width() + MARGIN), lines, clock)
     body.append(_text(MARGIN, height - 12, _legend(clock.scale, {token.kind for step in steps for token in step.gained})))

@@ -52,7 +52,7 @@ class Racer:
     ) -> None:
         self.method, self.tokenizer = method, tokenizer
         self.iterations = decoder.iterate([prompt], max_new_tokens=length, scope=None)  # without reusing the other's prefill
-        self.most = length if decoder.context is None else min(length, decoder.context - len(prompt))
+        self.limit = length if decoder.context is None else min(length, decoder.context - len(prompt))
         self.eos = set(decoder.eos_ids.tolist())
         self.text = TextStream(tokenizer)
         self.seconds, self.forwards, self.generated = 0.0, 0, 0
@@ -68,7 +68,7 @@ class Racer:
         self.seconds += time.perf_counter() - start
         self.forwards += 1
         self.generated += emitted
-        self.ended = self.generated >= self.most or choices[emitted - 1] in self.eos
+        self.ended = self.generated >= self.limit or choices[emitted - 1] in self.eos
         gained = [
             Gained(token, self.text.put([token]), self._kind(window, choices, index)) for index, token in enumerate(choices[:emitted])
         ]
