@@ -137,7 +137,7 @@ def test_adapter_alone(adapter: Path, tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "cllm" and "trust_remote_code" not in card.text
     assert "Do not load this folder with peft" in card.text and "edit its `base_model_name_or_path`" in card.text
-    with pytest.raises(UsageError, match="an adapter alone; `cllm export`"):
+    with pytest.raises(UsageError, match="holds only an adapter; for FastChat, `cllm export` it"):
         CllmAdapter().load_model(str(tmp_path / "out"), {})
 
 
@@ -211,7 +211,7 @@ def test_card(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert {"cllm", "lossless"} <= set(card.data.tags) and card.data.datasets == ["openai/gsm8k"]
     assert all(digest in card.text for digest in record["base_weights"].values())
     assert "Window: 4 tokens, 3 of them drafted" in card.text and "- rank of the adapter: 4" in card.text
-    assert "Without it the model is the plain target model" in card.text and "cllm serve PATH" in card.text
+    assert "Without it, the model is the plain target model" in card.text and "cllm serve PATH" in card.text
     blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert len(blocks) == 2 and "trust_remote_code=True" in blocks[0]
     exec(blocks[1].replace("PATH", str(tmp_path / "out")).replace("=256", "=8"), {})
