@@ -110,7 +110,10 @@ def model_mask(
 def flex_mask(
     config: PretrainedConfig, sees: Sees, query_positions_BT: torch.Tensor, key_positions_BL: torch.Tensor
 ) -> BlockMask | dict[str, BlockMask]:
-    """:func:`model_mask` for FlexAttention, from a predicate on row, query and key; on a GPU nothing of size [T, L] is made."""
+    """:func:`model_mask` for FlexAttention, from a predicate on row, query and key.
+
+    On a GPU, nothing of size [T, L] is allocated.
+    """
     (B, T), L, device = query_positions_BT.shape, key_positions_BL.shape[1], query_positions_BT.device
 
     def mask(window: int | None) -> BlockMask:

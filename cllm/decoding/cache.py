@@ -134,7 +134,7 @@ class RowCacheLayer(CacheLayerMixin):
 
     @property
     def stores(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values."""
+        """Keys and values, each [B, 1 + S, H, D]."""
         assert self.keys is not None and self.values is not None  # a forward has filled them
         return self.keys, self.values
 

@@ -99,7 +99,10 @@ class Prefill:
         return known, start
 
     def _tokens_together(self, left: list[int]) -> int:
-        """The best number of last tokens per prompt to compute in one padded forward, if ``left`` tokens remain of each."""
+        """How many last tokens of each prompt to compute in one padded forward at the least total cost.
+
+        ``left``: how many tokens of each prompt remain. What a prompt has beyond the result is computed alone before.
+        """
 
         def cost(last: int) -> int:
             alone = [count - last + self.forward_tokens for count in left if count > last]

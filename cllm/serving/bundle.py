@@ -74,8 +74,8 @@ class Module:
 def bundle(module: str, name: str) -> str:
     """The source of one module that defines ``name`` of ``module`` and its dependencies, direct and indirect.
 
-    Deterministic. Raises BundleError if two modules use one name for different things, or rename what they import from each
-    other.
+    The same source always gives the same text. Raises BundleError if two modules use one name for different things, or rename
+    what they import from each other.
     """
     modules: dict[str, Module] = {}
     wanted: dict[str, set[str]] = {}  # module -> names

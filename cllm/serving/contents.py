@@ -24,9 +24,11 @@ FILES = (
 def contents(source: Path, name: str, adapter_only: bool) -> dict[str, Path]:
     """The files to copy from the folder ``source``, by their names in the export; error messages call the folder ``name``.
 
-    A consistency adapter comes with its target model, or alone. Alone, its configuration is the last file; with the target, it
-    is not among them, because export has to change it. Raises UsageError for a folder without weights, for an adapter that does
-    not fit its target model or is to be merged, and for ``adapter_only`` without a consistency adapter.
+    A consistency adapter comes with its target model, or alone with ``adapter_only``. Alone, its configuration is the last
+    file. With the target, the configuration is missing here, because the export has to change it.
+
+    Raises UsageError for a folder without weights, for an adapter that does not fit its target model or must be merged first,
+    and for ``adapter_only`` without a consistency adapter.
     """
     record = folder_record(source)
     if not (record.get(LOSSLESS) and (source / ADAPTER).is_file()):
