@@ -1,6 +1,6 @@
-"""A consistency adapter: low-rank weights that are active for guesses only, so that the target model alone decides the text.
+"""Consistency adapters: low-rank weights that are on for guesses only, so that the target model alone determines the text.
 
-It is stored in peft's own format (LoRA, arXiv 2106.09685): ``adapter_config.json`` and ``adapter_model.safetensors``.
+They are stored in peft's format (LoRA, arXiv 2106.09685): ``adapter_config.json`` and ``adapter_model.safetensors``.
 Shapes: R rank, I inputs and O outputs of a linear layer.
 """
 
@@ -22,28 +22,31 @@ from transformers import PreTrainedModel
 
 from cllm.errors import UsageError
 
-ADAPTER = "adapter_config.json"  # what makes a folder a LoRA adapter's
+ADAPTER = "adapter_config.json"  # its presence makes a folder that of a LoRA adapter
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_FOLDER = "adapter"  # of an exported target model, where its adapter is
-LOSSLESS = "lossless"  # the key of the record that tells a consistency adapter from one to be merged
-BASE = "base_weights"  # the key of the record with the base model's fingerprint
-BASE_REVISION = "base_revision"  # and with its commit, where it came from the hub
-PREFIX = "base_model.model."  # before every name that peft writes
-SAMPLES = 64  # numbers of each weight that a fingerprint looks at
+ADAPTER_FOLDER = "adapter"  # the folder of the adapter in an exported target model
+LOSSLESS = "lossless"  # record key: a consistency adapter, as opposed to one that is to be merged
+BASE = "base_weights"  # record key: the base model's fingerprint
+BASE_REVISION = "base_revision"  # record key: the base model's commit, if it came from the hub
+PREFIX = "base_model.model."  # peft puts this before every name
+SAMPLES = 64  # numbers of each weight that enter a fingerprint
 
 _attached: WeakKeyDictionary[PreTrainedModel, Adapter] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What is added to linear layers, by their names in the base model: ``x @ down.T @ up.T``."""
+    """For linear layers, by their names in the base model, the matrices of the term ``x @ down.T @ up.T`` to be added.
+
+    Raises UsageError if there are none, or if the names of ``down`` and ``up`` differ.
+    """
 
     down: Mapping[str, torch.Tensor]  # [R, I]
     up: Mapping[str, torch.Tensor]  # [O, R], the scale included
 
     def __post_init__(self) -> None:
         if not self.down or self.down.keys() != self.up.keys():
-            raise UsageError("an adapter needs a pair of matrices for one linear layer at least, got none")
+            raise UsageError("an adapter needs a pair of matrices for at least one linear layer, got none")
 
     @property
     def rank(self) -> int:
@@ -54,7 +57,7 @@ class Adapter:
         return sum(weight.numel() for weights in (self.down, self.up) for weight in weights.values())
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise UsageError where a layer of the adapter is missing in ``model`` or has another shape."""
+        """Raise UsageError if a layer of the adapter is missing in ``model`` or has another shape."""
         layers = dict(model.named_modules())
         for name, down in self.down.items():
             layer = layers.get(name)
@@ -63,13 +66,13 @@ class Adapter:
             if found != wanted:
                 what = f"its {name} maps {found[0]} to {found[1]} features" if layer is not None else f"it has no {name}"
                 raise UsageError(
-                    f"the adapter was trained for another model than {model.name_or_path!r}: {what}; "
+                    f"the adapter was trained for another model, not {model.name_or_path!r}: {what}; "
                     f"the adapter needs {wanted[0]} to {wanted[1]}"
                 )
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """The adapter that peft wrote into ``folder``. Raises UsageError for damaged files and for forms other than plain LoRA."""
+    """Read an adapter in peft's format. Raises UsageError for damaged files and for anything but plain LoRA."""
     folder = Path(folder)
     try:
         config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
@@ -91,20 +94,20 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def _check_form(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise UsageError for what adds more, or something else, than two matrices to a layer."""
+    """Raise UsageError for anything but two matrices per layer."""
     if config.get("peft_type") != "LORA":
         raise UsageError(f"the adapter in {str(folder)!r} is {config.get('peft_type')!r}; expected 'LORA'")
-    odd = [key for key in ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern") if config.get(key)]
+    unsupported = [key for key in ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern") if config.get(key)]
     if config.get("bias", "none") != "none":
-        odd.append("bias")
-    if odd:
-        raise UsageError(f"the adapter in {str(folder)!r} uses {', '.join(odd)}; expected plain LoRA of linear layers")
+        unsupported.append("bias")
+    if unsupported:
+        raise UsageError(f"the adapter in {str(folder)!r} uses {', '.join(unsupported)}; expected plain LoRA of linear layers")
 
 
 def attach(model: PreTrainedModel, adapter: Adapter | None) -> None:
-    """Let every decoder of ``model`` that is not told otherwise draft with ``adapter``; None takes it away again.
+    """Make ``adapter`` the default of all new decoders of ``model``; None detaches the current one.
 
-    Nothing of the model changes. Raises UsageError for an adapter of another model.
+    The model itself does not change. Raises UsageError for an adapter of another model.
     """
     if adapter is None:
         _attached.pop(model, None)
@@ -114,22 +117,22 @@ def attach(model: PreTrainedModel, adapter: Adapter | None) -> None:
 
 
 def attach_from(folder: str | Path, model: PreTrainedModel, record: Mapping[str, Any]) -> None:
-    """Attach the adapter that is in ``folder``. Raises UsageError unless ``model`` has the weights that its record names."""
+    """Attach the adapter in ``folder``. Raises UsageError unless ``model`` has the base weights named in its ``record``."""
     check_base(model, record)
     attach(model, read_adapter(folder))
 
 
 def attached(model: PreTrainedModel) -> Adapter | None:
-    """The adapter that the model's decoders draft with by default."""
+    """The adapter that the model's decoders use by default."""
     return _attached.get(model)
 
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """What tells the weights of a base model from others, whatever their precision: a hash for each of two groups.
+    """Hashes that identify a base model's weights in any precision, one for each of two groups.
 
-    ``linear``: matrices of linear layers, missing where they are quantised; ``other``: embeddings, norms and biases. Some
-    numbers of each weight are looked at, rounded to bfloat16.
+    ``linear``: the matrices of linear layers, missing if they are quantised; ``other``: embeddings, norms and biases. They
+    cover SAMPLES numbers of each weight, rounded to bfloat16.
     """
     hashes = {"linear": hashlib.sha256(), "other": hashlib.sha256()}
     quantised = False
@@ -146,7 +149,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights, without those of adapters in training; the embedding, which is never quantised, is named so."""
+    """Names and weights, without those of adapters in training; the name of the input embedding ends in ``.embed``."""
     embedding = model.get_input_embeddings().weight
     for name, weight in model.named_parameters():
         if ".lora_" not in name:
@@ -154,15 +157,15 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def check_base(model: PreTrainedModel, record: Mapping[str, Any]) -> None:
-    """Raise UsageError unless ``model`` has the weights that the record of an adapter names.
+    """Raise UsageError unless ``model`` has the base weights named in an adapter's ``record``.
 
-    Weights in float16 are rounded in a way that a fingerprint cannot see through, so those are not compared.
+    Models in float16 are not checked: that rounding changes the bfloat16 numbers of the fingerprint.
     """
     if model.dtype == torch.float16:
         return
     found, wanted = fingerprint(model), record.get(BASE) or {}
     if any(found[kind] != wanted[kind] for kind in found.keys() & wanted.keys()):
         raise UsageError(
-            f"the adapter was trained for other weights than those of {model.name_or_path!r}: their fingerprint is "
+            f"the adapter was trained for other weights, not those of {model.name_or_path!r}: their fingerprint is "
             f"{'-'.join(found.values())}, the adapter's base has {'-'.join(wanted.values())}"
         )

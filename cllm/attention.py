@@ -1,4 +1,4 @@
-"""Who may look at whom, in the form that a Hugging Face model takes.
+"""Attention masks in the form that Hugging Face models take, and which models can take them.
 
 Shapes: B rows, T query tokens, L key slots.
 """
@@ -19,36 +19,33 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 FLEX = "flex_attention"
 SDPA = "sdpa"
-GROUPED = "cllm_grouped"  # the same while a model decodes, see cllm.decoding.grouped_attention
-MASKABLE = (SDPA, "eager")  # take a 4-D mask; flash attention takes none
-GIVEN = ("attention_mask", "position_ids", "past_key_values")  # arguments of a model's forward
-LENGTHS = 32  # attention sees a multiple of this many tokens, so shapes repeat: a new one costs time, and memory for good
-TRAINABLE = (*MASKABLE, FLEX)  # FlexAttention's own form of mask serves packed training, not decoding
+GROUPED = "cllm_grouped"  # what replaces SDPA during decoding, see cllm.decoding.grouped_attention
+MASKABLE = (SDPA, "eager")  # these take a 4-D mask; flash attention does not
+REQUIRED = ("attention_mask", "position_ids", "past_key_values")  # arguments that a model's forward must take
+LENGTHS = 32  # attention sees a multiple of this many tokens: shapes repeat, and each new one costs time and memory
+TRAINABLE = (*MASKABLE, FLEX)  # FlexAttention's block masks serve packed training, not decoding
 
 ModelMask = torch.Tensor | BlockMask | dict[str, torch.Tensor] | dict[str, BlockMask]
 Sees = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # row, query, key -> boolean
 
 
 def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
-    """The kinds of attention layer of a model and how far each looks back.
+    """The attention windows of a model's layer types (``full_attention``, ``sliding_attention``), in tokens; None: no limit.
 
-    Returns a dict from layer type (``full_attention``, ``sliding_attention``) to the window in tokens, None for no limit.
-    Raises UnsupportedModelError for any other kind of layer.
+    Raises UnsupportedModelError for any other layer type.
     """
     text = config.get_text_config(decoder=True)
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or [SLIDING if window else FULL]
-    odd = sorted(set(kinds) - {FULL, SLIDING})
-    if odd:
-        raise UnsupportedModelError(f"{text.model_type} has layers of type {', '.join(odd)}; Jacobi decoding needs {FULL} or {SLIDING}")
+    if other := sorted(set(kinds) - {FULL, SLIDING}):
+        raise UnsupportedModelError(f"{text.model_type} has layers of type {', '.join(other)}; Jacobi decoding needs {FULL} or {SLIDING}")
     return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
 
 
 def check_model(model: PreTrainedModel, attention: Sequence[str] = MASKABLE) -> None:
-    """Raise UnsupportedModelError where a cache cannot be rolled back or explicit masks and positions cannot be given.
+    """Raise UnsupportedModelError for a model whose cache cannot be rolled back or that takes no explicit masks and positions.
 
-    Kinds of models that nothing here knows are left to :func:`cllm.decoding.trial.try_out`.
-    ``attention``: the implementations of it that will do.
+    ``attention``: the allowed attention implementations. :func:`cllm.decoding.self_test.self_test` catches what is unknown here.
     """
     config = model.config
     name = getattr(config, "model_type", type(model).__name__)
@@ -59,8 +56,8 @@ def check_model(model: PreTrainedModel, attention: Sequence[str] = MASKABLE) -> 
     if getattr(model, "_is_stateful", False) or not croppable:
         raise UnsupportedModelError(f"the cache of {name} cannot be rolled back (recurrent state), which Jacobi decoding needs")
     attention_windows(config)
-    if missing := [argument for argument in GIVEN if argument not in _arguments(model)]:
-        raise UnsupportedModelError(f"{name} takes no {' and no '.join(missing)}, which Jacobi decoding has to give to a model")
+    if missing := [argument for argument in REQUIRED if argument not in _arguments(model)]:
+        raise UnsupportedModelError(f"{name} takes no {' and no '.join(missing)}, which Jacobi decoding has to pass to the model")
     if getattr(text, "alibi", False):
         raise UnsupportedModelError(f"{name} with alibi derives distances from a 2-D mask; Jacobi decoding needs 4-D masks")
     if getattr(text, "attention_type", None) == "block_sparse":
@@ -69,21 +66,21 @@ def check_model(model: PreTrainedModel, attention: Sequence[str] = MASKABLE) -> 
         raise UnsupportedModelError(
             f"{name} masks by the length of its cache ({tables[0]}), while Jacobi decoding needs masks by explicit positions"
         )
-    if config._attn_implementation not in (*attention, GROUPED):  # it may be decoding in another thread
+    if config._attn_implementation not in (*attention, GROUPED):  # GROUPED while another thread is decoding
         raise UnsupportedModelError(
             f"attn_implementation is {config._attn_implementation!r}; explicit masks need one of {', '.join(attention)}"
         )
 
 
 def _arguments(model: PreTrainedModel) -> Collection[str]:
-    """What the forward of a model takes, whatever adapters were put around it."""
+    """The arguments of the model's own forward, without peft's wrapper."""
     unwrap: Any = getattr(model, "get_base_model", None)
     base = unwrap() if unwrap else model
     return inspect.signature(base.forward).parameters
 
 
 def _is_mask(buffer: torch.Tensor) -> bool:
-    """Whether it is a table of who may look at whom."""
+    """Whether a buffer looks like a fixed causal mask."""
     return buffer.dim() == 4 and buffer.shape[:2] == (1, 1) and buffer.shape[2] == buffer.shape[3] > 1
 
 
@@ -94,11 +91,10 @@ def model_mask(
     key_positions_BL: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Turn plain visibility into the ``attention_mask`` argument of ``model(...)``.
+    """The ``attention_mask`` argument of ``model(...)`` for the boolean ``visible_BTL``.
 
-    ``visible_BTL`` is boolean. Layers with a sliding window additionally lose what lies ``window`` or more positions back.
-    The mask is additive, of the model's ``dtype``: SDPA would make such a one of a boolean mask, too, in every layer anew. A
-    model that mixes layer types gets a dict by type.
+    Layers with a sliding window also mask keys ``window`` or more positions back. The mask is additive, in ``dtype``, because
+    SDPA would convert a boolean one in every layer. A model that mixes layer types gets a dict by type.
     """
 
     def mask(window: int | None) -> torch.Tensor:
@@ -114,7 +110,10 @@ def model_mask(
 def flex_mask(
     config: PretrainedConfig, sees: Sees, query_positions_BT: torch.Tensor, key_positions_BL: torch.Tensor
 ) -> BlockMask | dict[str, BlockMask]:
-    """The same for FlexAttention, from a function of row, query and key; nothing of size [T, L] is made on a GPU."""
+    """:func:`model_mask` for FlexAttention, from a predicate on row, query and key.
+
+    On a GPU, nothing of size [T, L] is allocated.
+    """
     (B, T), L, device = query_positions_BT.shape, key_positions_BL.shape[1], query_positions_BT.device
 
     def mask(window: int | None) -> BlockMask:
@@ -129,11 +128,11 @@ def flex_mask(
 
 
 def _by_kind(config: PretrainedConfig, mask: Callable[[int | None], Any]) -> Any:
-    """The mask for a window, or a dict of them by layer type where a model mixes types."""
+    """The mask of the model's only layer type, or a dict of masks by layer type."""
     masks = {kind: mask(window) for kind, window in attention_windows(config).items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def round_up(tokens: int, unit: int = LENGTHS) -> int:
-    """The next multiple of ``unit``."""
+    """``tokens``, rounded up to a multiple of ``unit``."""
     return -(-tokens // unit) * unit

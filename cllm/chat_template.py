@@ -1,7 +1,7 @@
-"""The tokenizer's own chat template, given what each message says in the form that the template writes: a text, or parts.
+"""The tokenizer's chat template, with each message's content in a form that the template can render: a string or parts.
 
-Templates of models that also take images loop over a list of parts, and write nothing of a text; others write a text only,
-and of a list its Python form. Which is which, only the template knows: it is asked with marks for contents.
+Templates of multimodal models loop over a list of parts and may skip a string; others take a string and would render a list as
+its Python repr. To find out, the template is rendered with marks in place of the contents.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 Content = str | Sequence[Mapping[str, Any]]  # a text, or parts {"type": "text", "text": ...}
 
-MARK = "70315846"  # of digits, which no change of case, no trimming and no escaping touches
+MARK = "70315846"  # digits only: changing case, trimming and escaping leave them alone
 MARKS = re.compile(rf"{MARK}(\d{{8}})(\d{{8}})")
-UNREAD = 10**8 - 1  # the number of a mark that only the Python form of a part has
+UNREAD = 10**8 - 1  # part number of a mark that only the repr of a part contains
 
 
 def apply_chat_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
-    """``tokenizer.apply_chat_template(..., **options)`` with nothing left out.
+    """``tokenizer.apply_chat_template(..., **options)``, with every message in a form that the template renders in full.
 
-    Raises UsageError where the template refuses the conversation, or leaves a message out in every form.
+    Raises UsageError if the template refuses the conversation, or drops a message in every form.
     """
     try:
-        return tokenizer.apply_chat_template(_as_taken(messages, tokenizer), **options)
-    except Exception as error:  # a template is a program: beside its own refusals, anything may go wrong in it
+        return tokenizer.apply_chat_template(_renderable(messages, tokenizer), **options)
+    except Exception as error:  # a template is a program, so anything can go wrong in it
         raise UsageError(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
 
@@ -43,36 +43,36 @@ def _one_part(content: Content) -> Content:
     return [{"type": "text", "text": text_of(content)}]
 
 
-def _as_it_is(content: Content) -> Content:
+def _unchanged(content: Content) -> Content:
     return content
 
 
-FORMS: tuple[Callable[[Content], Content], ...] = (_as_it_is, text_of, _one_part)
+FORMS: tuple[Callable[[Content], Content], ...] = (_unchanged, text_of, _one_part)
 
 
-def _as_taken(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The messages, each in the first form that the template writes the whole of."""
+def _renderable(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The messages, each in the first of FORMS that the template renders in full."""
     errors: list[Exception] = []
 
     @cache
-    def written(form: Callable[[Content], Content]) -> set[int]:
+    def rendered(form: Callable[[Content], Content]) -> set[int]:
         try:
-            return _written([dict(message) | {"content": form(message["content"])} for message in messages], tokenizer)
+            return _rendered([dict(message) | {"content": form(message["content"])} for message in messages], tokenizer)
         except Exception as error:
             errors.append(error)
             return set()
 
-    def taken(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    def renderable(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
         for form in FORMS:
-            if number in written(form):
+            if number in rendered(form):
                 return dict(message) | {"content": form(message["content"])}
-        raise errors[0] if errors else ValueError(f"it leaves out message {number + 1}, of the {message['role']}")
+        raise errors[0] if errors else ValueError(f"it leaves out message {number + 1}, from the {message['role']}")
 
-    return [taken(number, message) for number, message in enumerate(messages)]
+    return [renderable(number, message) for number, message in enumerate(messages)]
 
 
-def _written(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The numbers of the messages whose texts, and nothing else of them, the template writes."""
+def _rendered(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The indices of the messages of which the template renders all text and nothing else."""
     marked = [message | {"content": _marked(number, message["content"])} for number, message in enumerate(messages)]
     text = str(tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False))
     found: dict[int, set[int]] = {}

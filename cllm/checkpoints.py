@@ -1,7 +1,7 @@
-"""The checkpoints that the paper published, by their exact hub names, and the prompts they were trained with.
+"""The checkpoints published with the paper, by their exact hub names, and the prompts they were trained with.
 
-Source: the README of github.com/hao-ai-lab/Consistency_LLM. Their config.json has no record of its own, so this table
-stands in for it. A name is looked up whole: a folder whose path happens to contain one is another checkpoint.
+Source: the README of github.com/hao-ai-lab/Consistency_LLM. This table replaces the record that their config.json lacks. Names
+must match exactly: a local folder whose path contains one is a different checkpoint.
 """
 
 from dataclasses import dataclass
@@ -36,14 +36,14 @@ PUBLISHED = (
 
 
 def published_record(name: str | None) -> dict[str, Any]:
-    """What a CLLM's own record would say of the published checkpoint ``name``; {} for any other name."""
+    """The record for the published checkpoint ``name``; {} for any other name."""
     for checkpoint in PUBLISHED:
         if checkpoint.name == name:
-            made = {"target_model": checkpoint.target} if checkpoint.target else {}
-            return {"prompt_template": checkpoint.prompt_template, "task": checkpoint.task} | made
+            target = {"target_model": checkpoint.target} if checkpoint.target else {}
+            return {"prompt_template": checkpoint.prompt_template, "task": checkpoint.task} | target
     return {}
 
 
-def published_of(task: str) -> list[Checkpoint]:
+def published_for(task: str) -> list[Checkpoint]:
     """The published checkpoints of a task."""
     return [checkpoint for checkpoint in PUBLISHED if checkpoint.task == task]

@@ -1,4 +1,4 @@
-"""Jacobi decoding in the place of the loop inside transformers' ``generate``, which prepares everything as ever.
+"""Jacobi decoding as the decoding loop of transformers' ``generate``, which prepares its inputs as usual.
 
     model.generate(**inputs, max_new_tokens=256, custom_generate=cllm.jacobi)     # any model
     model.generate(**inputs, max_new_tokens=256)                # an exported checkpoint, loaded with trust_remote_code=True
@@ -28,16 +28,16 @@ from transformers import (
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
 from cllm.decoding.engine import JacobiDecoder, Streamer, unpad
-from cllm.decoding.prefixes import DEFAULT_BYTES
+from cllm.decoding.prefix_cache import DEFAULT_BYTES
 from cllm.decoding.result import Iteration
 from cllm.decoding.sampling import ProcessedSampling, Sampling
 from cllm.errors import UsageError
-from cllm.models import attach_own
+from cllm.models import attach_exported
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 NO_OUTPUT = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}  # by generate itself
-OWN = {  # the processors that Sampling stands for, in the order in which both apply them: their value, and our name for it
+PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}  # set by generate itself
+SAMPLING_OPTIONS = {  # processors that Sampling can replace, in their order: their attribute, and Sampling's
     RepetitionPenaltyLogitsProcessor: ("penalty", "repetition_penalty"),
     TemperatureLogitsWarper: ("temperature", "temperature"),
     TopKLogitsWarper: ("top_k", "top_k"),
@@ -48,7 +48,7 @@ OWN = {  # the processors that Sampling stands for, in the order in which both a
 
 @dataclass
 class JacobiOutput(GenerateDecoderOnlyOutput):
-    """What ``return_dict_in_generate`` gives: ``sequences`` [B, S], and how many forward passes each row took [B]."""
+    """The result with ``return_dict_in_generate``: ``sequences`` [B, S], and how many forward passes each row took [B]."""
 
     forwards: torch.Tensor | None = None
 
@@ -64,17 +64,17 @@ def generate(
     tokenizer: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | JacobiOutput:
-    """What an exported checkpoint has in the place of ``model.generate``: the same arguments, and those of :func:`jacobi`.
+    """``model.generate`` of an exported checkpoint: takes the same arguments, and the keyword arguments of :func:`jacobi`.
 
-    A consistency adapter that the checkpoint has is attached to the model with the first call.
-    Raises UsageError, which is a ValueError, for what :func:`jacobi` refuses, for stop strings without a ``tokenizer`` and for
+    The first call attaches the checkpoint's consistency adapter, if any, to the model.
+    Raises UsageError, which is a ValueError, for what :func:`jacobi` refuses, for stop strings without a ``tokenizer``, and for
     an adapter of another model.
     """
-    if "custom_generate" in kwargs:  # another loop is wanted
+    if "custom_generate" in kwargs:  # the caller wants another loop
         more = {"streamer": streamer, "tokenizer": tokenizer}
     elif kwargs.get("assistant_model") is not None:
         raise UsageError("Jacobi decoding takes no draft model, got assistant_model")
-    else:  # a loop that is given as a function gets neither streamer nor tokenizer from transformers
+    else:  # transformers passes neither streamer nor tokenizer to a loop given as a function
         criteria = list(stopping_criteria or [])
         sources = (kwargs.get("stop_strings"), generation_config and generation_config.stop_strings)
         if strings := next(filter(None, (*sources, model.generation_config.stop_strings)), None):
@@ -83,10 +83,10 @@ def generate(
             criteria.append(StopStringCriteria(tokenizer, strings))
             kwargs["stop_strings"] = None
         stopping_criteria = StoppingCriteriaList(criteria)
-        attach_own(model)
+        attach_exported(model)
         more = {"custom_generate": jacobi, "stream_to": streamer}
-    kind: Any = type(model)
-    return kind.generate(model, inputs, generation_config, logits_processor, stopping_criteria, **more, **kwargs)
+    model_class: Any = type(model)
+    return model_class.generate(model, inputs, generation_config, logits_processor, stopping_criteria, **more, **kwargs)
 
 
 def jacobi(
@@ -105,19 +105,19 @@ def jacobi(
 ) -> torch.Tensor | JacobiOutput:
     """The decoding loop for ``model.generate(..., custom_generate=jacobi)``.
 
-    ``input_ids`` [B, P]: padded prompts. Returns [B, S]: the prompts with their responses, padded on the right, as
-    ``generate`` gives them. Greedy responses are those of AR decoding; sampled ones are distributed as AR's.
+    ``input_ids`` [B, P]: padded prompts. Returns [B, S]: the prompts and their responses, padded on the right, as ``generate``
+    does. Greedy responses are those of AR decoding; sampled ones have the distribution of AR sampling.
 
-    ``block_size``, ``guess`` and ``drafts``: as for JacobiDecoder; default, what the checkpoint's config.json says. Drafts need
-    a consistency adapter, by default the one that is attached to the model. ``seed``: of the draws, one for each row being
-    made of it; default, drawn from torch's generator, which ``set_seed`` seeds.
-    ``stream_to``: a streamer. (``generate`` keeps its own ``streamer`` from a loop that is given as a function.)
+    ``block_size``, ``guess`` and ``drafts``: as for JacobiDecoder; by default what the checkpoint's config.json says. Drafts
+    need a consistency adapter, by default the one attached to the model.
+    ``seed``: each row's seed is derived from it; by default drawn from torch's generator, which ``set_seed`` seeds.
+    ``stream_to``: a streamer, since ``generate`` does not pass its ``streamer`` to a loop given as a function.
 
-    Logits processors are called once for every token of a row, in their order, with the text so far, as in AR decoding; in a
-    batch they must be functions of what they are given. Stopping criteria are called as AR decoding calls them.
+    Logits processors are called once per token of a row, in order, with the text so far, as in AR decoding; in a batch they
+    must be stateless. Stopping criteria are called as in AR decoding.
 
-    Raises UsageError for beam search, a draft model, ``output_scores`` and the like, inputs other than token ids, a cache
-    that holds something, and in a batch for logits processors that keep state.
+    Raises UsageError for beam search, a draft model, ``output_scores`` and the like, inputs other than token ids, a non-empty
+    cache, and in a batch for logits processors with state.
     """
     mask_BP = model_kwargs.get("attention_mask")
     mask_BP = torch.ones_like(input_ids).bool() if mask_BP is None else mask_BP.bool()
@@ -129,50 +129,50 @@ def jacobi(
         eos_token_ids=[int(i) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id],
         guess=guess,
         drafts=drafts,
-        prefix_cache=DEFAULT_BYTES if len(prompts) > 1 else 0,  # for prompts of this call: the next one has its own decoder
+        prefix_cache=DEFAULT_BYTES if len(prompts) > 1 else 0,  # only shared within this call, which has its own decoder
     )
-    most = generation_config.max_length - input_ids.shape[1]
-    room = [min(most, (decoder.context or most + len(prompt)) - len(prompt)) for prompt in prompts]
+    new_tokens = generation_config.max_length - input_ids.shape[1]
+    room = [min(new_tokens, (decoder.context or new_tokens + len(prompt)) - len(prompt)) for prompt in prompts]
     seed = (int(torch.randint(1 << 62, ())) if generation_config.do_sample else 0) if seed is None else seed
     samplings = _samplings(logits_processor, generation_config, input_ids, mask_BP, decoder.eos_ids.tolist(), seed)
-    sheet = Sheet(input_ids, room, stopping_criteria, generation_config._pad_token_tensor)
-    _decode(decoder.iterate(prompts, max_new_tokens=most, sampling=samplings), sheet, stream_to)
+    output = OutputBatch(input_ids, room, stopping_criteria, generation_config._pad_token_tensor)
+    _decode(decoder.iterate(prompts, max_new_tokens=new_tokens, sampling=samplings), output, stream_to)
     if generation_config.return_dict_in_generate:
-        forwards_B = torch.tensor(sheet.forwards, device=input_ids.device)
-        return JacobiOutput(sequences=sheet.sequences, forwards=forwards_B)  # type: ignore[arg-type]
-    return sheet.sequences
+        forwards_B = torch.tensor(output.forwards, device=input_ids.device)
+        return JacobiOutput(sequences=output.sequences, forwards=forwards_B)  # type: ignore[arg-type]
+    return output.sequences
 
 
-def _decode(iterations: Iterator[Iteration], sheet: Sheet, streamer: Streamer | None) -> None:
-    """Fill the sheet. The host looks at single iterations only where a streamer or a stopping criterion wants it."""
-    if streamer is None and all(isinstance(of, (EosTokenCriteria, MaxLengthCriteria)) for of in sheet.criteria):
+def _decode(iterations: Iterator[Iteration], output: OutputBatch, streamer: Streamer | None) -> None:
+    """Fill ``output``, synchronising after each iteration only if a streamer or a stopping criterion needs it."""
+    if streamer is None and all(isinstance(criterion, (EosTokenCriteria, MaxLengthCriteria)) for criterion in output.criteria):
         for iteration in iterations:
-            sheet.add(iteration)
-        return sheet.close()  # the engine has stopped the rows itself
+            output.add(iteration)
+        return output.close()  # the engine has stopped the rows itself
     if streamer is not None:
-        streamer.put(sheet.sequences.cpu())
+        streamer.put(output.sequences.cpu())
     for iteration in iterations:
-        sheet.add(iteration)
-        sheet.grow(streamer)
-        if not sheet.unfinished:
+        output.add(iteration)
+        output.grow(streamer)
+        if not output.unfinished:
             break
     if streamer is not None:
         streamer.end()
 
 
 def _refuse_other_tasks(config: GenerationConfig, model_kwargs: dict[str, Any], mask_BP: torch.Tensor) -> None:
-    """Raise UsageError for what this loop would silently leave out."""
+    """Raise UsageError for what this loop does not support and would silently ignore."""
     if (mode := config.get_generation_mode()) not in MODES:
         raise UsageError(f"Jacobi decoding takes greedy search or sampling, got {mode.value.replace('_', ' ')}")
     if asked := [name for name in NO_OUTPUT if getattr(config, name)]:
         raise UsageError(f"Jacobi decoding gives sequences only, got {', '.join(asked)}")
-    if odd := sorted(name for name, value in model_kwargs.items() if value is not None and name not in PREPARED):
-        raise UsageError(f"Jacobi decoding takes input_ids and attention_mask only, got {', '.join(odd)}")
+    if unknown := sorted(name for name, value in model_kwargs.items() if value is not None and name not in PREPARED):
+        raise UsageError(f"Jacobi decoding takes input_ids and attention_mask only, got {', '.join(unknown)}")
     cache, positions = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
     if cache is not None and cache.get_seq_length():
-        raise UsageError("Jacobi decoding starts from an empty cache; past_key_values holds something")
+        raise UsageError("Jacobi decoding starts from an empty cache; past_key_values is not empty")
     if positions is not None and not torch.equal((positions * mask_BP), ((mask_BP.cumsum(1) - 1) * mask_BP)):
-        raise UsageError("Jacobi decoding counts positions from each row's first token; position_ids say otherwise")
+        raise UsageError("Jacobi decoding counts positions from each row's first token; position_ids differ from that")
 
 
 def _samplings(
@@ -183,75 +183,81 @@ def _samplings(
     eos_ids: Sequence[int],
     seed: int,
 ) -> list[Sampling]:
-    """How the tokens of each row are chosen: by our own options where they say it all, else through the processors."""
+    """How the tokens of each row are chosen: by Sampling's options if they can express the processors, else by calling them."""
     B, P = input_ids.shape
-    options = _own_options(processors, bool(config.do_sample), (~mask_BP).sum(1).tolist())
+    options = _equivalent_options(processors, bool(config.do_sample), (~mask_BP).sum(1).tolist())
     if options is not None:
-        return [Sampling(**options, seed=seed).of(str(row)) for row in range(B)]
+        return [Sampling(**options, seed=seed).derive(str(row)) for row in range(B)]
     return [
         ProcessedSampling(
             temperature=float(bool(config.do_sample)),
             seed=seed,
             process=Processed(processors, B, row, input_ids[row, ~mask_BP[row]], P, config.max_length, eos_ids),
-        ).of(str(row))
+        ).derive(str(row))
         for row in range(B)
     ]
 
 
-def _own_options(processors: LogitsProcessorList, draws: bool, padding: list[int]) -> dict[str, Any] | None:
-    """The options of Sampling that do what the processors do; None where there are others, or in another order."""
+def _equivalent_options(processors: LogitsProcessorList, draws: bool, padding: list[int]) -> dict[str, Any] | None:
+    """The options of Sampling that are equivalent to the processors; None if there are others, or in another order."""
     kinds = [type(processor) for processor in processors]
-    if kinds != [kind for kind in OWN if kind in kinds] or not draws and kinds not in ([], [RepetitionPenaltyLogitsProcessor]):
+    if kinds != [kind for kind in SAMPLING_OPTIONS if kind in kinds] or not draws and kinds not in ([], [RepetitionPenaltyLogitsProcessor]):
         return None
     for processor in processors:
         if isinstance(processor, RepetitionPenaltyLogitsProcessor):
             ignored = processor.prompt_ignore_length
             if (ignored.tolist() if isinstance(ignored, torch.Tensor) else [ignored or 0] * len(padding)) != padding:
-                return None  # it does not look at the whole prompt, or at padding too
-    named = [(*OWN[type(processor)], processor) for processor in processors]
-    return ({"temperature": 1.0} if draws else {}) | {option: getattr(of, value) for value, option, of in named}
+                return None  # it covers less than the prompt, or padding as well
+    options: dict[str, Any] = {"temperature": 1.0} if draws else {}
+    for processor in processors:
+        attribute, option = SAMPLING_OPTIONS[type(processor)]
+        options[option] = getattr(processor, attribute)
+    return options
 
 
 @dataclass(frozen=True)
 class Processed:
-    """One row's scores as ``generate``'s processors change them, given that row's text.
+    """Applies ``generate``'s processors to the scores of one row, given the text of that row.
 
-    They get a batch of the size they expect, every row of it this one, so that what they know of each row of the batch fits.
+    Processors may depend on the batch size and on the row's index, so they get a full batch of copies of the row.
     """
 
     processors: LogitsProcessorList
     batch_size: int
     row: int
-    padding_t: torch.Tensor  # stands in front of the text
-    prompt_length: int  # with padding
+    padding_t: torch.Tensor  # comes before the text
+    prompt_length: int  # including padding
     max_length: int
     eos_ids: Sequence[int]
 
     def __call__(self, text_t: torch.Tensor, scores_V: torch.Tensor) -> torch.Tensor:
-        """Raises UsageError for processors that keep state, in a batch, where the order of their calls is not AR's."""
+        """The processed scores [V] of the token after ``text_t``.
+
+        Raises UsageError in a batch for processors with state, because their calls would not come in AR decoding's order.
+        """
         ids_S = torch.cat([self.padding_t.to(text_t.device), text_t])
         ended = len(ids_S) > self.prompt_length and int(ids_S[-1]) in self.eos_ids
         if ended or len(ids_S) >= self.max_length:
-            return scores_V  # of a token that never joins the output
-        processed_V = self._ask(ids_S, scores_V)
-        if self.batch_size > 1 and not torch.equal(processed_V, self._ask(ids_S, scores_V)):
+            return scores_V  # the token will not join the output
+        processed_V = self._apply(ids_S, scores_V)
+        if self.batch_size > 1 and not torch.equal(processed_V, self._apply(ids_S, scores_V)):
             names = ", ".join(type(processor).__name__ for processor in self.processors)
             raise UsageError(f"one of {names} keeps state, so it takes one prompt at a time, got {self.batch_size}")
         return processed_V
 
-    def _ask(self, ids_S: torch.Tensor, scores_V: torch.Tensor) -> torch.Tensor:
+    def _apply(self, ids_S: torch.Tensor, scores_V: torch.Tensor) -> torch.Tensor:
         processors: Any = self.processors
         return processors(ids_S.repeat(self.batch_size, 1), scores_V.repeat(self.batch_size, 1))[self.row]
 
 
-class Sheet:
-    """The sequences as AR decoding would have them after each of its steps, whatever the order in which tokens come.
+class OutputBatch:
+    """The sequences as AR decoding would have them after each of its steps, although rows advance at different speeds.
 
-    Stopping criteria are called once a step, with all rows, when every unfinished row has its token of that step.
+    Stopping criteria are called once per step, with all rows, as soon as every unfinished row has its token for that step.
     """
 
     def __init__(self, input_ids: torch.Tensor, room: Sequence[int], criteria: StoppingCriteriaList, pad: torch.Tensor | None) -> None:
-        self.criteria, self.room = criteria, room  # room: tokens that each row can have
+        self.criteria, self.room = criteria, room  # room: the most new tokens of each row
         self.pad = int(pad) if pad is not None else 0
         self.ids_BS = torch.nn.functional.pad(input_ids, (0, max(room)), value=self.pad)
         self.length = input_ids.shape[1]
@@ -269,14 +275,14 @@ class Sheet:
         self._new.append(iteration)
 
     def close(self) -> None:
-        """Take all steps at once, asking no criterion."""
+        """Take all steps at once, without calling criteria."""
         self._fetch()
         for row, tokens in enumerate(self.tokens):
             self.ids_BS[row, self.start : self.start + len(tokens)] = torch.tensor(tokens, device=self.ids_BS.device)
         self.length = self.start + max(map(len, self.tokens))
 
     def grow(self, streamer: Streamer | None) -> None:
-        """Take the steps that can be taken; the streamer gets their tokens, [k] for one row, [B] a step for several."""
+        """Take all steps that are complete; the streamer gets their tokens: [k] for one row, else [B] once per step."""
         self._fetch()
         before = self.length
         while self.unfinished and all(len(self.tokens[row]) > self.length - self.start for row in self.unfinished):

@@ -1,4 +1,4 @@
-"""Files and folders: rows of JSON with or without gzip, atomic writes, result files that survive a kill, numbered folders."""
+"""Files and folders: JSON rows with or without gzip, atomic writes, crash-safe result files, numbered folders."""
 
 import errno
 import gzip
@@ -24,7 +24,7 @@ StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. ``reason`` is one of few texts, so that it can be counted; ``detail`` may vary."""
+    """A row that cannot be used. ``reason`` is one of a few fixed texts, so that rows can be counted by it; ``detail`` varies."""
 
     line: int  # 1-based line of the file, or item of the list
     reason: str
@@ -36,11 +36,11 @@ class BadRow:
 
 @contextmanager
 def open_text(path: StrPath) -> Iterator[TextIO]:
-    """Open a UTF-8 text file, plain or ``.gz``, for use in a ``with`` statement.
+    """Open a UTF-8 text file, plain or ``.gz``, for reading in a ``with`` statement.
 
     Raises:
-        UsageError: naming the path, when it is missing, a folder, unreadable, empty, damaged gzip or not UTF-8;
-            also when that shows only while the file is being read.
+        UsageError: naming the path, if it is missing, a folder, unreadable, empty, damaged gzip or not UTF-8, even if
+            that shows only while reading.
     """
     path = Path(path)
     if path.is_dir():
@@ -65,11 +65,11 @@ def open_text(path: StrPath) -> Iterator[TextIO]:
 def read_rows(path: StrPath) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """Yield (1-based line or item number, row) of a JSONL file or a JSON list, plain or ``.gz``.
 
-    A text that starts with ``[`` is a list and is read whole; any other is JSONL and is streamed. Blank lines are
-    passed over. A malformed line, or one that holds no object, gives a :class:`BadRow`.
+    A file that starts with ``[`` is a list and is read whole; any other is JSONL and is streamed. Blank lines are skipped.
+    A malformed line, or one that is not an object, gives a :class:`BadRow`.
 
     Raises:
-        UsageError: when the file cannot be read (:func:`open_text`) or a list is not valid JSON.
+        UsageError: if the file cannot be read (:func:`open_text`) or a list is not valid JSON.
     """
     with open_text(path) as file:
         number, first = 1, file.readline()
@@ -112,16 +112,16 @@ def _no_object(value: Any, number: int) -> BadRow:
 
 
 def numbered_folders(parent: StrPath, name: str) -> dict[int, Path]:
-    """The folders ``NAME-NUMBER`` in ``parent`` by their numbers, in rising order. ``NAME-2-backup`` is none of them."""
+    """The folders named exactly ``NAME-NUMBER`` in ``parent``, by number, in ascending order."""
     found = ((re.fullmatch(rf"{re.escape(name)}-(0|[1-9][0-9]*)", path.name), path) for path in Path(parent).glob(f"{name}-*"))
     return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_dir()))
 
 
 def write_text(path: StrPath, text: str) -> None:
-    """Write a UTF-8 file atomically: readers see the old content or all of the new. Parent folders are made.
+    """Write a UTF-8 file atomically: readers see the old content or all of the new. Creates parent folders.
 
     Raises:
-        UsageError: naming the path, when it cannot be written (disk full, no permission, a folder).
+        UsageError: naming the path, if it cannot be written (disk full, no permission, a folder).
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -150,10 +150,10 @@ def write_json(path: StrPath, value: Any) -> None:
 def append_jsonl(path: StrPath, rows: Iterable[Any]) -> None:
     """Append rows to a JSONL file and force them to disk before returning. For one writer at a time.
 
-    What a killed writer left of a last line is cut off first. When the write fails, the file is as it was.
+    First removes a partial last line that a killed writer left. If writing fails, the file is otherwise unchanged.
 
     Raises:
-        UsageError: naming the path, when it cannot be written.
+        UsageError: naming the path, if it cannot be written.
     """
     payload = _encode("".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
     target = Path(path)
@@ -173,7 +173,7 @@ def append_jsonl(path: StrPath, rows: Iterable[Any]) -> None:
 
 
 def read_jsonl_tolerant(path: StrPath) -> list[dict[str, Any]]:
-    """Read a file of :func:`append_jsonl`: [] when missing, without a torn last line, damaged lines logged."""
+    """Read a file of :func:`append_jsonl`; [] if it is missing. Drops, with a warning, lines that are partial or damaged."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -187,13 +187,13 @@ def read_jsonl_tolerant(path: StrPath) -> list[dict[str, Any]]:
         if row is not None:
             rows.append(row)
         elif line.strip():
-            torn = "torn last line" if number == len(lines) else "damaged line"
-            logger.warning("%s: line %d dropped: %s", path, number, torn)
+            kind = "partial last line" if number == len(lines) else "damaged line"
+            logger.warning("%s: line %d dropped: %s", path, number, kind)
     return rows
 
 
 def _sound_end(file: Any) -> tuple[int, bool]:
-    """Where the sound lines of an open binary file end, and whether the last of them lacks its line break."""
+    """Where the last complete row of an open binary file ends, and whether its newline is missing."""
     size = file.seek(0, os.SEEK_END)
     start, tail = size, b""
     while start > 0 and b"\n" not in tail:
@@ -222,7 +222,7 @@ def _write_all(file: Any, payload: bytes) -> None:
 
 
 def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \udXXX, which JSON can read again
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \udXXX, which JSON readers decode
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, and what their configuration says."""
+"""Loading models and tokenizers, and reading what their configuration says."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_WIDTH = 16  # the paper's block size
 DEFAULT_GUESS = "context"  # what the paper's CLLMs are trained with
-WIDTH, DRAFTS, GUESS = "decoding_width", "decoding_drafts", "decoding_guess"  # keys of the record
-REASON = "decoding_reason"  # the key that says why the width is 1, where `cllm make` found no faster one
-DATA = "data"  # the key of what the prompts of the training came from
-TRAINED_GUESS = "guess"  # the key of what stood in the place of unknown tokens in training
-ORIGINS = ("target_model", "base_model")  # keys that name the checkpoint a model was made of
-RECORD = "cllm"  # the key in config.json under which a CLLM says how it was made
+RECORD = "cllm"  # key in config.json of the record that says how a CLLM was made; the keys below are the record's
+WIDTH, DRAFTS, GUESS = "decoding_width", "decoding_drafts", "decoding_guess"  # what to decode with
+REASON = "decoding_reason"  # why the width is 1, if `cllm make` found no faster one
+DATA = "data"  # where the training prompts came from
+TRAINED_GUESS = "guess"  # the fresh guesses used in training
+ORIGINS = ("target_model", "base_model")  # the checkpoints that the model was made from
 LONGROPE = "longrope"  # rotary embeddings with two sets of frequencies
 REREADING = ("phi3", "phimoe", "phi4_multimodal")  # see their prepare_inputs_for_generation
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -54,12 +54,14 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model for decoding or training.
 
-    A consistency adapter, alone or exported with its base model, gives the base model, which decoders then draft for with the
-    adapter; another LoRA adapter gives base and adapter merged.
+    A consistency adapter, alone or exported with its base model, loads as the base model with the adapter attached; any other
+    LoRA adapter is merged into its base model.
 
-    Defaults: CUDA where there is a GPU, bfloat16 on it and float32 elsewhere, the model's own choice of SDPA or eager
-    attention. ``quantization``: a configuration of transformers. ``revision``: of a hub name. Raises UsageError where nothing
-    can be loaded from ``path``, or where weights are missing or of another shape than config.json says.
+    ``path``: a folder or a hub name. ``device``: CUDA by default if there is a GPU. ``dtype``: a key of DTYPES, by default
+    bfloat16 on a GPU and float32 elsewhere. ``attn_implementation``: the model's own choice by default. ``quantization``: a
+    quantization config of transformers. ``revision``: of a hub name.
+
+    Raises UsageError if nothing can be loaded from ``path``, or if weights are missing or do not have the shapes of config.json.
     """
     check_path(path)
     if (folder := _adapter_folder(path)) is not None:
@@ -67,7 +69,7 @@ def load_model(
     device = device or default_device()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
-    kind = DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    torch_dtype = DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if revision is not None:
         extra["revision"] = revision
@@ -76,25 +78,25 @@ def load_model(
     try:
         with _without_loading_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True, **extra
+                path, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, **extra
             )
         model, info = loaded
         model = (model if quantization is not None else model.to(device)).eval()
-    except Exception as error:  # damaged files make the libraries raise nearly anything
+    except Exception as error:  # with damaged files, the libraries raise almost anything
         raise UsageError(f"cannot load a causal language model from {path!r}: {first_line(error)}") from error
-    unfit = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
-    if unfit:
-        some = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
+    bad = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if bad:
+        some = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise UsageError(f"the weights in {path!r} do not fit its config.json, missing or of another shape: {some}")
-    attach_own(model)
+    attach_exported(model)
     return model
 
 
-def attach_own(model: PreTrainedModel) -> None:
-    """Attach the consistency adapter of an exported checkpoint, found in ADAPTER_FOLDER beside the weights.
+def attach_exported(model: PreTrainedModel) -> None:
+    """Attach the consistency adapter that was exported with ``model``, found in its ADAPTER_FOLDER.
 
-    A model that is no such export, or that has an adapter already, stays as it is; without the files it decodes as ever, and
-    a warning says so. Raises UsageError for an adapter of another model.
+    Does nothing for other models and for those that have an adapter; warns if the adapter's files are missing. Raises
+    UsageError for an adapter of another model.
     """
     record = read_record(model.config)
     if not record.get(LOSSLESS) or attached(model) is not None:
@@ -110,19 +112,21 @@ def attach_own(model: PreTrainedModel) -> None:
 
 
 def _adapter_folder(path: str) -> Path | None:
-    """Where the files of an adapter are, fetched where ``path`` is a hub name; None for a checkpoint with its own weights."""
+    """The local folder of an adapter, downloaded if ``path`` is a hub name; None if ``path`` is not an adapter."""
     if Path(path).is_dir():
         return Path(path) if (Path(path) / ADAPTER).is_file() else None
     try:
         cached_file(path, ADAPTER)
-    except OSError:  # there is none, or no such name, which loading then says
+    except OSError:  # no adapter, or no such name, which loading will report
         return None
     return Path(snapshot_download(path, allow_patterns=[ADAPTER, ADAPTER_WEIGHTS, "config.json"]))
 
 
 def _load_adapted(path: str, folder: Path, *, quantization: Any = None, **how: str | None) -> PreTrainedModel:
-    """The base model that an adapter's folder names, with the folder's record: with a consistency adapter attached, its
-    weights untouched, or with an ordinary adapter merged into them."""
+    """Load the base model of the adapter in ``folder``, and attach a consistency adapter or merge any other.
+
+    If the folder has a config.json, its record becomes the model's.
+    """
     record = folder_record(folder)
     if quantization is not None and not record.get(LOSSLESS):
         raise UsageError(f"{path!r} holds a LoRA adapter, which cannot be merged into weights in 4 bits; merge it first")
@@ -138,15 +142,15 @@ def _load_adapted(path: str, folder: Path, *, quantization: Any = None, **how: s
         attach_from(folder, model, record)
     else:
         model = _merged(model, path)
-    model.name_or_path = path  # it is not the base model any more
+    model.name_or_path = path  # it is no longer just the base model
     if (folder / "config.json").is_file():
         write_record(model.config, record)
     return model
 
 
 def _base_of(folder: Path, named: str | None) -> Any:
-    """The base model's path: as the adapter names it, or the folder of that name beside the adapter's, if both were moved."""
-    if named is None:  # an export's, which has the base around it
+    """The base model's path: the one ``named`` by the adapter, or the folder of that name next to a moved adapter."""
+    if named is None:  # an export's adapter, whose base model surrounds it
         return None
     beside = folder.resolve().parent / Path(named).name
     moved = Path(named).is_absolute() and not Path(named).exists() and beside.is_dir()
@@ -166,16 +170,16 @@ def _merged(model: PreTrainedModel, path: str) -> PreTrainedModel:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can stop and pad; a missing pad token is replaced by the end-of-sequence token.
+    """Load a tokenizer; a missing padding token is replaced by the end-of-sequence token.
 
-    Raises UsageError where there is none, or one without an end-of-sequence token.
+    Raises UsageError if it cannot be loaded or has no end-of-sequence token.
     """
     check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # as in load_model
-        bare = Path(path).is_dir() and not [*Path(path).glob("*token*"), *Path(path).glob("vocab*")]
-        reason = "it has no tokenizer files" if bare else first_line(error)
+        no_files = Path(path).is_dir() and not [*Path(path).glob("*token*"), *Path(path).glob("vocab*")]
+        reason = "it has no tokenizer files" if no_files else first_line(error)
         raise UsageError(f"cannot load a tokenizer from {path!r}: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {path!r} has no end-of-sequence token, so no response could ever end")
@@ -185,56 +189,56 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def vocabulary_stamp(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers whose ids stand for the same tokens, whatever their merges, templates or files."""
+    """A hash of the mapping from ids to tokens, independent of a tokenizer's merges, templates and files."""
     pairs = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
 def check_path(path: str) -> None:
-    """Raise UsageError for what is neither a folder nor the form of a hub name."""
+    """Raise UsageError unless ``path`` is a folder or looks like a hub name."""
     if not path or not Path(path).is_dir() and (Path(path).exists() or not HUB_NAME.fullmatch(path)):
         raise UsageError(f"model must be a checkpoint folder or a hub name, got {path!r}, which is neither")
 
 
 def embedding_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids have to be."""
+    """The device that token ids must be on."""
     return next(model.get_input_embeddings().parameters()).device
 
 
 def embedding_count(model: PreTrainedModel) -> int:
-    """How many token ids the model can be given; its logits may have fewer."""
+    """The number of token ids that the model accepts; its logits may have fewer."""
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return int(size or model.config.get_text_config(decoder=True).vocab_size)
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """How many tokens the model can look at, None where its configuration sets no limit."""
+    """The model's context length in tokens, None if its configuration sets no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def packed_length(config: PretrainedConfig) -> int | None:
-    """How long the texts in a packed forward may be: as the context, or as one set of rotary frequencies holds."""
+    """The longest text in a packed forward, in tokens: bounded by the context, and with longrope by its frequency switch."""
     bounds = (context_length(config), rotary_switch(config))
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def rotary_switch(config: PretrainedConfig) -> int | None:
-    """The first position where other rotary frequencies hold (longrope); None where all positions share theirs."""
+    """The first position with different rotary frequencies (longrope); None if all positions have the same."""
     ropes: Any = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = [ropes, *(kind for kind in ropes.values() if isinstance(kind, dict))]  # one for all layers, or one a type
+    kinds = [ropes, *(kind for kind in ropes.values() if isinstance(kind, dict))]  # one for all layers, or one per layer type
     switches = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == LONGROPE]
     return min(switches, default=None)
 
 
 def reread_length(config: PretrainedConfig) -> int | None:
-    """The length at which ``generate`` makes the model read a whole text again, with other rotary frequencies; None: never."""
+    """The length at which ``generate`` recomputes the whole text with other rotary frequencies; None: never."""
     if config.model_type not in REREADING or rotary_switch(config) is None:
         return None
     return config.original_max_position_embeddings + 1
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate | None = None) -> list[int]:
-    """Every id that ends a response: the generation configuration's, the tokenizer's and the prompt template's."""
+    """All ids that end a response, sorted: the generation config's, the tokenizer's and the prompt template's."""
     ids = {tokenizer.eos_token_id, *(template.stop_ids(tokenizer) if template is not None else [])}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if configured is not None:
@@ -243,15 +247,15 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, t
 
 
 def read_record(config: PretrainedConfig) -> dict[str, Any]:
-    """What a CLLM's config.json says of its making ({} for a target model): block_size, prompt_template, ...
+    """The record in config.json of how a CLLM was made: block_size, prompt_template, ...; {} for a target model.
 
-    The paper's checkpoints say nothing; loaded by their hub names they get what :mod:`cllm.checkpoints` knows of them.
+    The paper's checkpoints have none; loaded by their hub names they get the one in :mod:`cllm.checkpoints`.
     """
     return dict(getattr(config, RECORD, None) or published_record(getattr(config, "_name_or_path", None)))
 
 
 def folder_record(folder: StrPath) -> dict[str, Any]:
-    """The record in a folder's config.json; {} where there is none. Raises UsageError for a damaged file."""
+    """The record in a folder's config.json; {} if there is none. Raises UsageError for a damaged file."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         return {}
@@ -266,46 +270,46 @@ def write_record(config: PretrainedConfig, record: Mapping[str, Any]) -> None:
 
 
 def default_width(record: Mapping[str, Any]) -> int:
-    """The window to decode with: the one that ``cllm tune`` found fastest, else the block size of the training."""
+    """The window width to decode with: the one stored by ``cllm tune``, else the block size in training."""
     return int(record.get(WIDTH) or record.get("block_size") or DEFAULT_WIDTH)
 
 
 def default_drafts(record: Mapping[str, Any], width: int) -> int:
-    """How many draft tokens a window of that width has: what ``cllm tune`` found fastest for it, else all guesses."""
+    """How many draft tokens to use with a window of ``width``: what ``cllm tune`` stored for it, else one per guess."""
     stored = record.get(DRAFTS) if record.get(WIDTH) == width else None
     return width - 1 if stored is None else int(stored)
 
 
 def default_guess(record: Mapping[str, Any]) -> str:
-    """The name of the fresh guesses to decode with: those that ``cllm tune`` found fastest, else the training's."""
+    """The name of the fresh guesses to decode with: those stored by ``cllm tune``, else those of training."""
     return str(record.get(GUESS) or record.get(TRAINED_GUESS) or DEFAULT_GUESS)
 
 
 def store_choice(path: str, width: int, guess: str, drafts: int = 0) -> None:
-    """Let a checkpoint say what :func:`default_width`, :func:`default_guess` and :func:`default_drafts` then find.
+    """Store the default width, guess and drafts in a checkpoint's record.
 
-    Raises UsageError for what is no local checkpoint.
+    Raises UsageError unless ``path`` is a local checkpoint.
     """
     add_to_record(path, {WIDTH: width, DRAFTS: drafts, GUESS: guess})
 
 
-def add_to_record(path: StrPath, facts: Mapping[str, Any]) -> None:
-    """Write ``facts`` into the record in a checkpoint's config.json, atomically.
+def add_to_record(path: StrPath, entries: Mapping[str, Any]) -> None:
+    """Add ``entries`` to the record in a checkpoint's config.json, atomically.
 
-    Raises UsageError for what is no local checkpoint.
+    Raises UsageError unless ``path`` is a local checkpoint.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise UsageError(f"only a local checkpoint has a record to write into; there is no {file}")
+        raise UsageError(f"only local checkpoints have a record to write to; there is no {file}")
     config = json.loads(file.read_text(encoding="utf-8"))
-    config[RECORD] = (config.get(RECORD) or {}) | dict(facts)
+    config[RECORD] = (config.get(RECORD) or {}) | dict(entries)
     write_json(file, config)
 
 
 def weights_stamp(path: StrPath) -> str | None:
-    """Changes when the files of a checkpoint folder do, so that results of two models never end up in one file.
+    """A hash of the names, sizes and times of a checkpoint folder's files, so that results of two models are never mixed.
 
-    None for what is no folder.
+    None if ``path`` is not a folder.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -313,14 +317,14 @@ def weights_stamp(path: StrPath) -> str | None:
     digest = hashlib.sha256()
     for file in (*sorted(folder.iterdir()), *sorted((folder / ADAPTER_FOLDER).glob("*"))):
         if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
-            facts = file.stat()
-            digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
 @contextmanager
 def _without_loading_bar() -> Iterator[None]:
-    """Hide the library's "Loading weights". A download takes long enough to keep its bar."""
+    """Hide transformers' "Loading weights" bar, but keep the bars of downloads."""
     shown = transformers_logging.is_progress_bar_enabled()
     if not shown:
         yield
@@ -334,6 +338,6 @@ def _without_loading_bar() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, and the next where the first only leads to it."""
+    """The first line of a library's error message, and the second if the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of a model that several callers run at once."""
+"""Evaluation mode for models that several callers run at once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _lock = Lock()
-_entered: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()  # how often, and the mode before the first
+_entered: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()  # number of callers, and the original mode
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no module of the model is in training mode; after the last caller has left, each is in its own mode again.
+    """Keep all modules of ``model`` in evaluation mode; when the last caller leaves, each returns to its original mode.
 
-    Callers may overlap in any order, within one thread or over several, also where one's model is a part of another's.
+    Callers may overlap in any order, in one thread or several, and one caller's model may be part of another's.
     """
     modules = list(model.modules())
     with _lock:
@@ -33,7 +33,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _leave(module: nn.Module) -> bool:
-    """The mode that the module should be in when one caller less is inside."""
+    """Remove one caller of the module; returns the mode it should have now."""
     count, training = _entered.pop(module)
     if count == 1:
         return training
@@ -42,7 +42,7 @@ def _leave(module: nn.Module) -> bool:
 
 
 def _set(modes: dict[nn.Module, bool]) -> None:
-    """``train`` also changes what is below a module, so parents come first."""
+    """Set each module's mode. Parents must come first, because ``train`` also changes their children."""
     for module, training in modes.items():
         if module.training != training:
             module.train(training)

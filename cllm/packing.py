@@ -1,12 +1,12 @@
-"""The packed layout: clean text first, then blocks, in one row; collection and training both stand on it.
+"""The packed layout, clean text and then blocks in one row, on which collection and training are built.
 
     [ prompt | response | block_0 | block_1 | ... ]
 
 A clean token sees the clean tokens up to itself. A block token sees the clean tokens before its block's start and its own
-block up to itself, never another block. So one forward gives the AR logits of the clean text and, for every block, what one
-Jacobi iteration conditioned on the true prefix gives (paper, section 3.2: the conditioning of equations 2 and 3).
+block up to itself, never another block. So one forward computes the AR logits of the clean text and, for every block, one
+Jacobi iteration conditioned on the true prefix (paper, section 3.2: the conditioning of equations 2 and 3).
 
-Several texts may share a row, all clean text first, then the blocks of all. None sees anything of another.
+Several texts may share a row: first the clean text of all, then the blocks of all. No text sees another.
 
 Shapes: B rows, T tokens of a packed row, L key tokens.
 """
@@ -30,7 +30,7 @@ PADDING, CLEAN = -1, 0  # block numbers; blocks count from 1
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens that stand in for the clean text from position ``start`` on (counted from the start of the prompt)."""
+    """Tokens for the positions from ``start`` on, counted from the start of the prompt."""
 
     start: int
     tokens: Sequence[int]
@@ -38,7 +38,7 @@ class Block:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Clean text and the blocks that hang on it."""
+    """A clean text and its blocks."""
 
     clean: Sequence[int]
     blocks: Sequence[Block] = field(default_factory=tuple)
@@ -57,18 +57,18 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand and what they may see."""
+    """Positions of the tokens of packed rows, and what determines which of them see each other."""
 
-    position_BT: torch.Tensor  # in the text that the token belongs to
-    horizon_BT: torch.Tensor  # clean tokens at positions below this are seen
+    position_BT: torch.Tensor  # in the token's own text
+    horizon_BT: torch.Tensor  # the token sees clean tokens at positions below this
     block_BT: torch.Tensor  # PADDING, CLEAN or the block's number in its text
-    document_BT: torch.Tensor  # the text, as the column in which it begins
+    document_BT: torch.Tensor  # identifies the text, by the column where it begins
 
     def to(self, device: torch.device | str) -> Layout:
         return Layout(*(tensor.to(device) for tensor in self._tensors))
 
     def columns(self, columns: slice) -> Layout:
-        """These columns alone."""
+        """The layout of some columns only."""
         return Layout(*(tensor[:, columns] for tensor in self._tensors))
 
     def followed_by(self, other: Layout) -> Layout:
@@ -81,9 +81,9 @@ class Layout:
 
 
 def sees(queries: Layout, keys: Layout, row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """May token ``query`` of ``row`` look at its token ``key``? Three indices of one shape, or that broadcast to one.
+    """Whether token ``query`` of ``row`` sees token ``key``, for three index tensors that broadcast to one shape.
 
-    Padding looks at the row's first clean token, so no query is left without a key.
+    Padding sees the row's first clean token, so that no query is without a key.
     """
     block, key_block, key_position = queries.block_BT[row, query], keys.block_BT[row, key], keys.position_BT[row, key]
     clean = (key_block == CLEAN) & (key_position < queries.horizon_BT[row, query])
@@ -101,13 +101,13 @@ def visibility(queries: Layout, keys: Layout) -> torch.Tensor:
 def packed_mask(config: PretrainedConfig, queries: Layout, keys: Layout, dtype: torch.dtype) -> ModelMask:
     """The ``attention_mask`` argument for a packed forward of a model with this configuration.
 
-    Raises UsageError for texts so long that a model with longrope would read all texts of the forward with other frequencies.
+    Raises UsageError for a text so long that longrope would switch the frequencies of the whole forward.
     """
     switch = rotary_switch(config)
     if switch is not None and (length := int(queries.position_BT.max()) + 1) > switch:
         raise UsageError(
-            f"the rotary frequencies of {config.model_type} (longrope) are others beyond {switch} tokens, which packed texts "
-            f"must not exceed, got {length}"
+            f"packed texts of {config.model_type} must have at most {switch} tokens, because its rotary frequencies (longrope) "
+            f"change beyond that; got {length}"
         )
     if config._attn_implementation == FLEX:
         return flex_mask(config, partial(sees, queries, keys), queries.position_BT, keys.position_BT)
@@ -115,15 +115,16 @@ def packed_mask(config: PretrainedConfig, queries: Layout, keys: Layout, dtype: 
 
 
 class Place(NamedTuple):
-    """Where a text lies in a batch."""
+    """The place of a text in a batch."""
 
     row: int
-    columns: Sequence[int]  # of the clean text's tokens, then of its blocks'
+    columns: Sequence[int]  # of the clean text's tokens, then of the blocks'
 
 
 def arrange(texts: Sequence[PackedRow], budget: int = 0) -> list[Place]:
-    """A place for every text: several to a row of at most ``budget`` tokens, the longest first, each in the first row that it
-    fits; one that is longer than the budget has a row of its own, and so has every text without a budget (0).
+    """A place for every text, several of them sharing a row of at most ``budget`` tokens (first-fit decreasing).
+
+    A text longer than the budget has a row of its own; with budget 0 every text does.
     """
     places = {}
     for row, members in enumerate(sorted(_first_fit([len(text) for text in texts], budget))):
@@ -136,7 +137,7 @@ def arrange(texts: Sequence[PackedRow], budget: int = 0) -> list[Place]:
 
 
 def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Which lengths share a row."""
+    """The indices of the lengths that share each row."""
     rows: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fitting = (row for row in rows if sum(lengths[i] for i in row) + lengths[index] <= budget)
@@ -150,7 +151,10 @@ def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def pack(
     texts: Sequence[PackedRow], pad_token_id: int, places: Sequence[Place] | None = None, unit: int = 1
 ) -> tuple[torch.Tensor, Layout]:
-    """Token ids [B, T], padded on the right to a multiple of ``unit``, and their layout. Without ``places`` every text has its own row."""
+    """Token ids [B, T], padded on the right to a multiple of ``unit``, and their layout.
+
+    ``places``: from :func:`arrange`; by default every text has a row of its own.
+    """
     places = arrange(texts) if places is None else places
     B, T = 1 + max(place.row for place in places), round_up(1 + max(max(place.columns) for place in places), unit)
     ids = torch.full((B, T), pad_token_id)
@@ -165,7 +169,7 @@ def pack(
 
 
 def _tokens(text: PackedRow) -> torch.Tensor:
-    """Id, position, horizon and block number of each token, in the order of :class:`PackedRow`."""
+    """Id, position, horizon and block number of each token [T, 4]: clean tokens first, then the blocks'."""
     tokens = [(token, at, at + 1, CLEAN) for at, token in enumerate(text.clean)]
     for number, block in enumerate(text.blocks, start=1):
         tokens += [(token, at, block.start, number) for at, token in enumerate(block.tokens, block.start)]

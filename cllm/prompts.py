@@ -1,4 +1,4 @@
-"""Turning a conversation into token ids: the tokenizer's chat template, a template with a name, or a plain text."""
+"""Turning conversations into token ids with the tokenizer's chat template, a named template, or a plain-text one."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 CHAT = "chat"
 PLAIN = "plain"
-PLACE = "{question}"
+QUESTION = "{question}"
 REPLY = "{reply}"
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A template with a name, for checkpoints whose tokenizer has no chat template."""
+    """A prompt template for checkpoints whose tokenizer has no chat template."""
 
-    user: str  # a user turn, up to where the reply starts; contains {question}
-    reply: str  # a reply and its end, where another user turn follows; contains {reply}
-    system: str = ""  # stands first; a system message takes its place
+    user: str  # a user turn, up to the start of the reply; contains {question}
+    reply: str  # a reply with its end, when another user turn follows; contains {reply}
+    system: str = ""  # the default system message
     system_end: str = ""
-    stops: tuple[str, ...] = ()  # tokens that end a reply, where the vocabulary has them
+    stops: tuple[str, ...] = ()  # tokens that end a reply, if the vocabulary has them
 
     @property
     def text(self) -> str:
@@ -38,7 +38,7 @@ class Dialogue:
         turns = [
             self.reply.replace(REPLY, text_of(m["content"]))
             if m["role"] == "assistant"
-            else self.user.replace(PLACE, text_of(m["content"]))
+            else self.user.replace(QUESTION, text_of(m["content"]))
             for m in messages
             if m["role"] != "system"
         ]
@@ -69,28 +69,31 @@ _BY_TEXT = {dialogue.text: dialogue for dialogue in DIALOGUES.values()} | DIALOG
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """``text`` is ``chat`` for the tokenizer's own template, the name of a dialogue, or a text with ``{question}``."""
+    """``text``: ``chat`` for the tokenizer's chat template, a name in DIALOGUES, or a text that contains ``{question}``.
+
+    Raises UsageError for any other text.
+    """
 
     text: str
 
     def __post_init__(self) -> None:
-        if self.text != CHAT and self.text not in DIALOGUES and PLACE not in self.text:
+        if self.text != CHAT and self.text not in DIALOGUES and QUESTION not in self.text:
             raise UsageError(
-                f"prompt_template must be one of {', '.join(template_names())}, or a text that contains {PLACE}, got {self.text!r}"
+                f"prompt_template must be one of {', '.join(template_names())}, or a text that contains {QUESTION}, got {self.text!r}"
             )
 
     @property
     def label(self) -> str:
-        """What reports call it."""
+        """Its name in reports."""
         if self.text == CHAT:
             return "chat template"
         return f"{self.text} template" if self.text in DIALOGUES else "plain text template"
 
     def encode(self, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids of the conversation up to where the reply starts.
+        """Token ids of the conversation, up to the start of the reply.
 
-        A chat template that takes no system message, or writes nothing of it, gets it in front of the first question.
-        Raises UsageError where the template refuses the conversation or leaves some of it out all the same.
+        If a chat template refuses or drops the system message, it is put before the first question. Raises UsageError if
+        the template still refuses the conversation or drops a part of it.
         """
         if self.text != CHAT:
             return prompt_ids(self.render(messages), tokenizer)
@@ -103,11 +106,11 @@ class PromptTemplate:
         return ids
 
     def render(self, messages: Messages) -> str:
-        """The conversation as text, for all but the tokenizer's own template; earlier turns stand first."""
+        """The conversation as text, up to the start of the reply; for any template but ``chat``."""
         return _BY_TEXT.get(self.text, Dialogue(self.text, "{reply}\n\n", system_end="\n\n")).render(messages)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Ids that end a reply in this template, beside the tokenizer's end-of-sequence token."""
+        """Ids that end a reply in this template, apart from the tokenizer's end-of-sequence token."""
         if self.text == CHAT:
             return _turn_end(tokenizer)
         vocabulary = tokenizer.get_vocab()
@@ -115,22 +118,19 @@ class PromptTemplate:
         return [vocabulary[stop] for stop in stops if stop in vocabulary]
 
     def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """What a model learns to write behind a reply."""
+        """The id that a model learns to write after a reply."""
         return (self.stop_ids(tokenizer) or [tokenizer.eos_token_id])[0]
 
 
 def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text that goes on: with what the tokenizer puts before it (BOS), without what it puts after it (EOS).
-
-    BOS is not doubled where the text begins with it, as chat templates write it.
-    """
-    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(text, add_special_tokens=not begun).input_ids
-    return ids if begun else ids[: len(ids) - _appended(tokenizer)]
+    """Token ids of a text to be continued: with the tokenizer's BOS, unless the text starts with it, and without its EOS."""
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not has_bos).input_ids
+    return ids if has_bos else ids[: len(ids) - _appended(tokenizer)]
 
 
 def _appended(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the tokenizer puts after every text."""
+    """How many special tokens the tokenizer appends to every text."""
     alone = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     return next((count for count in range(len(whole)) if whole[: len(whole) - count][-len(alone) :] == alone), 0)
@@ -143,10 +143,10 @@ def template_names() -> list[str]:
 def choose_template(
     option: str | None, plain_template: str, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]
 ) -> PromptTemplate:
-    """The template to use: the user's ``option``, else the checkpoint's record's, else the tokenizer's, else plain.
+    """The first template found: the user's ``option``, the checkpoint record's, the tokenizer's, ``plain_template``.
 
-    ``option`` may be ``chat``, ``plain`` (the task's ``plain_template``), a name of DIALOGUES, or a text with
-    ``{question}``, in which ``\\n`` may be written as backslash and n.
+    ``option``: ``chat``, ``plain`` (for ``plain_template``), a name in DIALOGUES, or a text that contains ``{question}``, in
+    which backslash and n stand for a newline. Raises UsageError for any other text, and for ``chat`` without a chat template.
     """
     text = option and option.replace("\\n", "\n")
     text = text or record.get("prompt_template") or (CHAT if tokenizer.chat_template else PLAIN)
@@ -156,7 +156,7 @@ def choose_template(
 
 
 def _fold_system(messages: Messages) -> list[dict[str, Any]]:
-    """The conversation with its system message in front of the first user turn."""
+    """The conversation with its system message put before the first user turn."""
     system = "\n\n".join(text_of(m["content"]) for m in messages if m["role"] == "system")
     turns = [dict(m) for m in messages if m["role"] != "system"]
     first = next((turn for turn in turns if turn["role"] == "user"), None)
@@ -167,14 +167,14 @@ def _fold_system(messages: Messages) -> list[dict[str, Any]]:
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special token that the chat template puts behind a reply, such as ``<|im_end|>``; [] where it puts none."""
+    """The special token that the chat template puts after a reply, such as ``<|im_end|>``; [] if there is none."""
     mark = "reply-of-the-assistant"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
     try:
         text = str(apply_chat_template(messages, tokenizer, tokenize=False))
     except UsageError:
         return []
-    behind = text.rpartition(mark)[2].lstrip() if mark in text else ""
-    ids = tokenizer(behind, add_special_tokens=False).input_ids if behind else []
+    after = text.rpartition(mark)[2].lstrip() if mark in text else ""
+    ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
     token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
     return [ids[0]] if token is not None and token.special else []

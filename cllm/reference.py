@@ -1,8 +1,8 @@
-"""The paper's procedure written out plainly: the oracle of the tests and the slow side of the benchmarks.
+"""The paper's procedures written plainly, as the oracle of the tests and the baseline of the benchmarks.
 
-No packing, no batching, and but for the decoders no cache: one block of one response after the other, the whole text in every
-forward, as arXiv 2403.00835 (Algorithm 1, equations 2 to 4) and its published code have it. Beside it, UNO's way to decode with
-an adapter (arXiv 2609.04010). Use it to check, not to work with.
+There is no packing, no batching and, except in the decoders, no cache: each forward computes the whole text for one block of
+one response, as in arXiv 2403.00835 (Algorithm 1, equations 2 to 4) and its published code. UNO's decoding with an adapter
+(arXiv 2609.04010) is here for the same purpose. Too slow for anything but checks.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def collect(
     start_guess: StartGuess,
     eos_token_ids: Sequence[int] = (),
 ) -> tuple[list[ReferenceBlock], int]:
-    """Jacobi trajectories of one response, and how many tokens went through the model.
+    """The Jacobi trajectories of one response, and how many tokens the model computed.
 
-    ``start_guess(prefix, size)`` gives a block's first state. Stops behind the block that holds an end-of-sequence id.
+    ``start_guess(prefix, size)`` returns a block's first state. Stops after the block that contains an end-of-sequence id.
     """
     prefix, blocks, forwarded = list(prompt), [], 0
     while len(prefix) - len(prompt) < max_new_tokens:
@@ -71,12 +71,12 @@ def decode(
 ) -> tuple[list[int], int]:
     """Jacobi decoding with a key-value cache, as in the paper's decoder: the response, and how many forwards it took.
 
-    A block is its first token, which is verified, and guesses; it shrinks as tokens are verified, and what wrong guesses left
-    in the cache is cropped after every forward.
+    A block is a verified token and guesses; it shrinks as tokens are verified. After every forward, the entries of wrong
+    guesses are cropped from the cache.
     """
     cache = DynamicCache(config=model.config)
     response: list[int] = []
-    window, guesses, forwards = list(prompt), 0, 0  # the last ``guesses`` tokens of the window are not verified
+    window, guesses, forwards = list(prompt), 0, 0  # the last ``guesses`` tokens of the window are unverified
     while True:
         logits = model(torch.tensor([window], device=model.device), past_key_values=cache).logits[0]
         choices, drafted = logits[-1 - guesses :].argmax(dim=-1).tolist(), window[len(window) - guesses :]
@@ -101,10 +101,11 @@ def decode_two_passes(
     start_guess: StartGuess,
     eos_token_ids: Sequence[int] = (),
 ) -> tuple[list[int], int]:
-    """UNO's linear layout: the response, and how many forwards it took, the prompt's included.
+    """UNO's linear layout: the response, and how many forwards it took, including the prompt's.
 
-    Drafting forward: the last verified token with the adapter off, and ``width`` - 1 (>= 1) starting guesses with it on.
-    Verifying forward: what these gave, with the adapter off. Every two forwards give two tokens at least. Full attention only.
+    A drafting forward computes the last verified token with the adapter off and ``width`` - 1 (>= 1) starting guesses with it
+    on. A verifying forward computes their choices with the adapter off. Each pair of forwards yields at least two tokens.
+    Full attention only.
     """
     cache = DynamicCache(config=model.config)
 
@@ -127,12 +128,12 @@ def decode_two_passes(
 
 @contextmanager
 def drafting(model: PreTrainedModel, adapter: Adapter, tokens: int) -> Iterator[None]:
-    """Meanwhile the adapter is on for the last ``tokens`` (>= 1) of every forward, which is about one row."""
+    """Inside, the adapter is on for the last ``tokens`` (>= 1) of every forward. For a single row."""
 
     def add(down: torch.Tensor, up: torch.Tensor) -> Any:
         def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            more = inputs[0][..., -tokens:, :] @ down.to(output).T @ up.to(output).T
-            return torch.cat([output[..., :-tokens, :], output[..., -tokens:, :] + more], dim=-2)
+            delta = inputs[0][..., -tokens:, :] @ down.to(output).T @ up.to(output).T
+            return torch.cat([output[..., :-tokens, :], output[..., -tokens:, :] + delta], dim=-2)
 
         return hook
 
@@ -146,7 +147,7 @@ def drafting(model: PreTrainedModel, adapter: Adapter, tokens: int) -> Iterator[
 
 
 def _end(response: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]) -> int | None:
-    """How many tokens of a response count; None where it goes on."""
+    """The final length of a response in tokens; None if it is unfinished."""
     ended = next((i + 1 for i, token in enumerate(response) if token in eos_token_ids), None)
     if ended is None and len(response) < max_new_tokens:
         return None
@@ -156,10 +157,10 @@ def _end(response: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[i
 def training_losses(
     model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int], block: ReferenceBlock, state: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Consistency and AR loss of one block as sums over tokens, and how many tokens went through the model.
+    """The consistency and AR losses of one block, summed over tokens, and how many tokens the model computed.
 
-    Three forwards, as in the published trainer: the whole response for the AR loss, the prefix with the fixed point (detached)
-    and the prefix with the chosen state for the consistency loss.
+    Three forwards, as in the published trainer: the whole response for the AR loss; the prefix with the fixed point (no
+    gradient) and the prefix with the chosen state for the consistency loss.
     """
     whole = torch.tensor([[*prompt, *response]], device=model.device)
     ar_logits = model(whole).logits[0, len(prompt) - 1 : -1].float()

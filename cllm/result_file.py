@@ -1,4 +1,4 @@
-"""Results that come one after another: an append-only JSONL file, and beside it the settings that made it."""
+"""An append-only JSONL file of results, with the settings that produced them in a file next to it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,14 @@ from typing import Any
 from cllm.errors import UsageError
 from cllm.files import StrPath, append_jsonl, read_jsonl_tolerant, write_json
 
-Row = dict[str, Any]  # one line of the file; "id" names what it is the result of
+Row = dict[str, Any]  # one line of the file; "id" identifies what it is the result of
 
 
 class ResultFile:
-    """Opened for an earlier run's file it takes that run's rows over, by id.
+    """``rows``: the results by id, including those of an earlier run unless ``resume`` is False.
 
-    ``option`` is the command's option that names the file, for messages. Raises UsageError, naming each difference, if
-    the settings are not the same, and if the file is there without its settings.
+    ``option``: the command-line option that names the file, for messages. Raises UsageError if an earlier run had other
+    settings, naming each difference, or if its settings are missing.
     """
 
     def __init__(self, path: StrPath, settings: Mapping[str, Any], resume: bool, option: str) -> None:
@@ -29,14 +29,14 @@ class ResultFile:
         write_json(settings_path(self.path), dict(settings))
 
     def read(self) -> list[Row]:
-        """The rows on the disk. Raises UsageError if one is no result."""
+        """The rows on disk. Raises UsageError if one of them has no id."""
         rows = read_jsonl_tolerant(self.path)
         if any("id" not in row for row in rows):
             raise UsageError(f"{self.path} is not a file of results: a row has no id")
         return rows
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Store rows; they are on the disk when this returns."""
+        """Append rows; they are on disk when this returns."""
         append_jsonl(self.path, rows)
         self.rows.update((row["id"], row) for row in rows)
 
@@ -44,7 +44,7 @@ class ResultFile:
         earlier = read_settings(self.path)
         if earlier is None:
             raise UsageError(
-                f"{self.path} exists, but not {settings_path(self.path).name}, which would say how it was made; "
+                f"{self.path} exists, but {settings_path(self.path).name}, which says how it was made, does not; "
                 f"choose another {self.option}, or pass --no-resume to overwrite it"
             )
         now = plain(dict(settings))
@@ -62,7 +62,7 @@ def settings_path(results: Path) -> Path:
 
 
 def read_settings(results: Path) -> dict[str, Any] | None:
-    """The settings that made a result file, None where they are missing or damaged. Raises UsageError where that is unknown."""
+    """The settings of a result file; None if they are missing or damaged. Raises UsageError if they cannot be read."""
     path = settings_path(results)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -74,5 +74,5 @@ def read_settings(results: Path) -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """What JSON makes of a value."""
+    """A value after a round trip through JSON."""
     return json.loads(json.dumps(value))

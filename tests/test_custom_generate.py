@@ -169,7 +169,7 @@ def test_sampling_is_the_engines_own(model: PreTrainedModel) -> None:
     inputs = padded() | {"max_new_tokens": 20, "custom_generate": cllm.jacobi, "seed": 3} | options
     output = model.generate(**inputs)
     del options["do_sample"]
-    samplings = [Sampling(**options, seed=3).of(str(row)) for row in range(4)]
+    samplings = [Sampling(**options, seed=3).derive(str(row)) for row in range(4)]
     expected = JacobiDecoder(model, eos_token_ids=[EOS_ID]).generate(PROMPTS, max_new_tokens=20, sampling=samplings)
     for row, result in zip(output[:, 5:].tolist(), expected, strict=True):
         assert row == result.token_ids + [PAD_ID] * (len(row) - len(result.token_ids))
@@ -208,7 +208,7 @@ def test_an_attached_adapter_drafts() -> None:
         assert torch.equal(model.generate(**inputs, block_size=4, custom_generate=cllm.jacobi, **more), plain)
         assert max(lengths[1:]) == most
     attach(model, None)
-    with pytest.raises(UsageError, match="drafts need an adapter, and the model has none, got drafts=2"):
+    with pytest.raises(UsageError, match="drafts need an adapter, but the model has none; got drafts=2"):
         model.generate(**inputs, drafts=2, custom_generate=cllm.jacobi)
 
 

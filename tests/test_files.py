@@ -208,7 +208,7 @@ def test_a_damaged_line_in_the_middle_is_logged(tmp_path: Path, caplog: pytest.L
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\x00\x00\xff\n{"a": 2}\n{"a"')
     assert read_jsonl_tolerant(path) == [{"a": 1}, {"a": 2}]
-    assert "line 2 dropped: damaged line" in caplog.text and "line 4 dropped: torn last line" in caplog.text
+    assert "line 2 dropped: damaged line" in caplog.text and "line 4 dropped: partial last line" in caplog.text
     assert read_jsonl_tolerant(tmp_path / "none.jsonl") == []
     with pytest.raises(UsageError):
         read_jsonl_tolerant(tmp_path)

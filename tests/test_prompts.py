@@ -6,7 +6,7 @@ import pytest
 from tiny import EOS_ID, save_tiny_checkpoint, surround, tiny_config, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from cllm.checkpoints import PUBLISHED, published_of, published_record
+from cllm.checkpoints import PUBLISHED, published_for, published_record
 from cllm.errors import UsageError
 from cllm.models import load_model, load_tokenizer, read_record, stop_token_ids, write_record
 from cllm.prompts import DIALOGUES, PromptTemplate, choose_template, prompt_ids
@@ -83,7 +83,7 @@ def test_published_checkpoints_go_by_their_whole_name(tmp_path):
     assert {c.prompt_template for c in PUBLISHED} <= set(DIALOGUES)
     names = {c.name for c in PUBLISHED}
     assert all(c.target is None or c.target in names for c in PUBLISHED)
-    assert all(len(published_of(c.task)) == 2 for c in PUBLISHED)
+    assert all(len(published_for(c.task)) == 2 for c in PUBLISHED)
     config = tiny_config()
     config._name_or_path = "cllm/consistency-llm-7b-math"
     assert read_record(config) == {"prompt_template": "abel", "task": "gsm8k", "target_model": "GAIR/Abel-7B-001"}

@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from cllm.serving.turns import HOW, turns
+    from cllm.serving.turns import MULTILINE_HELP, turns
     from cllm.tasks import get_task
 
     task = get_task(args.cllm_type)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if interactive:
-        print(f"{HELP}\n{HOW}\nAn empty line asks: {task.default_question}")
+        print(f"{HELP}\n{MULTILINE_HELP}\nAn empty line asks: {task.default_question}")
     for turn in turns(_prompt if interactive else _piped()):
         text = turn.strip()
         if text == "/exit":

@@ -40,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _record(args: argparse.Namespace, question: str) -> None:
     from cllm.evaluation.environment import check_writable
     from cllm.serving.demo.picture import animate
-    from cllm.serving.demo.race import race, token_by_token
+    from cllm.serving.demo.race import ar_decoder, race
 
     if Path(args.record).suffix != ".svg":
         raise UsageError(f"--record writes SVG, so its name must end with .svg, got {args.record!r}")
     check_writable(args.record)
     of, decoder = open_decoder(args, question)
     prompt = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
-    steps = list(race(token_by_token(decoder), decoder, of.tokenizer, prompt, args.record_tokens))
+    steps = list(race(ar_decoder(decoder), decoder, of.tokenizer, prompt, args.record_tokens))
     Path(args.record).write_text(animate(steps, question, Path(args.model).resolve().name), encoding="utf-8")
     print(f"{len(steps)} forwards of both methods in {args.record}")
 

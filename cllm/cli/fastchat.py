@@ -22,10 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not words or words[0] not in SERVICES:
         raise UsageError(HELP)
-    from cllm.serving.fastchat import mend_streams, register
+    from cllm.serving.fastchat import patch_streaming, register
 
     if words[0] in WITHOUT_MODEL:
-        mend_streams()
+        patch_streaming()
     else:
         register()
     before, sys.argv = sys.argv, [f"fastchat.serve.{words[0]}", *words[1:]]

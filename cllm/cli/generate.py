@@ -68,14 +68,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cllm.decoding import JacobiDecoder, Queue
     from cllm.evaluation.environment import check_writable
     from cllm.models import default_width, weights_stamp
-    from cllm.prompts import PLACE
+    from cllm.prompts import QUESTION
     from cllm.result_file import ResultFile
     from cllm.serving.offline import Prompt, answer, read_prompts
 
     check_guess(args.guess)
     check_writable(args.output)
     total, bad = _count(args.prompts)
-    of = open_model(args, PLACE)
+    of = open_model(args, QUESTION)
     width = args.block_size or default_width(of.record)
     settings = {
         "model": args.model,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import parser
-from cllm.errors import UsageError, check_least
+from cllm.errors import UsageError, check_minimums
 from cllm.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ProbeArguments:
     )
 
     def __post_init__(self) -> None:
-        check_least(self, {"probe_prompts": 0, "probe_length": 1})
+        check_minimums(self, {"probe_prompts": 0, "probe_length": 1})
         if not 0 < self.probe_every < math.inf:
             raise UsageError(f"probe_every must be a number above 0, got {self.probe_every}")
         if not self.probe_prompts and any(getattr(self, option.name) != option.default for option in fields(self)):

@@ -116,10 +116,10 @@ def open_decoder(args: argparse.Namespace, question: str) -> tuple[OpenModel, Ja
     from cllm.cli.model import open_model
     from cllm.decoding import JacobiDecoder
     from cllm.models import default_width
-    from cllm.prompts import PLACE
+    from cllm.prompts import QUESTION
 
     check_guess(args.guess)
-    of = open_model(args, PLACE)
+    of = open_model(args, QUESTION)
     width = args.block_size or default_width(of.record)
     sample = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
     guess = pick_guess(args.guess, of, width, [sample])

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def render(task: Task) -> str:
     """A task as text for people."""
-    from cllm.checkpoints import published_of
+    from cllm.checkpoints import published_for
 
     facts = {
         "data": _data(task),
@@ -33,7 +33,7 @@ def render(task: Task) -> str:
         "plain prompt": repr(task.plain_template),
         "export": task.export_format or "",
     }
-    for checkpoint in published_of(task.name):
+    for checkpoint in published_for(task.name):
         kind = "CLLM" if checkpoint.target else "target"
         facts[f"published {kind}"] = f"{checkpoint.name} (--prompt_template {checkpoint.prompt_template})"
     return "\n".join([f"{task.name}: {task.description}", *(_fact(name, text) for name, text in facts.items() if text)])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm.cli.command import Parser
-from cllm.errors import UsageError, check_least
+from cllm.errors import UsageError, check_minimums
 from cllm.files import numbered_folders
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def parse(words: Sequence[str], prog: str, description: str | None, *types: Any)
     for name, value in vars(parsed[-1]).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} must be a finite number, got {value}")
-    check_least(parsed[-1], AT_LEAST)
+    check_minimums(parsed[-1], AT_LEAST)
     return tuple(parsed)
 
 

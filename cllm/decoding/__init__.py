@@ -1,17 +1,17 @@
-"""Jacobi decoding: token ids in, token ids and statistics out."""
+"""Jacobi decoding: from token ids to token ids and statistics."""
 
-from cllm.decoding.draft import Draft, Guess
 from cllm.decoding.engine import JacobiDecoder, Request
 from cllm.decoding.guess import FreshGuess, context_tokens, make_guess
+from cllm.decoding.guess_strategy import GuessStrategy, PartialWindow
 from cllm.decoding.queue import Queue
 from cllm.decoding.result import Iteration, RowResult
 from cllm.decoding.sampling import GREEDY, Sampling
 
 __all__ = [
     "GREEDY",
-    "Draft",
+    "PartialWindow",
     "FreshGuess",
-    "Guess",
+    "GuessStrategy",
     "Iteration",
     "JacobiDecoder",
     "Queue",

@@ -1,4 +1,4 @@
-"""Rows that are decoded together, with their cache, in buffers that a captured step can point at."""
+"""The rows being decoded together and their cache, in buffers whose addresses captured steps can rely on."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from cllm.decoding.cache import RowCache
 from cllm.decoding.rows import Rows
 
-Running = dict[int, tuple[int, int]]  # rows, by number: their place in the batch, and where their window begins
+Places = dict[int, tuple[int, int]]  # row number -> its index in the batch, and where its window begins
 
 
 class Batch:
-    """Rows come and go; the buffers stay where they are in memory as long as there is room in them.
+    """Rows join and leave; the buffers keep their addresses until they have to grow.
 
-    A step is about the first ``size`` places. Those of finished rows are free.
+    A step processes the first ``size`` places. The places of finished rows are free.
     """
 
     def __init__(self, rows: Rows) -> None:
         self.rows, self.cache = rows, RowCache()
-        self.captured: OrderedDict[Hashable, Any] = OrderedDict()  # what holds only while the buffers stay where they are
+        self.captured: OrderedDict[Hashable, Any] = OrderedDict()  # valid only while the buffers keep their addresses
         self.resize(len(rows))
 
     def resize(self, size: int) -> None:
@@ -33,24 +33,26 @@ class Batch:
         self.rows.free(0)
         self.resize(0)
 
-    def drop(self, numbers: Collection[int]) -> None:
-        """End these rows, where they are still running."""
+    def cancel(self, numbers: Collection[int]) -> None:
+        """End those of these rows that are still running."""
         self.live.done_B.logical_or_(torch.isin(self.live.ids_B, torch.tensor([*numbers], device=self.live.ids_B.device)))
 
-    def look(self) -> tuple[Running, Running]:
-        """The rows still running, and those that have ended in places still theirs. The host waits for the device here."""
-        facts = torch.stack([self.live.ids_B, self.live.start_B, self.live.done_B.long()], dim=1).tolist()
-        running, ended = ({row: (place, start) for place, (row, start, done) in enumerate(facts) if done == of} for of in (False, True))
-        return running, ended
+    def poll(self) -> tuple[Places, Places]:
+        """The rows still running, and the finished ones whose places are not reused yet. Synchronises with the device."""
+        states = torch.stack([self.live.ids_B, self.live.start_B, self.live.done_B.long()], dim=1).tolist()
+        places: tuple[Places, Places] = {}, {}
+        for place, (row, start, done) in enumerate(states):
+            places[done][row] = place, start
+        return places
 
     def useful(self) -> int:
-        """How many leading tokens of the windows are worth a forward, for some running row. The host waits here, too."""
+        """How many leading window tokens are worth computing for at least one running row. Synchronises with the device."""
         return int(self.live.useful_B.masked_fill(self.live.done_B, 1).amax())
 
-    def put(self, other: Batch, running: Running, slots: int, fixed: bool) -> None:
-        """Take in the rows of ``other``, which is used up, in free places first and then behind the last.
+    def merge(self, other: Batch, running: Places, slots: int, fixed: bool) -> None:
+        """Move the rows of ``other`` here, into free places first, then after the last row; consumes ``other``.
 
-        ``slots``: how far the texts may reach. ``fixed``: make room in the cache for all of them now, and leave it where it is.
+        ``slots``: how far the texts may reach. ``fixed``: reserve all of the cache now, so that it never moves.
         """
         taken = {place for place, _ in running.values()}
         places = list(islice((place for place in count() if place not in taken), len(other.rows)))
@@ -59,17 +61,17 @@ class Batch:
         if self.rows.reserve(room, slots):
             self.captured.clear()
         to = torch.tensor(places, device=self.rows.ids_B.device)
-        self.rows.put(other.rows, to)
+        self.rows.write(other.rows, to)
         if fixed:
             self.cache.reserve(room, slots)
         if running or fixed:
-            self.cache.put(other.cache, to, room)
-        else:  # nobody else's keys are left
+            self.cache.move_in(other.cache, to, room)
+        else:  # no other row needs its keys
             self.cache = other.cache
         self.resize(used)
 
-    def keep(self, running: Running) -> None:
-        """Move the rows still running to the front."""
+    def compact(self, running: Places) -> None:
+        """Move the running rows to the front."""
         rows = torch.tensor([place for place, _ in running.values()], device=self.rows.ids_B.device)
-        self.rows.keep(rows)
-        self.cache.keep(rows)
+        self.rows.compact(rows)
+        self.cache.compact(rows)

@@ -17,16 +17,16 @@ from cllm.adapter import Adapter, attached
 from cllm.attention import LENGTHS, check_model
 from cllm.decoding.batch import Batch
 from cllm.decoding.cache import GROWTH
-from cllm.decoding.draft import Guess
 from cllm.decoding.guess import FreshGuess, make_guess
+from cllm.decoding.guess_strategy import GuessStrategy
 from cllm.decoding.prefill import Prefill
-from cllm.decoding.prefixes import DEFAULT_BYTES, Prefixes
+from cllm.decoding.prefix_cache import DEFAULT_BYTES, PrefixCache
 from cllm.decoding.result import Iteration, RowResult, Tally
 from cllm.decoding.rows import Rows
 from cllm.decoding.runner import Mode, make_runner
 from cllm.decoding.sampling import GREEDY, OPTIONS, Chooser, Sampling, per_prompt
+from cllm.decoding.self_test import self_test
 from cllm.decoding.step import Step
-from cllm.decoding.trial import try_out
 from cllm.errors import LARGEST, UsageError
 from cllm.models import (
     context_length,
@@ -42,11 +42,11 @@ from cllm.modes import evaluating
 
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
-CUDA_SYNC_INTERVAL = 8  # iterations between two looks of the host at a GPU's state
+CUDA_SYNC_INTERVAL = 8  # iterations between synchronisations with a GPU
 
 
 class Streamer(Protocol):
-    """What ``transformers.TextStreamer`` offers; ``put`` gets one or more token ids at a time."""
+    """The interface of ``transformers.TextStreamer``; ``put`` gets one or more token ids at a time."""
 
     def put(self, value: torch.Tensor) -> None: ...
 
@@ -55,9 +55,9 @@ class Streamer(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt (token ids), how many tokens its response may have, and how they are chosen.
+    """One prompt (token ids), the most tokens its response may have, and how they are chosen.
 
-    Keys and values are reused among requests of one ``scope`` only; None: not at all.
+    Requests reuse keys and values only of requests with the same ``scope``; with None, of none.
     """
 
     prompt: Sequence[int]
@@ -66,37 +66,37 @@ class Request:
     scope: str | None = ""
 
 
-Feed = Callable[[list[int]], Sequence[Request]]  # numbers of the rows still running -> requests that join them, maybe none
+Feed = Callable[[list[int]], Sequence[Request]]  # from the numbers of the running rows to requests that join them, if any
 
 
 class JacobiDecoder:
     """Jacobi decoding of any causal language model with full or sliding-window attention.
 
-    ``block_size`` n: with ``window="sliding"`` the window holds the last verified token and n - 1 guesses, and slides on by
-    what each iteration verifies; with ``window="block"`` (the paper's procedure) n guesses behind the verified text are
-    iterated until nothing changes, then the next n follow. ``block_size=1`` with a sliding window is AR decoding.
-    ``guess``: how new positions of the window are filled, see :func:`cllm.decoding.guess.make_guess`. Where every token of a
-    forward costs time (CPU, not compiled), one covers only the part of the window that the guess holds to be worth it.
-    By default both are what ``cllm tune`` stored in the checkpoint, else what it was trained with, else 16 and ``context``.
-    ``adapter``: the consistency adapter that refines guesses, by default the one that is attached to the model
-    (:func:`cllm.adapter.attach`); None for none. The text is the model's own, whatever the adapter says. It works on
-    ``drafts`` guesses in each forward, by default as many as ``cllm tune`` stored for the width, else all of the window's; 0
-    leaves it out. There may be more of them than the block_size - 1 guesses that the model verifies.
-    ``compile``: how iterations are run, see :func:`cllm.decoding.runner.make_runner`. Captured ones point at the model's
-    weights where they are now, so use a new decoder for a model that was moved.
-    On an x86 CPU the model's linear layers are meanwhile computed by oneDNN, see :class:`cllm.decoding.linear.Linears`, and
-    attention makes no copies of the cache, see :func:`cllm.decoding.grouped_attention.grouped_attention`.
-    Where rotary frequencies depend on the length of a text, each token has those of AR decoding, see
-    :class:`cllm.decoding.rotary.Rotary`.
-    ``prefill_chunk``: how many tokens of each prompt go through the model together, to bound the memory and what a mask hides
-    in vain; by default 512 on a CPU, else 2,048. The forwards of a long prompt count as one.
-    ``prefix_cache``: how many bytes of keys and values are kept beside those of the rows being decoded, by default 1 GiB. A
-    prompt that starts like an earlier one, or like that one with its response, is computed from where the two part; so are
-    prompts that are prefilled together. 0: every prompt is computed as a whole. See :mod:`cllm.decoding.prefixes`.
+    ``block_size`` n: with ``window="sliding"`` the window holds the last verified token and n - 1 guesses, and slides by what
+    each iteration verifies; with ``window="block"`` (the paper's procedure) the n guesses after the verified text are iterated
+    to their fixed point before the next block starts. ``block_size=1`` with a sliding window is AR decoding.
+    ``guess``: fills new positions of the window, see :func:`cllm.decoding.guess.make_guess`. On a CPU without ``compile``,
+    where each token of a forward costs time, a forward covers only the leading tokens that the guess finds worth computing.
+    Both default to what ``cllm tune`` stored in the checkpoint, then to what it was trained with, then to 16 and ``context``.
+    ``adapter``: the consistency adapter that refines guesses, by default the one attached to the model
+    (:func:`cllm.adapter.attach`); None for none. It affects speed, never the text. ``drafts``: how many guesses it refines in
+    each forward, by default what ``cllm tune`` stored for the width, then all guesses of the window; 0 disables it. There may
+    be more drafts than the block_size - 1 guesses that the model verifies.
+    ``compile``: how iterations are run, see :func:`cllm.decoding.runner.make_runner`. Captured iterations keep the addresses
+    of the model's weights, so use a new decoder after moving the model.
+    ``prefill_chunk``: the most tokens of a prompt in one forward, which bounds memory; by default 512 on a CPU, else 2,048. The
+    forwards of a long prompt count as one.
+    ``prefix_cache``: bytes of keys and values to keep for later prompts, by default 1 GiB. Prompts are then computed only from
+    where they differ from earlier texts or from each other; 0 computes every prompt whole. See
+    :mod:`cllm.decoding.prefix_cache`.
 
-    Raises UsageError for a block size below 1 or beyond the model's context, for an unknown guess and for a way of compiling
-    that there is not, UnsupportedModelError for models that :func:`cllm.attention.check_model` or
-    :func:`cllm.decoding.trial.try_out` refuses.
+    During decoding, oneDNN computes linear layers on x86 CPUs (:class:`cllm.decoding.linear.LinearPatch`), attention does not
+    repeat the cache per query head (:func:`cllm.decoding.grouped_attention.grouped_attention`), and with longrope each token
+    has the frequencies of AR decoding (:class:`cllm.decoding.rotary.RotaryPatch`).
+
+    Raises UsageError for a block size below 1 or beyond the model's context, an unknown guess or an unknown compile mode;
+    UnsupportedModelError for models that :func:`cllm.attention.check_model` or :func:`cllm.decoding.self_test.self_test`
+    refuse.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class JacobiDecoder:
         *,
         eos_token_ids: Sequence[int] = (),
         window: Window = "sliding",
-        guess: str | Guess | FreshGuess | None = None,
+        guess: str | GuessStrategy | FreshGuess | None = None,
         adapter: Adapter | Literal["attached"] | None = "attached",
         drafts: int | None = None,
         seed: int = 0,
@@ -142,8 +142,8 @@ class JacobiDecoder:
             adapter=adapter if drafts else None,
             drafts=drafts,
         )
-        try_out(self.step)
-        self.prefixes = Prefixes(0 if self.step.rotary else prefix_cache)  # there, keys depend on the rest of the prompt
+        self_test(self.step)
+        self.prefixes = PrefixCache(0 if self.step.rotary else prefix_cache)  # with longrope, keys depend on the whole prompt
         self.prefill = Prefill(self.step, self.prefixes, self.device, prefill_chunk)
         self.width = self.step.width
         self.compile: Mode = compile
@@ -161,11 +161,14 @@ class JacobiDecoder:
         sampling: Sampling | Sequence[Sampling] = GREEDY,
         streamer: Streamer | None = None,
     ) -> list[RowResult]:
-        """Decode a batch; the results are in the order of the prompts.
+        """Decode a batch; results are in the order of the prompts.
 
-        ``input_ids``: a list of prompts, or [B, P] padded on either side with its ``attention_mask``.
+        ``input_ids``: a list of prompts, or [B, P] padded on either side, with ``attention_mask`` [B, P].
         ``max_new_tokens``: per row; a row also stops at an end-of-sequence id or at the end of the model's context.
-        ``sampling``: of all rows, or one for each prompt. What a row draws depends on its prompt and its options alone.
+        ``sampling``: one for all rows, or one per prompt. What a row samples depends only on its prompt and its options.
+        ``streamer``: gets the tokens of a single prompt as they are verified.
+
+        Raises UsageError for what :meth:`iterate` refuses, and for a streamer with several prompts.
         """
         prompts = unpad(input_ids, attention_mask)
         tally = Tally(self.eos_ids.tolist())
@@ -189,12 +192,12 @@ class JacobiDecoder:
         sampling: Sampling | Sequence[Sampling] = GREEDY,
         scope: str | None = "",
     ) -> Iterator[Iteration]:
-        """One :class:`Iteration` per forward, until every row of this one batch is finished. ``scope``: see :class:`Request`.
+        """One :class:`Iteration` per forward until every row of the batch is finished. ``scope``: see :class:`Request`.
 
-        Raises UsageError for an empty prompt, one that leaves no room in the model's context, or a sampling too few.
+        Raises UsageError for a prompt that :meth:`check` refuses, or if there is not one sampling per prompt.
         """
         samplings = per_prompt(sampling, len(prompts))
-        waiting = [Request(prompt, max_new_tokens, of, scope) for prompt, of in zip(prompts, samplings, strict=True)]
+        waiting = [Request(prompt, max_new_tokens, own, scope) for prompt, own in zip(prompts, samplings, strict=True)]
 
         def feed(running: list[int]) -> list[Request]:
             batch, waiting[:] = waiting[:], []
@@ -203,22 +206,22 @@ class JacobiDecoder:
         return self.flow(feed)
 
     @torch.inference_mode()
-    def flow(self, feed: Feed, unwanted: Collection[int] = ()) -> Iterator[Iteration]:
-        """The loop itself, with rows that come and go: one :class:`Iteration` per forward, until no row is left.
+    def flow(self, feed: Feed, cancelled: Collection[int] = ()) -> Iterator[Iteration]:
+        """Continuous batching: one :class:`Iteration` per forward, while rows join and leave, until no row is left.
 
-        Whenever the host looks at the rows (after every iteration on a CPU, every few on a GPU), ``feed`` is asked for
-        requests to take in. Those are prefilled together, as an iteration of their own, and then join the others. Rows
-        whose numbers stand in ``unwanted``, which the caller may fill meanwhile, end before ``feed`` is asked.
-        Raises UsageError for an empty prompt, or one that leaves no room in the model's context.
+        Whenever the host synchronises with the rows (after every iteration on a CPU, every CUDA_SYNC_INTERVAL on a GPU), it
+        calls ``feed`` for new requests. They are prefilled together, in an iteration of their own, and then join the running
+        rows. Before that, rows whose numbers are in ``cancelled`` end; the caller may change it at any time.
+        Raises UsageError for a request that :meth:`check` refuses.
         """
         with evaluating(self.model):
             self.step.linears.refresh(self.step.adapter)
-            self.prefixes.expect(self.model, self.step.linears.changes)
-            with self.runner.batch(self._start([], []).rows) as batch:
-                yield from self._loop(feed, unwanted, batch)
+            self.prefixes.check_weights(self.model, self.step.linears.changes)
+            with self.runner.batch(self._new_batch([], []).rows) as batch:
+                yield from self._loop(feed, cancelled, batch)
 
     def narrower(self) -> JacobiDecoder:
-        """A decoder that writes the same texts with half the window and half the draft tokens, in less memory."""
+        """A decoder with half the window and half the draft tokens: the same texts, in less memory."""
         return JacobiDecoder(
             self.model,
             max(1, self.block_size // 2),
@@ -234,7 +237,7 @@ class JacobiDecoder:
         )
 
     def check(self, request: Request, name: str = "the prompt") -> None:
-        """Raise UsageError, calling the prompt ``name``, where a request cannot be decoded."""
+        """Raise UsageError if ``request`` cannot be decoded; the message calls its prompt ``name``."""
         length = len(request.prompt)
         if not 1 <= request.max_new_tokens <= LARGEST:
             raise UsageError(f"max_new_tokens must be between 1 and {LARGEST}, got {request.max_new_tokens}")
@@ -248,18 +251,18 @@ class JacobiDecoder:
 
     # ------------------------------------------------------------- internals
 
-    def _loop(self, feed: Feed, unwanted: Collection[int], batch: Batch) -> Iterator[Iteration]:
-        inside: dict[int, Request] = {}  # by their rows
-        fed = step = reach = most = 0
+    def _loop(self, feed: Feed, cancelled: Collection[int], batch: Batch) -> Iterator[Iteration]:
+        inside: dict[int, Request] = {}  # by row number
+        fed = step = reach = limit = 0
         while True:
             if step % self.sync_interval == 0:
-                if unwanted:
-                    batch.drop(unwanted)
-                running, places = batch.look()
+                if cancelled:
+                    batch.cancel(cancelled)
+                running, places = batch.poll()
                 ended = {row: (inside[row], *places[row]) for row in inside.keys() & places.keys()}
                 for text in ended.values():
-                    self._keep(batch, *text)
-                joining = self._reread(batch, {row: text for row, text in ended.items() if row not in unwanted})
+                    self._store_prefix(batch, *text)
+                joining = self._to_reread(batch, {row: text for row, text in ended.items() if row not in cancelled})
                 inside = {row: inside[row] for row in running}
                 if not joining:
                     joining = dict(enumerate(feed(list(inside)), fed))
@@ -268,43 +271,43 @@ class JacobiDecoder:
                     requests = list(joining.values())
                     for number, request in joining.items():
                         self.check(request, f"prompt {number}")
-                    new = self._start(requests, list(joining))
-                    unit = LENGTHS if running or self.runner.fixed else GROWTH  # where nothing runs, its cache is the batch's
-                    facts_BF, known = self.prefill(new, requests, self._width(new), unit)
-                    yield Iteration(facts_BF, dict(zip(joining, known, strict=True)))
+                    new = self._new_batch(requests, list(joining))
+                    unit = LENGTHS if running or self.runner.fixed else GROWTH  # if nothing runs, its cache becomes the batch's
+                    fields_BF, known = self.prefill(new, requests, self._width(new), unit)
+                    yield Iteration(fields_BF, dict(zip(joining, known, strict=True)))
                     inside |= joining
-                    most = max(map(self._end, inside.values())) + self.step.span
-                    batch.put(new, running, self.runner.length(most), self.runner.fixed)
+                    limit = max(map(self._end, inside.values())) + self.step.span
+                    batch.merge(new, running, self.runner.length(limit), self.runner.fixed)
                     batch.resize(self.runner.size(batch.size, len(batch.rows)))
                     continue
                 if not running:
                     return
                 if (size := self.runner.size(len(running), len(batch.rows))) < batch.size:
-                    batch.keep(running)
+                    batch.compact(running)
                     batch.resize(size)
                     running = {row: (place, start) for place, (row, (_, start)) in enumerate(running.items())}
                 chooser = Chooser([request.sampling for request in inside.values()], [place for place, _ in running.values()])
                 reach = max(start for _, start in running.values()) + self.step.drafts
             step += 1
-            reach = min(reach + self.step.verified, most)  # no row's tokens stand beyond this
+            reach = min(reach + self.step.verified, limit)  # no token has a slot beyond this
             yield Iteration(self.runner.run(batch, chooser, self.runner.length(reach), self._width(batch)))
 
-    def _reread(self, batch: Batch, ended: Mapping[int, tuple[Request, int, int]]) -> dict[int, Request]:
-        """Of the rows that have ended, those that go on after the model has read their text again, with what is left to do.
+    def _to_reread(self, batch: Batch, ended: Mapping[int, tuple[Request, int, int]]) -> dict[int, Request]:
+        """The rows that only ended because their text must be recomputed (longrope), as requests for the rest.
 
         ``ended``: the request of each row, its place in the batch and where its window begins.
         """
-        going_on: dict[int, Request] = {}
+        unfinished: dict[int, Request] = {}
         for row, (request, place, start) in ended.items():
-            if start + 1 == self._end(request) < self._last(request):
+            if start + 1 == self._end(request) < self._final_length(request):
                 text_S = batch.rows.text_BS[place, : start + 1]
                 if not bool(torch.isin(text_S[-1], self.eos_ids)):
                     left = len(request.prompt) + request.max_new_tokens - len(text_S)
-                    going_on[row] = replace(request, prompt=text_S.tolist(), max_new_tokens=left)
-        return going_on
+                    unfinished[row] = replace(request, prompt=text_S.tolist(), max_new_tokens=left)
+        return unfinished
 
-    def _start(self, requests: Sequence[Request], numbers: Sequence[int]) -> Batch:
-        """Rows of these numbers before their first forward."""
+    def _new_batch(self, requests: Sequence[Request], numbers: Sequence[int]) -> Batch:
+        """The rows of new requests before their first forward; ``numbers``: their row numbers."""
         B = len(requests)
         prompts = [torch.as_tensor(request.prompt, dtype=torch.long) for request in requests]
         length = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long, device=self.device)
@@ -333,36 +336,36 @@ class JacobiDecoder:
         return Batch(rows)
 
     def _width(self, batch: Batch) -> int:
-        """How many tokens of each window go through the model."""
+        """How many leading tokens of the windows the next forward computes."""
         return batch.useful() if self.runner.narrows and self.sync_interval == 1 else self.width
 
-    def _last(self, request: Request) -> int:
-        """How long the text of a request may become."""
+    def _final_length(self, request: Request) -> int:
+        """The greatest length of the request's text, prompt included."""
         end = len(request.prompt) + request.max_new_tokens
         return end if self.context is None else min(end, self.context)
 
     def _end(self, request: Request) -> int:
-        """The first position that a request's row may not fill, or not before its text is read again."""
-        last, reread = self._last(request), self.reread_length
+        """The first position that the request's row may not fill, at least not before its text is recomputed."""
+        last, reread = self._final_length(request), self.reread_length
         return last if reread is None or len(request.prompt) >= reread else min(last, reread)
 
-    def _keep(self, batch: Batch, request: Request, place: int, start: int) -> None:
-        """Let later prompts start from the text of a row that has ended, up to where its window begins."""
+    def _store_prefix(self, batch: Batch, request: Request, place: int, start: int) -> None:
+        """Put the text of a finished row, up to its window, into the prefix cache."""
         if self.prefixes.budget:
             self.prefixes.store(batch.cache, place, request.scope, batch.rows.text_BS[place, :start].tolist())
 
     def _check_drafts(self, drafts: int, adapter: Adapter | None, block_size: int, window: str) -> None:
-        """Raise UsageError for a number of draft tokens that cannot be."""
+        """Raise UsageError for an invalid number of draft tokens."""
         if not 0 <= drafts < (self.context or drafts + 1):
             raise UsageError(f"drafts must be between 0 and the context length {self.context} - 1, got {drafts}")
         if drafts and adapter is None:
-            raise UsageError(f"drafts need an adapter, and the model has none, got drafts={drafts}")
+            raise UsageError(f"drafts need an adapter, but the model has none; got drafts={drafts}")
         if drafts and window != "sliding":
             raise UsageError(f"window must be 'sliding' with a consistency adapter, got {window!r}")
 
 
 def unpad(input_ids: torch.Tensor | Prompts, attention_mask: torch.Tensor | None = None) -> list[list[int]]:
-    """A batch as plain lists of token ids, whichever side it was padded on."""
+    """A batch, padded on either side, as lists of token ids. Raises UsageError for tensors of the wrong shape."""
     if not isinstance(input_ids, torch.Tensor):
         return [[int(token) for token in prompt] for prompt in input_ids]
     if input_ids.dim() != 2:

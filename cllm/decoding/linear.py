@@ -1,8 +1,8 @@
-"""Linear layers of a model while it decodes or makes trajectories: by oneDNN on an x86 CPU, with an adapter on draft tokens.
+"""Linear layers during decoding and collection: computed by oneDNN on x86 CPUs, with an adapter on draft tokens.
 
-torch gives float32 matrices to MKL there, which takes longer for a few rows than the weights need to be read: on an AMD CPU
-for a single row already. oneDNN, which torch carries along for reduced precision and for compiled models, does not, least of
-all on weights that were laid out for it before. On an Intel CPU MKL is the faster one up to three rows.
+For float32 on x86, torch uses MKL, which is slower than memory bandwidth allows for a few rows of input (on AMD CPUs even for
+one). oneDNN, which ships with torch for reduced precision and compiled models, is not, above all with weights packed in its
+own layout. On Intel CPUs, MKL is faster for up to three rows.
 """
 
 from __future__ import annotations
@@ -21,83 +21,83 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cllm.adapter import Adapter
-from cllm.decoding.deltas import Deltas, Drafting
-from cllm.decoding.lending import Forward, Lending, LentForward, own_forward
+from cllm.decoding.deltas import Deltas, DraftPass
+from cllm.decoding.scoped_patch import Forward, PatchedForward, ScopedPatch, overridden_forward
 
 Fingerprint = tuple[object, ...]
-PACKED_BYTES = 2 << 30  # of weights that are kept a second time, laid out for oneDNN
-PACKED_ROWS = 16  # the number of input rows that they are laid out for
+PACKED_BYTES = 2 << 30  # weights of up to this size in total are also kept packed for oneDNN
+PACKED_ROWS = 16  # the number of input rows that packing optimises for
 
 
-class Linears(Lending):
-    """A model's linear layers; while this is entered, what the thread computes with them without gradients goes to oneDNN.
+class LinearPatch(ScopedPatch):
+    """While a thread is inside, oneDNN computes what that thread runs through the model's linear layers without gradients.
 
-    Entered by :meth:`drafting`, layers also add what a consistency adapter has for them to the draft tokens. Other threads,
-    and decoders with other adapters, see nothing of it.
+    Inside :meth:`drafting`, the layers also add a consistency adapter's deltas to the draft tokens. Neither affects other
+    threads or decoders with other adapters, and after leaving, the model is unchanged.
 
-    Outside, and in all that can be seen of it, the model is as it was. Weights are those of the last :meth:`refresh`. Left
-    to torch are models that are not in float32 on an x86 CPU, up to three rows of input on an Intel CPU, layers of another type
-    than ``nn.Linear`` or with a ``forward`` of their own, and everything under autocast, torch.compile or
-    ``torch.backends.mkldnn.flags(enabled=False)``. Memory: a second copy of these layers' weights where they have PACKED_BYTES
-    at most, until the model goes or :meth:`clear`; larger models are computed on the weights as they are.
+    Weights are those of the last :meth:`refresh`. torch keeps computing everything that is not float32 on an x86 CPU, up to
+    three rows of input on an Intel CPU, layers that are not exactly ``nn.Linear`` or have a ``forward`` of their own, and
+    everything under autocast, torch.compile or ``torch.backends.mkldnn.flags(enabled=False)``. Memory: a packed copy of the
+    layers' weights if they total at most PACKED_BYTES, until :meth:`clear` or the end of the model; larger models use their
+    weights unpacked.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self._products: list[_Product] = []
-        self._seen: list[Fingerprint] = []  # of the weights that were packed
-        self.changes = 0  # how often a refresh found other layers or weights
+        self._seen: list[Fingerprint] = []  # of the packed weights
+        self.changes = 0  # number of refreshes that found other layers or weights
         self._deltas: WeakKeyDictionary[Adapter, Deltas] = WeakKeyDictionary()
         self._active = _Active(self._inside)
         self._tracing = Lock()
 
     @classmethod
-    def fresh(cls, model: PreTrainedModel) -> Linears:
-        """That one, for the weights as they are now."""
-        linears = cls.of(model)
-        linears.refresh()
-        return linears
+    def refreshed(cls, model: PreTrainedModel) -> LinearPatch:
+        """The model's patch, after a :meth:`refresh`."""
+        patch = cls.for_model(model)
+        patch.refresh()
+        return patch
 
     @torch.inference_mode()
     def refresh(self, adapter: Adapter | None = None) -> None:
-        """Look at the weights anew, at the cost of about one token: they may have been trained, replaced or moved.
+        """Account for weights that were trained, replaced or moved; costs about as much as decoding one token.
 
-        ``adapter``: one that :meth:`drafting` will be asked for.
+        ``adapter``: prepare it for :meth:`drafting`.
         """
         if (model := self._model()) is None:
             return
         with self._lock:
-            self._leave()  # an interrupt may have kept this thread from it
-            if adapter is not None and not (adapter in self._deltas and self._deltas[adapter].fit(model)):
+            self._leave()  # in case an interrupt kept this thread from leaving
+            if adapter is not None and not (adapter in self._deltas and self._deltas[adapter].is_current(model)):
                 self._deltas[adapter] = Deltas(model, adapter)
             self._find_products(model)
 
     def _find_products(self, model: PreTrainedModel) -> None:
         adapted = {name for deltas in self._deltas.values() for name in deltas.pairs}
         fast = bool(torch.backends.mkldnn.enabled)
-        named = [(name, layer, fast and _suits(layer), own_forward(layer)) for name, layer in model.named_modules()]
+        named = [(name, layer, fast and _suits(layer), overridden_forward(layer)) for name, layer in model.named_modules()]
         layers: list[tuple[str, Any, bool, Forward | None]] = [item for item in named if item[2] or item[0] in adapted]
         weights = [layer.weight for _, layer, suits, _ in layers if suits]
         packs = sum(weight.nbytes for weight in weights) <= PACKED_BYTES
         seen = [_fingerprint(weight) for weight in weights] if packs else []
-        known = [(product.name, product.layer, product.fast, product.own) for product in self._products]
+        known = [(product.name, product.layer, product.fast, product.override) for product in self._products]
         if known == layers and seen == self._seen:
             return
         self.changes += 1
-        self._drop()  # the old copies go before new ones are made
+        self._drop()  # free the old copies first
         self._products = [_Product(name, layer, fast, packs, self._active) for name, layer, fast, _ in layers]
         self._seen = seen
         if self._inside:  # other threads
-            self._put_in()
+            self._apply()
 
     @contextmanager
     def drafting(self, adapter: Adapter | None, length: int, tokens: int) -> Iterator[None]:
-        """Entered, with ``adapter`` on the last ``tokens`` of the ``length`` tokens that each row has in a forward."""
+        """Enter for one forward, with ``adapter`` on the last ``tokens`` of the ``length`` tokens of each row."""
         if adapter is None or not tokens:
             with self:
                 yield
             return
-        drafting = self._active.drafting[get_ident()] = Drafting(self._deltas[adapter], length, tokens)
+        drafting = self._active.drafting[get_ident()] = DraftPass(self._deltas[adapter], length, tokens)
         try:
             with self:
                 yield
@@ -107,7 +107,7 @@ class Linears(Lending):
 
     @contextmanager
     def traced(self, adapter: Adapter, length: int, tokens: int) -> Iterator[None]:
-        """The same around a function under torch.compile, which cannot tell threads apart: one at a time may be in here."""
+        """:meth:`drafting` around a compiled function, which cannot tell threads apart, so that they wait for each other."""
         with self._tracing, self.drafting(adapter, length, tokens):
             self._active.traced = self._active.drafting.get(get_ident())
             try:
@@ -116,52 +116,52 @@ class Linears(Lending):
                 self._active.traced = None
 
     def clear(self) -> None:
-        """Give the memory back, until the next :meth:`refresh`."""
+        """Free the memory until the next :meth:`refresh`."""
         with self._lock:
             self._leave()
             self._drop()
             self._deltas.clear()
 
-    def _put_in(self) -> None:
+    def _apply(self) -> None:
         self._active.fast = bool(torch.backends.mkldnn.enabled)
         for product in self._products:
-            product.put_in()
+            product.apply()
 
-    def _take_out(self) -> None:
+    def _remove(self) -> None:
         for product in self._products:
-            product.take_out()
+            product.remove()
 
     def _drop(self) -> None:
-        self._take_out()
+        self._remove()
         self._products, self._seen = [], []
 
 
 class _Active:
-    """Who is inside, and who drafts."""
+    """Which threads are inside, and their forwards with draft tokens."""
 
     def __init__(self, inside: set[int]) -> None:
-        self.inside = inside  # threads
-        self.drafting: dict[int, Drafting] = {}  # of threads
-        self.traced: Drafting | None = None  # of a function under torch.compile
-        self.fast = True  # is oneDNN switched on
+        self.inside = inside  # ids of threads
+        self.drafting: dict[int, DraftPass] = {}  # by thread id
+        self.traced: DraftPass | None = None  # of the compiled function
+        self.fast = True  # whether oneDNN is enabled
 
 
-class _Product(LentForward):
-    """The ``forward`` of a linear layer: on its weights as they are or packed, then with an adapter's delta."""
+class _Product(PatchedForward):
+    """The ``forward`` of a linear layer, on its weights or their packed copy, plus an adapter's delta."""
 
     def __init__(self, name: str, layer: Any, fast: bool, packs: bool, active: _Active) -> None:
         super().__init__(layer)
         self.name, self.fast, self.active = name, fast, active
         self.packed = _packed(layer.weight) if fast and packs else None
-        self.fewest = _fewest_rows() * layer.weight.shape[1] if fast else 0  # numbers of an input that oneDNN is faster for
+        self.fewest = _fewest_rows() * layer.weight.shape[1] if fast else 0  # input size from which oneDNN is faster
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             inside, drafting = False, self.active.traced
         else:
             inside, drafting = get_ident() in self.active.inside, self.active.drafting.get(get_ident())
-        taken = self.fast and inside and self.active.fast and input.numel() >= self.fewest
-        if taken and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+        fast = self.fast and inside and self.active.fast and input.numel() >= self.fewest
+        if fast and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
             weight = self.layer.weight if self.packed is None else self.packed
             output = _multiply(input, weight, self.layer.bias)
         else:
@@ -172,7 +172,7 @@ class _Product(LentForward):
 
 
 def _suits(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or own_forward(layer) is not None:
+    if type(layer) is not nn.Linear or overridden_forward(layer) is not None:
         return False
     weight = layer.weight
     plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.is_contiguous()
@@ -181,7 +181,7 @@ def _suits(layer: nn.Module) -> bool:
 
 @lru_cache
 def _supported() -> bool:
-    """Whether this torch on this CPU has what is needed; on ARM torch goes its own good way."""
+    """Whether this torch on this CPU has the oneDNN operations; on ARM, torch's own backend is kept."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return False
     weight = torch.zeros(8, 8)
@@ -194,16 +194,16 @@ def _supported() -> bool:
 
 @lru_cache
 def _fewest_rows() -> int:
-    """From how many rows of input on oneDNN is faster than MKL."""
+    """The number of input rows from which oneDNN is faster than MKL."""
     cpuinfo = Path("/proc/cpuinfo")
     name = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
     return 4 if "GenuineIntel" in name else 1
 
 
 def _fingerprint(weight: torch.Tensor) -> Fingerprint:
-    """Of every bit: edits through ``.data`` or numpy leave version counters and data pointers as they were.
+    """A hash of the whole weight, because edits through ``.data`` or numpy change neither its version nor its address.
 
-    An exported model may run where nothing installs xxhash; such edits are not seen there.
+    Exported models may run without xxhash; there, such edits go unnoticed.
     """
     try:
         from xxhash import xxh3_128_digest

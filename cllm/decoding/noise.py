@@ -1,4 +1,4 @@
-"""Gumbel noise as a pure function of seed, position and token: it has no state, so it is the same in every window.
+"""Gumbel noise as a pure function of seed, position and token: without state, a position has the same noise in every window.
 
 Shapes: B rows, W window width, V vocabulary.
 """
@@ -16,8 +16,8 @@ BELOW_ONE = 1 - 2**-24  # the largest float32 under 1
 def gumbel_noise(seed_B: torch.Tensor, positions_BW: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Standard Gumbel noise [B, W, V], float32, for int64 seeds and absolute positions.
 
-    Each (seed, position) keys a stream of SplitMix64, and the token's index counts in it. The uniform numbers have 32 bits,
-    finest near 0: that end becomes the upper tail of the noise, which decides between many unlikely tokens.
+    Each (seed, position) keys a SplitMix64 stream, in which the token id is the counter. The uniform numbers have 32 bits and
+    the finest resolution near 0: that end becomes the upper tail of the noise, which decides between many unlikely tokens.
     """
     stream_BW = _mix(_mix((seed_B + 1) * GAMMA)[:, None] + positions_BW * GAMMA)
     counter_V = torch.arange(vocabulary, device=seed_B.device) * GAMMA
@@ -27,7 +27,7 @@ def gumbel_noise(seed_B: torch.Tensor, positions_BW: torch.Tensor, vocabulary: i
 
 
 def _mix(word: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's output function. ``>>`` keeps the sign of an int64, so the bits that it shifts in are masked off."""
+    """SplitMix64's output function. ``>>`` on int64 is arithmetic, so the sign bits that it shifts in are masked off."""
     word = (word ^ ((word >> 30) & (1 << 34) - 1)) * FIRST
     word = (word ^ ((word >> 27) & (1 << 37) - 1)) * SECOND
     return word ^ ((word >> 31) & (1 << 33) - 1)

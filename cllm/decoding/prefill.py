@@ -1,6 +1,6 @@
-"""The first iteration of new rows: prompts go through the model, but for what is known of them.
+"""The first iteration of new rows: their prompts, except for cached prefixes, and their first window go through the model.
 
-Shapes: B rows, T tokens of a forward, V vocabulary, F numbers of an iteration.
+Shapes: B rows, T tokens of a forward, V vocabulary, F fields of an iteration.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from cllm.attention import round_up
 from cllm.decoding.batch import Batch
-from cllm.decoding.prefixes import Prefixes, common
+from cllm.decoding.prefix_cache import PrefixCache, common_length
 from cllm.decoding.sampling import Chooser
 from cllm.decoding.step import Step
 
@@ -22,33 +22,32 @@ if TYPE_CHECKING:
     from cllm.decoding.engine import Request
 
 PROMPT_CHUNK, PROMPT_CHUNK_ON_CPU = 2048, 512
-FORWARD, FORWARD_ON_CPU = 256, 32  # a forward takes about as long as so many of its tokens, however few it has
+FORWARD, FORWARD_ON_CPU = 256, 32  # the fixed cost of a forward, in tokens
 
 
 class Prefill:
-    """Computes each token of a batch of prompts once: not what ``prefixes`` has, nor twice what prompts have in common.
+    """Computes prompts, skipping what ``prefixes`` has cached and computing once what prompts have in common.
 
-    ``chunk``: how many tokens of each prompt go through the model together at most.
+    ``chunk``: the most tokens of a prompt in one forward.
     """
 
-    def __init__(self, step: Step, prefixes: Prefixes, device: torch.device, chunk: int | None) -> None:
+    def __init__(self, step: Step, prefixes: PrefixCache, device: torch.device, chunk: int | None) -> None:
         on_cpu = device.type == "cpu"
         self.step, self.prefixes, self.device = step, prefixes, device
         self.chunk = chunk or (PROMPT_CHUNK_ON_CPU if on_cpu else PROMPT_CHUNK)
         self.forward_tokens = FORWARD_ON_CPU if on_cpu else FORWARD
 
     def __call__(self, new: Batch, requests: Sequence[Request], width: int, unit: int) -> tuple[torch.Tensor, list[int]]:
-        """The facts [B, F] of the iteration, and how many tokens of each prompt were known.
+        """The fields [B, F] of the iteration, and how many tokens of each prompt were reused.
 
-        ``width``: how many leading tokens of the windows go through the model. ``unit``: there is room for a multiple of so
-        many slots in the cache. The prompts, aligned on the right, stand in front of the windows; of long ones a chunk at a
-        time goes ahead.
+        ``width``: how many leading tokens of the windows to compute. ``unit``: reserve a multiple of this many slots in the
+        cache. Prompts are right-aligned before their windows; long ones are computed in chunks, the last with the windows.
         """
         rows, lengths = new.rows, [len(request.prompt) for request in requests]
-        window_BT, after_BT, drafts = self.step.ahead(rows, width)
-        first, width = max(lengths) - 1, window_BT.shape[1]  # where the foremost window begins
+        window_BT, after_BT, drafts = self.step.inputs(rows, width)
+        first, width = max(lengths) - 1, window_BT.shape[1]  # where the last window begins
         length = round_up(first + width)
-        new.cache.reserve(len(requests), round_up(length, unit))  # at once, or it would grow, and move, with every chunk
+        new.cache.reserve(len(requests), round_up(length, unit))  # at once, or it would be copied with every chunk
         known, start = self._reuse(new, requests)
         ahead = max(tokens - 1 - at for tokens, at in zip(lengths, start))
         before_BT = rows.start_B[:, None] + torch.arange(-ahead, 0, device=self.device)
@@ -69,10 +68,10 @@ class Prefill:
         return self.step.advance(rows, *self.step.choose(rows, chooser, logits_BTV, drafts)), known
 
     def _reuse(self, new: Batch, requests: Sequence[Request]) -> tuple[list[int], list[int]]:
-        """How many tokens of each prompt were known, and how many the cache has now; never the last one.
+        """How many tokens of each prompt were reused, and how many the cache has now; the last token is never among them.
 
-        Prompts in the order of their ids have the longest beginnings in common with their neighbours. What is left of a few
-        prompts only goes through the model here, lest all others are padded to its length.
+        In sorted order, prompts have their longest common prefixes with their neighbours. If only a few prompts have much left
+        to compute, they are computed here, so that the others need not be padded to their length.
         """
         rows = range(len(requests))
         prompts = [np.asarray(request.prompt)[:-1] for request in requests]
@@ -82,25 +81,28 @@ class Prefill:
         start = [*known]
         order = sorted(rows, key=lambda row: (requests[row].scope or "", prompts[row].tolist()))
         for row, other in pairwise(order):
-            alike = requests[row].scope == requests[other].scope is not None
-            shared = common(prompts[row], prompts[other]) if alike else 0
+            same_scope = requests[row].scope == requests[other].scope is not None
+            shared = common_length(prompts[row], prompts[other]) if same_scope else 0
             if shared - max(start[row], start[other]) >= self.forward_tokens:
-                self._read(new, row, start[row], shared)
+                self._compute(new, row, start[row], shared)
                 start[row] = shared
             if (shared := min(shared, start[row])) > start[other]:
                 new.cache.copy(row, other, start[other], shared)
                 known[other] = start[other] = shared
         if any(known):
             left = [len(prompt) - at for prompt, at in zip(prompts, start)]
-            last = self._last(left)
+            last = self._tokens_together(left)
             for row in rows:
                 if left[row] > last:
-                    self._read(new, row, start[row], len(prompts[row]) - last)
+                    self._compute(new, row, start[row], len(prompts[row]) - last)
                     start[row] = len(prompts[row]) - last
         return known, start
 
-    def _last(self, left: list[int]) -> int:
-        """Up to how many tokens of each prompt should wait for the forward of all, if so many are ``left``."""
+    def _tokens_together(self, left: list[int]) -> int:
+        """How many last tokens of each prompt to compute in one padded forward at the least total cost.
+
+        ``left``: how many tokens of each prompt remain. What a prompt has beyond the result is computed alone before.
+        """
 
         def cost(last: int) -> int:
             alone = [count - last + self.forward_tokens for count in left if count > last]
@@ -108,8 +110,8 @@ class Prefill:
 
         return min(left, key=cost)
 
-    def _read(self, new: Batch, row: int, start: int, end: int) -> None:
-        """Tokens start .. end - 1 of one row go through the model."""
+    def _compute(self, new: Batch, row: int, start: int, end: int) -> None:
+        """Compute keys and values of tokens start .. end - 1 of one row."""
         for at in range(start, end, self.chunk):
             stop = min(at + self.chunk, end)
             tokens_1T = new.rows.text_BS[row : row + 1, at:stop]

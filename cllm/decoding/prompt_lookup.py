@@ -1,7 +1,7 @@
-"""Guesses copied from the text: what followed the last tokens when they stood there before.
+"""Guesses copied from the text: what followed an earlier occurrence of the last tokens.
 
 Source: Saxena 2023, "Prompt lookup decoding" (github.com/apoorvumang/prompt-lookup-decoding).
-Shapes: B rows, W window width, S positions of the text, N tokens looked for.
+Shapes: B rows, W window width, S positions of the text, N tokens to match.
 """
 
 from __future__ import annotations
@@ -11,51 +11,51 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from cllm.decoding.draft import Draft, Guess
+from cllm.decoding.guess_strategy import GuessStrategy, PartialWindow
 
-LONGEST = 3  # tokens that are looked for at most
-TRUSTED = 2  # as many tokens of verified text, found again, speak louder than guesses that are there
-HINTED = 7  # tokens behind a match of one that are worth a forward: on a CPU, 2 to 8 tokens cost about the same
+LONGEST = 3  # longest match, in tokens
+TRUSTED = 2  # a match of at least this many tokens replaces existing guesses
+HINTED = 7  # tokens worth computing after a one-token match: on a CPU, 2 to 8 tokens cost about the same
 
 
-class PromptLookup(Guess):
-    """Looks for the last three, two or one tokens in the verified text, and copies what followed them there.
+class PromptLookup(GuessStrategy):
+    """Finds the last three, two or one tokens in the verified text and copies what followed them.
 
-    The tokens in front of the replaceable guesses are looked for first: a match of two or more replaces those guesses. Else
-    the guesses stay, and the tokens in front of the empty positions are looked for. Longer matches come before later ones.
-    What was copied behind a match of two or more is worth a forward. Where refined guesses are not, a match of one replaces
-    them too, and the first HINTED tokens behind it are.
+    The tokens before the replaceable guesses are looked up first; a match of TRUSTED tokens or more replaces those guesses.
+    Otherwise the guesses stay, and the tokens before the empty positions are looked up. Of several matches the longest wins,
+    then the latest. Tokens copied after a match of TRUSTED or more are worth computing. Where refined guesses are not
+    (``PartialWindow.narrows``), a match of one token replaces them, and HINTED tokens after it are worth computing.
     """
 
     name = "prompt_lookup"
     narrows = True
 
-    def fill(self, memory_BM: torch.Tensor, draft: Draft) -> Draft:
-        order_W, W = draft.order_W, draft.window_BW.shape[1]
-        text_BS = draft.text_BS.scatter(1, draft.positions_BW, draft.window_BW)
-        firm_end_B, filled_end_B = draft.start_B + draft.firm_B - 1, draft.start_B + draft.filled_B - 1
-        twice = torch.cat([text_BS, text_BS]), torch.cat([firm_end_B, filled_end_B]), torch.cat([draft.start_B] * 2)
+    def fill(self, memory_BM: torch.Tensor, partial: PartialWindow) -> PartialWindow:
+        order_W, W = partial.order_W, partial.window_BW.shape[1]
+        text_BS = partial.text_BS.scatter(1, partial.positions_BW, partial.window_BW)
+        firm_end_B, filled_end_B = partial.start_B + partial.firm_B - 1, partial.start_B + partial.filled_B - 1
+        twice = torch.cat([text_BS, text_BS]), torch.cat([firm_end_B, filled_end_B]), torch.cat([partial.start_B] * 2)
         (firm_match_B, filled_match_B), (length_B, _) = (found.chunk(2) for found in latest_match(*twice))
-        hinted_B = (length_B == 1) & (draft.firm_B == 1) & draft.narrows
-        replacing_B = ((length_B >= TRUSTED) | hinted_B) & (draft.firm_B < W)
+        hinted_B = (length_B == 1) & (partial.firm_B == 1) & partial.narrows
+        replacing_B = ((length_B >= TRUSTED) | hinted_B) & (partial.firm_B < W)
         match_B = torch.where(replacing_B, firm_match_B, filled_match_B)
-        from_B = torch.where(replacing_B, draft.firm_B, draft.filled_B)
+        from_B = torch.where(replacing_B, partial.firm_B, partial.filled_B)
         found_B = (match_B >= 0) & (from_B < W)
         worth_B = torch.where(hinted_B, min(1 + HINTED, W), W)
 
-        copied_BW = continuation(text_BS, match_B, draft.start_B + from_B - 1, draft.positions_BW)
+        copied_BW = continuation(text_BS, match_B, partial.start_B + from_B - 1, partial.positions_BW)
         return replace(
-            draft,
-            window_BW=torch.where(found_B[:, None] & (order_W >= from_B[:, None]), copied_BW, draft.window_BW),
-            firm_B=torch.where(found_B & ~hinted_B, W, draft.firm_B),
-            filled_B=torch.where(found_B, W, draft.filled_B),
-            useful_B=torch.where(replacing_B & (draft.useful_B == draft.firm_B), worth_B, draft.useful_B),
+            partial,
+            window_BW=torch.where(found_B[:, None] & (order_W >= from_B[:, None]), copied_BW, partial.window_BW),
+            firm_B=torch.where(found_B & ~hinted_B, W, partial.firm_B),
+            filled_B=torch.where(found_B, W, partial.filled_B),
+            useful_B=torch.where(replacing_B & (partial.useful_B == partial.firm_B), worth_B, partial.useful_B),
         )
 
 
 def latest_match(text_BS: torch.Tensor, end_B: torch.Tensor, limit_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last position before ``limit_B`` (<= ``end_B``) where the tokens that end at ``end_B`` end too, -1 for none, and how
-    many tokens match, at most LONGEST: both [B]. The longest match counts.
+    """Where the longest match of the tokens up to ``end_B`` ends, the last such position before ``limit_B`` (<= ``end_B``) or
+    -1, and how many tokens match, at most LONGEST; both [B].
     """
     S = text_BS.shape[1]
     at_S, back_N = torch.arange(S, device=text_BS.device), torch.arange(LONGEST, device=text_BS.device)
@@ -71,9 +71,9 @@ def latest_match(text_BS: torch.Tensor, end_B: torch.Tensor, limit_B: torch.Tens
 
 
 def continuation(text_BS: torch.Tensor, match_B: torch.Tensor, end_B: torch.Tensor, positions_BW: torch.Tensor) -> torch.Tensor:
-    """What stands at ``positions_BW`` if the text goes on behind ``end_B`` as it did behind ``match_B``: [B, W].
+    """The tokens at ``positions_BW`` if the text continues after ``end_B`` as it did after ``match_B``: [B, W].
 
-    A copy that reaches ``end_B`` goes on with what it has put there itself, so the text repeats with that period.
+    A copy that reaches ``end_B`` continues with its own tokens, so it repeats with period ``end_B - match_B``.
     """
     ahead_BW = positions_BW - end_B[:, None] - 1
     return text_BS.gather(1, (match_B[:, None] + 1 + ahead_BW % (end_B - match_B)[:, None]).clamp(min=0))

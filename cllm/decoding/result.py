@@ -1,6 +1,6 @@
-"""What decoding gives: iterations as they happen, and the response of each row that they add up to.
+"""The output of decoding: iterations as they happen, and each row's response, which they add up to.
 
-Shapes: B rows, W window width, F numbers that an iteration tells of each row.
+Shapes: B rows, W window width, F numbers per row of an iteration.
 """
 
 from __future__ import annotations
@@ -13,83 +13,84 @@ from typing import Literal
 import torch
 
 Stop = Literal["eos", "length", "context"]
-SINGLE = 6  # columns of facts_BF in front of the window and the choices
+SCALARS = 6  # columns of fields_BF before the window and the choices
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """One forward pass, seen by whoever drives the loop, as one int64 tensor on the model's device."""
+    """One forward pass as the caller of the loop sees it: one int64 tensor on the model's device."""
 
-    facts_BF: torch.Tensor  # the single numbers in the order of the properties below, then W window tokens and W choices
-    reused: Mapping[int, int] = field(default_factory=dict)  # of a prefill: tokens of each row's prompt not computed for it
+    fields_BF: torch.Tensor  # SCALARS columns in the order of the properties below, then W window tokens and W choices
+    reused: Mapping[int, int] = field(default_factory=dict)  # in a prefill: row -> tokens of its prompt that were reused
 
     @staticmethod
-    def facts(*singles_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor) -> torch.Tensor:
-        return torch.cat([torch.stack(singles_B, dim=1), window_BW, choices_BW], dim=1)
+    def pack(*scalars_B: torch.Tensor, window_BW: torch.Tensor, choices_BW: torch.Tensor) -> torch.Tensor:
+        """``fields_BF`` from its columns."""
+        return torch.cat([torch.stack(scalars_B, dim=1), window_BW, choices_BW], dim=1)
 
     @property
     def rows_B(self) -> torch.Tensor:
-        """Which prompt each row belongs to, counted in the order they were fed."""
-        return self.facts_BF[:, 0]
+        """The number of each row's request, counted in the order they were fed."""
+        return self.fields_BF[:, 0]
 
     @property
     def start_B(self) -> torch.Tensor:
         """Position of the window's first token, which is verified."""
-        return self.facts_BF[:, 1]
+        return self.fields_BF[:, 1]
 
     @property
     def emitted_B(self) -> torch.Tensor:
         """How many leading choices joined the output."""
-        return self.facts_BF[:, 2]
+        return self.fields_BF[:, 2]
 
     @property
     def fast_forwarded_B(self) -> torch.Tensor:
-        """Tokens verified beyond the one that AR would have gained."""
-        return self.facts_BF[:, 3]
+        """Fast-forwarded tokens: those verified beyond the one that AR decoding would have gained."""
+        return self.fields_BF[:, 3]
 
     @property
     def stationary_B(self) -> torch.Tensor:
-        """Of those, guesses that had stood right behind a wrong one."""
-        return self.facts_BF[:, 4]
+        """Stationary tokens: fast-forwarded tokens whose guess was already right one iteration ago, after a wrong one."""
+        return self.fields_BF[:, 4]
 
     @property
     def running_B(self) -> torch.Tensor:
-        """False for rows that were finished before, and for places that no row has."""
-        return self.facts_BF[:, 5].bool()
+        """False for rows that had finished before this iteration, and for free places."""
+        return self.fields_BF[:, 5].bool()
 
     @property
     def window_BW(self) -> torch.Tensor:
-        """The state that went in."""
-        return self.facts_BF[:, SINGLE:].chunk(2, dim=1)[0]
+        """The state before the iteration."""
+        return self.fields_BF[:, SCALARS:].chunk(2, dim=1)[0]
 
     @property
     def choices_BW(self) -> torch.Tensor:
         """The model's choice for the position after each window token."""
-        return self.facts_BF[:, SINGLE:].chunk(2, dim=1)[1]
+        return self.fields_BF[:, SCALARS:].chunk(2, dim=1)[1]
 
 
 @dataclass
 class RowResult:
-    """The response to one prompt and what it cost."""
+    """The response to one prompt, with its forward passes and statistics."""
 
-    token_ids: list[int] = field(default_factory=list)  # the end-of-sequence token included where one was reached
+    token_ids: list[int] = field(default_factory=list)  # including the end-of-sequence token, if any
     accepted: list[int] = field(default_factory=list)  # tokens gained by each forward; sums to len(token_ids)
     fast_forwarded: int = 0
     stationary: int = 0
     stop: Stop = "length"
-    reused: int = field(default=0, compare=False)  # tokens of the prompt that had been computed before, or for another row
+    reused: int = field(default=0, compare=False)  # tokens of the prompt taken from the prefix cache or another row
 
     @property
     def forwards(self) -> int:
-        """The prefill counts as one, in however many pieces a long prompt goes through the model."""
+        """The number of forward passes. The prefill counts as one, even when a long prompt is computed in chunks."""
         return len(self.accepted)
 
     @property
     def tokens_per_forward(self) -> float:
         return len(self.token_ids) / self.forwards if self.forwards else 0.0
 
-    def behind(self, tokens: int) -> list[list[int]]:
-        """The token ids behind the first ``tokens``, apart by the forwards that brought them."""
+    def steps_after(self, tokens: int) -> list[list[int]]:
+        """The token ids after the first ``tokens``, one list per forward."""
         steps, end = [], len(self.token_ids)
         for count in reversed(self.accepted):
             if end <= tokens:
@@ -99,7 +100,7 @@ class RowResult:
         return steps[::-1]
 
     def gain(self, token_ids: list[int], fast_forwarded: int, stationary: int) -> None:
-        """Add what one forward brought."""
+        """Add the outcome of one forward."""
         self.token_ids += token_ids
         self.accepted.append(len(token_ids))
         self.fast_forwarded += fast_forwarded
@@ -107,7 +108,7 @@ class RowResult:
 
 
 class Tally:
-    """Adds iterations up to results, row by row. Tensors are fetched from the device only when a result is taken."""
+    """Collects iterations into results. Copies tensors from the device only when a result is asked for."""
 
     def __init__(self, eos_ids: Sequence[int]) -> None:
         self._eos = set(eos_ids)
@@ -120,12 +121,12 @@ class Tally:
             self._rows.setdefault(row, RowResult(reused=tokens))
 
     def so_far(self, row: int) -> RowResult:
-        """What a row has by now; how it stops is said by :meth:`take` alone."""
+        """The result of an unfinished row; only :meth:`take` sets ``stop``."""
         self._fetch()
         return self._rows.setdefault(row, RowResult())
 
     def take(self, row: int, max_new_tokens: int) -> RowResult:
-        """The result of a finished row, which is forgotten here."""
+        """Remove and return the result of a finished row."""
         result = self.so_far(row)
         del self._rows[row]
         result.stop = "length" if len(result.token_ids) == max_new_tokens else "context"
@@ -134,10 +135,10 @@ class Tally:
         return result
 
     def _fetch(self) -> None:
-        for _, alike in groupby(self._history, key=lambda iteration: iteration.facts_BF.shape):
-            for facts in torch.cat([iteration.facts_BF for iteration in alike]).tolist():
-                row, _, emitted, fast, stationary, running = facts[:SINGLE]
+        for _, same_shape in groupby(self._history, key=lambda iteration: iteration.fields_BF.shape):
+            for fields in torch.cat([iteration.fields_BF for iteration in same_shape]).tolist():
+                row, _, emitted, fast, stationary, running = fields[:SCALARS]
                 if running:
-                    choices = facts[(SINGLE + len(facts)) // 2 :]
+                    choices = fields[(SCALARS + len(fields)) // 2 :]
                     self._rows.setdefault(row, RowResult()).gain(choices[:emitted], fast, stationary)
         self._history.clear()

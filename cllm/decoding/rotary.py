@@ -1,8 +1,7 @@
-"""Rotary embeddings whose frequencies depend on how long the text is (longrope), for each token as AR decoding has them.
+"""Rotary embeddings whose frequencies depend on the length of the text (longrope), chosen per token as AR decoding has them.
 
-transformers' longrope has two sets of frequencies and takes one for a whole forward, by its longest position. A window's
-guesses, a longer neighbour or the first part of a long prompt would then change the numbers of tokens that AR decoding
-computes with the other set.
+transformers' longrope has two sets of frequencies and chooses one per forward, by its largest position. Guesses in a window, a
+longer row of the batch or a chunk of a long prompt would switch tokens that AR decoding computes with the other set.
 Paper: LongRoPE, arXiv 2402.13753, section 3.3.
 Shapes: B rows, T tokens of a forward.
 """
@@ -18,27 +17,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cllm.decoding.lending import Lending, LentForward
+from cllm.decoding.scoped_patch import PatchedForward, ScopedPatch
 from cllm.models import LONGROPE, rotary_switch
 
 
-class Rotary(Lending):
-    """A model's rotary embeddings with longrope; while :meth:`reaching` is entered, each token has its own frequencies."""
+class RotaryPatch(ScopedPatch):
+    """Inside :meth:`reaching`, the model's longrope embeddings choose their frequencies for each token separately."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._reach: dict[int, torch.Tensor] = {}  # of threads
+        self._reach: dict[int, torch.Tensor] = {}  # by thread id
         switch = rotary_switch(model.config)
         layers = [layer for layer in model.modules() if _is_longrope(layer)] if switch else []
         self._embeddings = [_Embedding(layer, int(switch or 0), self._reach) for layer in layers]
 
     def __bool__(self) -> bool:
-        """Whether the model has any."""
+        """Whether the model uses longrope."""
         return bool(self._embeddings)
 
     @contextmanager
     def reaching(self, reach_BT: torch.Tensor) -> Iterator[None]:
-        """Entered, for a forward whose tokens AR decoding computes in forwards with these longest positions."""
+        """Enter for one forward. ``reach_BT``: the largest position in the forward in which AR decoding computes each token."""
         if not self:
             yield
             return
@@ -49,17 +48,17 @@ class Rotary(Lending):
         finally:
             del self._reach[get_ident()]
 
-    def _put_in(self) -> None:
+    def _apply(self) -> None:
         for embedding in self._embeddings:
-            embedding.put_in()
+            embedding.apply()
 
-    def _take_out(self) -> None:
+    def _remove(self) -> None:
         for embedding in self._embeddings:
-            embedding.take_out()
+            embedding.remove()
 
 
-class _Embedding(LentForward):
-    """The ``forward`` of a rotary embedding: cosine and sine [B, T, D] of each token from the set that its reach asks for."""
+class _Embedding(PatchedForward):
+    """The ``forward`` of a rotary embedding: cosine and sine [B, T, D], each token's from the set for its reach."""
 
     def __init__(self, layer: nn.Module, switch: int, reach: dict[int, torch.Tensor]) -> None:
         super().__init__(layer)
@@ -73,7 +72,7 @@ class _Embedding(LentForward):
         short = self.plain(x, position_ids.clamp(max=self.switch - 1), *args, **kwargs)
         long = self.plain(x, torch.cat([position_ids, beyond], dim=-1), *args, **kwargs)
         is_long = (reach_BT >= self.switch)[..., None].to(position_ids.device)
-        return tuple(torch.where(is_long, of_long[..., :-1, :], of_short) for of_long, of_short in zip(long, short))
+        return tuple(torch.where(is_long, far[..., :-1, :], near) for far, near in zip(long, short))
 
 
 def _is_longrope(layer: nn.Module) -> bool:

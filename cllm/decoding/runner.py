@@ -1,4 +1,4 @@
-"""Ways to run a step: as it is, under ``torch.compile``, or captured as a CUDA graph and replayed."""
+"""Ways to run a step: eagerly, under ``torch.compile``, or captured as a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from cllm.models import first_line
 logger = logging.getLogger(__name__)
 
 Mode = Literal["auto", "off", "graph", "compile"]
-StepFunction = Callable[[Rows, Chooser, RowCache, int, int], torch.Tensor]  # Step and what wraps it
+StepFunction = Callable[[Rows, Chooser, RowCache, int, int], torch.Tensor]  # Step, or a wrapper of it
 Replay = Callable[[], torch.Tensor]
-Capture = Callable[[Replay], Replay]  # a step with fixed arguments -> the same, whose result lives until the next call
+Capture = Callable[[Replay], Replay]  # from a step with fixed arguments to its replay, whose result the next call overwrites
 
-CAPTURED_LENGTHS = 256  # captured attention sees a multiple of so many slots, and of a quarter of the power of two below
-WARM_UP = 2  # steps of a kind that are run as they are, before the next one is captured
-MOST_CAPTURED = 32  # kinds of step that are kept
-COMPILING = {  # of a decoder's own, as far as this torch has it: by default all decoders share 8 kinds of step
+CAPTURED_LENGTHS = 256  # captured attention sees a multiple of this many slots, and of an eighth to a quarter of its length
+WARM_UP = 2  # eager runs of a kind of step before it is captured
+MOST_CAPTURED = 32  # captured steps to keep
+COMPILING = {  # options of torch.compile, where this torch has them; by default all decoders share 8 compiled kinds of step
     "recompile_limit": 64,
     "isolate_recompiles": True,
 }
 
 
 class Runner:
-    """Runs steps as they are."""
+    """Runs steps eagerly, or compiled where the step is a :class:`CompiledStep`."""
 
-    fixed = False  # are the buffers kept for the next batch, and made large enough for the longest text at once?
+    fixed = False  # are the buffers kept for the next batch, and allocated for the longest text at once?
 
     def __init__(self, step: StepFunction, narrows: bool = False) -> None:
         self.step = step
-        self.narrows = narrows  # may steps be about fewer tokens than the windows have?
+        self.narrows = narrows  # may steps compute only the leading tokens of the windows?
 
     @contextmanager
     def batch(self, empty: Rows) -> Iterator[Batch]:
-        """A batch without rows."""
+        """A batch without rows; ``empty`` gives the form of its rows."""
         yield Batch(empty)
 
     def size(self, used: int, room: int) -> int:
-        """How many of a batch's places a step should be about, if so many are used and there is room for so many."""
+        """How many places of a batch a step should process, if ``used`` of its ``room`` places are in use."""
         return used
 
     def length(self, reach: int) -> int:
@@ -58,16 +58,16 @@ class Runner:
         return round_up(reach)
 
     def run(self, batch: Batch, chooser: Chooser, length: int, width: int) -> torch.Tensor:
-        """One step of a batch: the facts of an iteration, which no later step changes."""
+        """One step of a batch; returns the fields [B, F] of its iteration, which later steps leave unchanged."""
         return self.step(batch.live, chooser, batch.cache, length, width)
 
 
 class CapturingRunner(Runner):
-    """Captures each kind of step (rows, slots seen, width, sampling) when it comes for the third time, and replays it then.
+    """Captures each kind of step (number of rows, slots, width, sampling) on its third run, and replays it from then on.
 
-    Buffers and captured steps are kept from one batch to the next; both go when the buffers have to grow. Memory: the largest
-    cache so far, for its rows and its longest text, and what the largest captured step needs in between.
-    Where a step cannot be captured, a warning says so once, and steps are run as they are from then on.
+    Buffers and captured steps are kept between batches, until the buffers have to grow. Memory: the largest cache so far, for
+    its rows and its longest text, and the intermediate results of the largest captured step.
+    If a step cannot be captured, a warning says so once, and all further steps run uncaptured.
     """
 
     fixed = True
@@ -79,12 +79,12 @@ class CapturingRunner(Runner):
 
     @contextmanager
     def batch(self, empty: Rows) -> Iterator[Batch]:
-        """The one kept from last time, unless it is in use."""
+        """The batch kept from last time, cleared, or a new one if that is in use."""
         batch, self._kept = self._kept or Batch(empty), None
         batch.clear()
         try:
             yield batch
-        except GeneratorExit:  # the caller has seen enough
+        except GeneratorExit:  # the caller stopped early
             self._kept = batch
             raise
         self._kept = batch
@@ -97,10 +97,10 @@ class CapturingRunner(Runner):
         return round_up(reach, unit)
 
     def run(self, batch: Batch, chooser: Chooser, length: int, width: int) -> torch.Tensor:
-        if chooser.processes:  # the host has a say in every token
+        if chooser.processes:  # the host takes part in choosing tokens
             return super().run(batch, chooser, length, width)
         kind = (batch.size, length, width, chooser.kind)
-        known = batch.captured.pop(kind, 0)  # how often it was run, or its replay
+        known = batch.captured.pop(kind, 0)  # the number of its eager runs, or its replay
         if known == WARM_UP and self.capture:
             known = self._captured(self.capture, batch, chooser, length, width) or known
         replay = known if callable(known) else None
@@ -120,15 +120,15 @@ class CapturingRunner(Runner):
 
 
 class CompiledStep:
-    """A step under ``torch.compile``. Where that fails, a warning says so once, and the step runs as it is.
+    """A step under ``torch.compile``. If compiling fails, a warning says so once, and the step runs eagerly.
 
-    Only greedy rows are compiled: inductor (torch 2.13, on a CPU) gives the filters of sampling an index out of bounds.
+    Only greedy batches are compiled: inductor (torch 2.13, CPU) compiles the sampling filters to an out-of-bounds index.
     """
 
     def __init__(self, step: Step, backend: str = "inductor") -> None:
         self.plain = step
-        here = inspect.signature(torch.compile).parameters
-        options: dict[str, Any] = {name: value for name, value in COMPILING.items() if name in here}
+        supported = inspect.signature(torch.compile).parameters
+        options: dict[str, Any] = {name: value for name, value in COMPILING.items() if name in supported}
         self.compiled: StepFunction = torch.compile(step, fullgraph=True, backend=backend, **options)
 
     def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int, width: int) -> torch.Tensor:
@@ -138,7 +138,7 @@ class CompiledStep:
             with self.plain.tracing(width):
                 return self.compiled(rows, chooser, cache, length, width)
         except Exception as error:
-            # Slow to import; what is raised while nothing has run yet.
+            # Slow to import. These errors are raised before the step has changed anything.
             from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
             if not isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
@@ -149,7 +149,7 @@ class CompiledStep:
 
 
 class CudaGraphs:
-    """Captures steps as CUDA graphs. They share their memory, since they run one after another."""
+    """Captures steps as CUDA graphs. All graphs share one memory pool, since they never run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
@@ -167,10 +167,12 @@ class CudaGraphs:
 
 
 def make_runner(step: Step, mode: Mode) -> Runner:
-    """``off``: steps as they are; ``graph``: captured as CUDA graphs; ``compile``: under torch.compile, and captured on a GPU;
-    ``auto``: ``graph`` where the whole model is on one GPU, else ``off``.
+    """The runner for a compile mode.
 
-    Raises UsageError for another mode, for ``graph`` where no graph can be captured, and for ``compile`` with longrope.
+    ``off``: eager steps; ``graph``: steps captured as CUDA graphs; ``compile``: steps under torch.compile, also captured if
+    the whole model is on one GPU; ``auto``: ``graph`` if the whole model is on one GPU, otherwise ``off``.
+
+    Raises UsageError for an unknown mode, for ``graph`` without such a model, and for ``compile`` with longrope.
     """
     if mode not in get_args(Mode):
         raise UsageError(f"compile must be one of {', '.join(get_args(Mode))}, got {mode!r}")
@@ -179,7 +181,7 @@ def make_runner(step: Step, mode: Mode) -> Runner:
     if mode == "graph" and not capturable:
         raise UsageError(f"compile='graph' needs the whole model on one CUDA device, got {', '.join(map(str, devices))}")
     if mode == "compile" and step.rotary:
-        raise UsageError("compile='compile' takes no model with longrope, whose frequencies are chosen outside of its code")
+        raise UsageError("compile='compile' does not support longrope, whose frequencies are chosen outside the compiled code")
     function = CompiledStep(step) if mode == "compile" else step
     if mode == "off" or not capturable:
         return Runner(function, narrows=(step.narrows or step.drafts > 0) and function is step)

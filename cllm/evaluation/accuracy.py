@@ -77,7 +77,7 @@ def answer(
     batch. An example with follow-ups is a conversation: each of them is asked, through ``template``, with the replies so far.
     """
     for batch in batches(sorted(prompts, key=lambda prompt: len(prompt.ids)), batch_size):
-        samplings = [sampling.of(prompt.example.id) for prompt in batch]
+        samplings = [sampling.derive(prompt.example.id) for prompt in batch]
         turns = _converse(decoder, tokenizer, batch, template, max_new_tokens, samplings)
         yield rescore(task, [_row(prompt, of) for prompt, of in zip(batch, turns, strict=True)])
 

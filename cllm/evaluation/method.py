@@ -11,8 +11,8 @@ import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from cllm.adapter import attached
-from cllm.decoding import GREEDY, Guess, JacobiDecoder, Sampling, make_guess
-from cllm.decoding.prefixes import DEFAULT_BYTES
+from cllm.decoding import GREEDY, GuessStrategy, JacobiDecoder, Sampling, make_guess
+from cllm.decoding.prefix_cache import DEFAULT_BYTES
 from cllm.errors import UsageError
 from cllm.evaluation.method_name import AR, GENERATE, JACOBI, NO_ADAPTER, PROMPT_LOOKUP
 from cllm.trajectory.hygiene import cut_at_eos
@@ -98,7 +98,7 @@ def build_methods(
     block_size: int,
     drafts: int | None = None,
     window: str = "sliding",
-    guesses: Sequence[Guess] = (),
+    guesses: Sequence[GuessStrategy] = (),
     eos_ids: Sequence[int],
     seed: int = 0,
     prefix_cache: int = DEFAULT_BYTES,

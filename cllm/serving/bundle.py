@@ -1,7 +1,7 @@
-"""One module out of many: a function of this package with all that it needs, in a file that imports nothing of the package.
+"""Bundling: a function of this package and all its dependencies in one file that imports nothing from the package.
 
-The source is taken as it stands, statement by statement: definitions that nothing needs are left out, imports between the
-package's modules fall away, those of other modules are gathered at the top.
+The source is copied unchanged, statement by statement: definitions that nothing needs are dropped, imports within the package
+are removed, and all other imports move to the top.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ HEAD = "# Made by `cllm export` from the source of the CLLM toolkit (Apache-2.0)
 
 
 class BundleError(Exception):
-    """Source that cannot be put into one file as it stands: a defect of the package, never of its user."""
+    """Source that cannot be bundled unchanged: a bug in the package, never an error of its user."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """What a name stands for: ``from module import name as ...``, or the module itself where ``name`` is None."""
+    """What an imported name refers to: ``name`` of ``module``, or the module itself if ``name`` is None."""
 
     module: str
     name: str | None
 
     @property
     def inner(self) -> bool:
+        """Whether it comes from this package."""
         return self.module.split(".")[0] == PACKAGE
 
     def renamed(self, bound: str) -> str:
-        """How an import statement calls it, where it is to be known as ``bound``."""
+        """The item of an import statement that binds it to the name ``bound``."""
         name = self.name or self.module
         return name if bound in (name, name.split(".")[0]) else f"{name} as {bound}"
 
 
 class Module:
-    """The top level of a module: its statements, the names they define, and the names that it imports."""
+    """The top level of a module: its statements, the names they define, and the names they import."""
 
     def __init__(self, name: str) -> None:
         spec = importlib.util.find_spec(name)
@@ -56,31 +57,31 @@ class Module:
                 self.imported.update(_bindings(node))
 
     def needs(self, statement: ast.stmt) -> dict[str, Import | None]:
-        """The names of a statement that the module knows: what it imports them from, None for its own."""
+        """The module's names that a statement uses, and where they are imported from; None if defined in the module."""
         used = dict.fromkeys(node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
         return {name: self.imported.get(name) for name in used if name in self.defined or name in self.imported}
 
     def text(self, statement: ast.stmt) -> str:
-        """The source of a statement with its decorators and the comments above, without imports from the package."""
+        """The source of a statement, with its decorators and the comments above it, without imports from the package."""
         decorators = getattr(statement, "decorator_list", [])
         first = min(node.lineno for node in [statement, *decorators])
         while first > 1 and self.lines[first - 2].startswith("#"):
             first -= 1
-        dropped = {at for node in _inner_imports(statement) for at in range(node.lineno, _end(node) + 1)}
-        return "\n".join(self.lines[at - 1] for at in range(first, _end(statement) + 1) if at not in dropped)
+        dropped = {line for node in _inner_imports(statement) for line in range(node.lineno, _end(node) + 1)}
+        return "\n".join(self.lines[line - 1] for line in range(first, _end(statement) + 1) if line not in dropped)
 
 
 def bundle(module: str, name: str) -> str:
-    """The source of one module that has ``name`` of ``module`` and what that needs, directly or not.
+    """The source of one module that defines ``name`` of ``module`` and its dependencies, direct and indirect.
 
-    The same source gives the same text. Raises BundleError where two modules use one name for different things, or rename
+    The same source always gives the same text. Raises BundleError if two modules use one name for different things, or rename
     what they import from each other.
     """
     modules: dict[str, Module] = {}
     wanted: dict[str, set[str]] = {}  # module -> names
     outside: dict[str, Import] = {}
 
-    def want(module: str, name: str) -> None:
+    def add(module: str, name: str) -> None:
         if module not in modules:
             modules[module], wanted[module] = Module(module), set()
         if name in wanted[module]:
@@ -90,17 +91,17 @@ def bundle(module: str, name: str) -> str:
         wanted[module].add(name)
         for used, source in modules[module].needs(modules[module].defined[name]).items():
             if source is None:
-                want(module, used)
+                add(module, used)
             elif source.inner and source.name != used:
                 raise BundleError(f"{module} imports {source.module} as a whole, or renames what it takes from it: {used}")
             elif source.inner:
-                want(source.module, used)
+                add(source.module, used)
             elif outside.setdefault(used, source) != source:
                 raise BundleError(f"{used} is both {outside[used]} and {source}")
 
-    want(module, name)
+    add(module, name)
     _check_names(wanted, outside)
-    sections = [_section(modules[at], wanted[at]) for at in _in_order(modules, module)]
+    sections = [_section(modules[each], wanted[each]) for each in _topological(modules, module)]
     return "\n".join([HEAD, "", "from __future__ import annotations", "", *_import_lines(outside), *sections]) + "\n"
 
 
@@ -113,8 +114,8 @@ def _import_lines(outside: dict[str, Import]) -> list[str]:
     return whole + [f"from {module} import ({', '.join(parts[module])})" for module in sorted(filter(None, parts))]
 
 
-def _in_order(modules: dict[str, Module], last: str) -> list[str]:
-    """The modules, each behind those that it imports from."""
+def _topological(modules: dict[str, Module], last: str) -> list[str]:
+    """The names of the modules, each after those that it imports from."""
     done: dict[str, None] = {}
 
     def visit(name: str) -> None:
@@ -128,7 +129,7 @@ def _in_order(modules: dict[str, Module], last: str) -> list[str]:
 
 
 def _section(module: Module, names: set[str]) -> str:
-    """What is wanted of a module, under its docstring."""
+    """The definitions of ``names`` in a module, under the module's docstring."""
     head = [f"# {'-' * 20} {module.name}", *(ast.get_docstring(module.tree) or "").splitlines()]
     text = "\n".join([head[0], *(f"# {line}".rstrip() for line in head[1:])])
     before = None
@@ -141,24 +142,24 @@ def _section(module: Module, names: set[str]) -> str:
 
 
 def _check_names(wanted: dict[str, set[str]], outside: dict[str, Import]) -> None:
-    """Raise BundleError where a name would come to stand for two things."""
+    """Raise BundleError if a name would refer to two things."""
     owners: dict[str, str] = {}
-    for at, names in wanted.items():
+    for module, names in wanted.items():
         for name in sorted(names):
             if name in outside or hasattr(builtins, name):
-                raise BundleError(f"{at} defines {name}, which elsewhere is {outside.get(name, 'built in')}")
-            if owners.setdefault(name, at) != at:
-                raise BundleError(f"{owners[name]} and {at} both define {name}; in one file they need two names")
+                raise BundleError(f"{module} defines {name}, which elsewhere is {outside.get(name, 'built in')}")
+            if owners.setdefault(name, module) != module:
+                raise BundleError(f"{owners[name]} and {module} both define {name}; in one file they need two names")
 
 
 def _defines(statement: ast.stmt) -> Iterator[str]:
-    """The names that a top-level statement defines, imports left aside."""
+    """The names that a top-level statement defines, other than by importing."""
     match statement:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             yield name
         case ast.Assign() | ast.AnnAssign():
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            yield from (node.id for of in targets for node in ast.walk(of) if isinstance(node, ast.Name))
+            yield from (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
         case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()) | ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return
         case _:
@@ -167,7 +168,7 @@ def _defines(statement: ast.stmt) -> Iterator[str]:
 
 def _inner_imports(statement: ast.stmt) -> list[ast.stmt]:
     """Imports from the package anywhere inside a definition."""
-    if isinstance(statement, ast.If):  # what only type checkers see
+    if isinstance(statement, ast.If):  # if TYPE_CHECKING
         return []
     nodes = [node for node in ast.walk(statement) if isinstance(node, (ast.Import, ast.ImportFrom))]
     return [node for node in nodes if any(source.inner for source in _bindings(node).values())]

@@ -1,4 +1,4 @@
-"""A conversation with a model: turns in, streamed replies out."""
+"""A conversation with a model, with streamed replies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cllm.prompts import PromptTemplate
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer and what it cost."""
+    """One reply and its statistics."""
 
     text: str
     result: RowResult
@@ -32,19 +32,19 @@ class Reply:
         )
 
     def compared_with(self, other: Reply) -> str:
-        """Where the tokens part from another answer's, and how long the two took."""
+        """Where this reply first differs from ``other``, and how long both took."""
         ids, others = self.result.token_ids, other.result.token_ids
         same = next((at for at, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
-        text = "the same text" if ids == others else f"the texts part at token {same}, counted from 0"
-        return f"{text}; {self.seconds:.2f} s, before {other.seconds:.2f} s"
+        text = "the same text" if ids == others else f"the texts differ from token {same} on, counted from 0"
+        return f"{text}; {self.seconds:.2f} s, earlier {other.seconds:.2f} s"
 
 
 @dataclass
 class Conversation:
-    """Keeps the turns so far; an answer that fails or is interrupted leaves them as they were.
+    """The turns so far; a reply that fails or is interrupted leaves them unchanged.
 
-    Every answer draws with a seed of its own, so a question that is asked again gets another answer. ``decoder`` may be
-    changed between two answers.
+    Each reply is sampled with its own seed, so repeating a question gives another reply. ``decoder`` may be replaced between
+    replies.
     """
 
     decoder: JacobiDecoder
@@ -56,20 +56,20 @@ class Conversation:
     last: Reply | None = None
 
     def ask(self, question: str, show: Callable[[str], None]) -> Reply:
-        """Answer ``question``; ``show`` gets pieces of the text as soon as whole words are there.
+        """Reply to ``question``; ``show`` is called with each piece of text as soon as its words are complete.
 
-        Raises UsageError when the conversation no longer fits into the model's context.
+        Raises UsageError if the conversation no longer fits into the model's context.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
-        self.sampling = self.sampling.of("the next answer")
+        self.sampling = self.sampling.derive("the next answer")
         self.last = self._answer(messages, self.sampling, show)
         self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
         return self.last
 
     def answer_again(self, show: Callable[[str], None]) -> Reply:
-        """The last question's answer from the present decoder, with the same draws. The turns stay as they are.
+        """Reply to the last question again, with the current decoder and the same seed; leaves the turns unchanged.
 
-        Raises UsageError where nothing has been answered yet.
+        Raises UsageError if there is no reply yet.
         """
         if self.last is None:
             raise UsageError("nothing has been answered yet")
@@ -79,9 +79,9 @@ class Conversation:
         self.messages, self.last = [], None
 
     def save(self, path: StrPath) -> None:
-        """Write the turns as a JSON list of one row in the ``messages`` form, which the task sharegpt reads.
+        """Write the turns as a JSON list of one row with ``messages``, which the task sharegpt can read.
 
-        Raises UsageError where the file cannot be written.
+        Raises UsageError if the file cannot be written.
         """
         write_json(path, [{"messages": self.messages}])
 
@@ -97,7 +97,7 @@ class Conversation:
 
 
 class _Printer(TextStreamer):
-    """Hands whole words to a callback."""
+    """A streamer that passes whole words to a callback."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

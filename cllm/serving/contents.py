@@ -1,4 +1,4 @@
-"""Which files an export is made of, and whether what was asked for can be exported at all."""
+"""Which files go into an export, and whether the requested export is possible."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ FILES = (
     *WEIGHTS,
     *("config.json", "generation_config.json", "*tokenizer*", "*token*.json", "vocab.*", "merges.txt", "*.model"),
     *("chat_template*", "LICENSE*", "NOTICE*"),
-)  # of a checkpoint; what a training run leaves beside them is not copied
+)  # of a checkpoint; other files of a training run are not exported
 
 
 def contents(source: Path, name: str, adapter_only: bool) -> dict[str, Path]:
-    """The files that are copied of the folder ``source``, called ``name`` in errors, by their names in the export.
+    """The files to copy from the folder ``source``, by their names in the export; error messages call the folder ``name``.
 
-    Of a consistency adapter: with its target model, or alone; its configuration comes last, or is left to be written. Raises
-    UsageError for a folder without weights, for an adapter that does not fit its target model or is to be merged into one, and
-    for ``adapter_only`` where there is none.
+    A consistency adapter comes with its target model, or alone with ``adapter_only``. Alone, its configuration is the last
+    file. With the target, the configuration is missing here, because the export has to change it.
+
+    Raises UsageError for a folder without weights, for an adapter that does not fit its target model or must be merged first,
+    and for ``adapter_only`` without a consistency adapter.
     """
     record = folder_record(source)
     if not (record.get(LOSSLESS) and (source / ADAPTER).is_file()):
         if adapter_only:
             raise UsageError(f"adapter_only needs a folder that `cllm train --lossless` wrote, got {name}")
         return _checkpoint(source, name)
-    load_model(str(source), dtype="bfloat16", device="cpu")  # the target is there and the adapter fits it, or this raises
+    load_model(str(source), dtype="bfloat16", device="cpu")  # raises if the target is missing or the adapter does not fit it
     named = json.loads((source / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    base = fetched(named, record.get(BASE_REVISION))
+    base = checkpoint_folder(named, record.get(BASE_REVISION))
     if vocabulary_stamp(load_tokenizer(str(source))) != vocabulary_stamp(load_tokenizer(str(base))):
-        raise UsageError(f"the tokenizer in {name} has another vocabulary than that of its target model, {named}")
+        raise UsageError(f"the tokenizer in {name} has a different vocabulary from its target model, {named}")
     if adapter_only:
         own = {path.name: path for path in _known(source) if not matches(path.name, WEIGHTS)}
         return own | {file: source / file for file in (ADAPTER_WEIGHTS, ADAPTER)}
     return _checkpoint(base, named) | {f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}": source / ADAPTER_WEIGHTS}
 
 
-def fetched(model: str, revision: str | None = None) -> Path:
-    """The checkpoint's folder, downloaded where ``model`` is a hub name. Raises UsageError where there is none."""
+def checkpoint_folder(model: str, revision: str | None = None) -> Path:
+    """The checkpoint's folder, downloaded if ``model`` is a hub name. Raises UsageError if there is none."""
     check_path(model)
     if Path(model).is_dir():
         return Path(model)
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=[*FILES, ADAPTER, f"{ADAPTER_FOLDER}/*"]))
-    except Exception as error:  # of the network, of the hub, of the library: no common base
+    except Exception as error:  # network, hub and library errors have no common base
         raise UsageError(f"cannot fetch {model!r} from the Hugging Face hub: {first_line(error)}") from error
 
 
@@ -60,9 +62,9 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _checkpoint(folder: Path, name: str) -> dict[str, Path]:
-    """The files of a checkpoint with weights of its own, and of the adapter of an export."""
+    """The files of a checkpoint with weights, including the adapter if it is an export with one."""
     if (folder / ADAPTER).is_file():
-        raise UsageError(f"{name} holds a LoRA adapter that belongs into its model's weights; merge it first (--merge_lora)")
+        raise UsageError(f"{name} holds a LoRA adapter that must be merged into its model's weights first (--merge_lora)")
     files = {path.name: path for path in _known(folder)}
     if not any(matches(file, WEIGHTS) for file in files):
         raise UsageError(f"no weights in {name}; expected one of {', '.join(WEIGHTS)}")

@@ -1,8 +1,8 @@
-"""CLLMs in FastChat (package ``fschat``, optional): its chat and its model worker stream what our decoder writes.
+"""CLLMs in FastChat (optional package ``fschat``): its chat and its model worker decode with our decoder.
 
-``cllm fastchat cli --model-path PATH`` runs ``fastchat.serve.cli`` with :func:`register` called first; a program of one's
-own calls it before it loads a model. FastChat has a registry for adapters, but none for the functions that generate
-text, so its ``get_generate_stream_function`` is replaced by one that asks for ours first. Tried with fschat 0.2.36.
+``cllm fastchat cli --model-path PATH`` calls :func:`register` and then runs ``fastchat.serve.cli``; other programs must call it
+before they load a model. FastChat has a registry for adapters but none for generation functions, so its
+``get_generate_stream_function`` is replaced. Tested with fschat 0.2.36.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cllm.chat_template import apply_chat_template
 from cllm.checkpoints import published_record
 from cllm.decoding import JacobiDecoder, Sampling
 from cllm.errors import LARGEST, UsageError
-from cllm.models import attach_own, context_length, folder_record, load_tokenizer, read_record, stop_token_ids
+from cllm.models import attach_exported, context_length, folder_record, load_tokenizer, read_record, stop_token_ids
 from cllm.prompts import CHAT, PromptTemplate, choose_template, prompt_ids
 from cllm.serving.text import TextStream
 
@@ -31,15 +31,15 @@ Number = TypeVar("Number", int, float)
 Item = TypeVar("Item", int, str)
 
 DEFAULT_CONTEXT = 2048
-PLAIN_CHAT = "USER: {question}\nASSISTANT: "  # where neither the checkpoint nor its tokenizer says anything
-_THEIR_NAMES = {"vicuna": "vicuna_v1.1"}  # the same dialogue in FastChat, exact for further turns as well
+PLAIN_CHAT = "USER: {question}\nASSISTANT: "  # for checkpoints without any template
+_FASTCHAT_NAMES = {"vicuna": "vicuna_v1.1"}  # dialogues that FastChat has under another name, identical for all turns
 _MARKS = ("the-first-question", "the-reply", "the-second-question", "the-system-message")
 
 
 def register() -> None:
-    """Make FastChat use this module for every CLLM. May be called again without harm.
+    """Make FastChat use this module for every CLLM. Idempotent.
 
-    Raises UsageError where FastChat is not installed.
+    Raises UsageError if FastChat is not installed.
     """
     adapters, utils = _fastchat("fastchat.model.model_adapter"), _fastchat("fastchat.utils")
     if any(isinstance(adapter, CllmAdapter) for adapter in adapters.model_adapters):
@@ -50,7 +50,7 @@ def register() -> None:
     their_context = utils.get_context_length
 
     def get_model_adapter(model_path: str) -> Any:
-        """Ours is asked first: theirs go by the last part of the path, where the first "vicuna" wins."""
+        """Ours first: FastChat's adapters match by the last part of the path, where any "vicuna" would win."""
         return ours if ours.match(model_path) else their_adapter(model_path)
 
     def get_generate_stream_function(model: Any, model_path: str) -> Any:
@@ -59,7 +59,7 @@ def register() -> None:
     def get_context_length(config: Any) -> int:
         try:
             return their_context(config)
-        except KeyError:  # fschat 0.2.36 expects rope_scaling["factor"], which transformers 5 has no more
+        except KeyError:  # fschat 0.2.36 expects rope_scaling["factor"], which transformers 5 no longer has
             return context_length(config) or DEFAULT_CONTEXT
 
     _replace("get_model_adapter", their_adapter, get_model_adapter)
@@ -67,45 +67,45 @@ def register() -> None:
     _replace("get_context_length", their_context, get_context_length)
 
 
-def mend_streams() -> None:
-    """Let FastChat's API server stream: fschat 0.2.36 calls ``json(ensure_ascii=False)``, which pydantic 2 refuses.
+def patch_streaming() -> None:
+    """Fix streaming in FastChat's API server: fschat 0.2.36 calls ``json(ensure_ascii=False)``, which pydantic 2 refuses.
 
-    Raises UsageError where FastChat is not installed.
+    Raises UsageError if FastChat is not installed.
     """
     protocol = _fastchat("fastchat.protocol.openai_api_protocol")
     for chunk in (protocol.ChatCompletionStreamResponse, protocol.CompletionStreamResponse):
-        if hasattr(chunk, "model_dump_json"):  # pydantic 2, whose JSON is not escaped
-            chunk.json = lambda self, ensure_ascii=False, **which: self.model_dump_json(**which)
+        if hasattr(chunk, "model_dump_json"):  # pydantic 2, which never escapes non-ASCII characters
+            chunk.json = lambda self, ensure_ascii=False, **options: self.model_dump_json(**options)
 
 
 class CllmAdapter:
     """A FastChat model adapter (``fastchat.model.model_adapter.BaseModelAdapter``) for checkpoints that are CLLMs."""
 
     def match(self, model_path: str) -> bool:
-        """Whether config.json has our record, or the path is the name of a CLLM that the paper published."""
+        """Whether config.json has our record, or the path is the hub name of one of the paper's CLLMs."""
         return "target_model" in published_record(model_path) or bool(_local_record(model_path))
 
     def load_model(self, model_path: str, from_pretrained_kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Raises UsageError for an adapter alone, which transformers would switch on for every token."""
+        """Raises UsageError for an adapter without its target model: transformers would switch it on for every token."""
         if Path(model_path, ADAPTER).is_file():
-            raise UsageError(f"{model_path} holds an adapter alone; `cllm export` puts it beside its target model for FastChat")
+            raise UsageError(f"{model_path} holds only an adapter; for FastChat, `cllm export` it with its target model")
         kwargs = dict(from_pretrained_kwargs)
         kwargs["dtype"] = kwargs.pop("torch_dtype", None) or "auto"
         model = AutoModelForCausalLM.from_pretrained(model_path, **kwargs)
-        attach_own(model)
+        attach_exported(model)
         return model.eval(), load_tokenizer(model_path)
 
     def load_compress_model(self, model_path: str, *args: Any, **kwargs: Any) -> Any:
         raise UsageError("FastChat's --load-8bit is not available for a CLLM")
 
     def get_default_conv_template(self, model_path: str) -> Any:
-        """FastChat's ``Conversation`` whose prompts are those that the checkpoint was trained with."""
+        """A FastChat ``Conversation`` that renders prompts as the checkpoint was trained with them."""
         tokenizer = load_tokenizer(model_path)
         record = _local_record(model_path) or read_record(AutoConfig.from_pretrained(model_path))
         template = choose_template(None, PLAIN_CHAT, tokenizer, record)
         conversations = _fastchat("fastchat.conversation")
-        if template.text in _THEIR_NAMES:
-            return conversations.get_conv_template(_THEIR_NAMES[template.text])
+        if template.text in _FASTCHAT_NAMES:
+            return conversations.get_conv_template(_FASTCHAT_NAMES[template.text])
         parts = dialogue_parts(template, tokenizer)
         conversation = conversations.Conversation(
             name=f"cllm:{model_path}",
@@ -120,10 +120,10 @@ class CllmAdapter:
 
 
 def dialogue_parts(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a template puts around the turns, found by rendering a conversation and looking between its turns.
+    """The arguments with which FastChat's ``Conversation`` renders prompts as ``template`` does.
 
-    ``system_template`` with ``system_message``, then for each turn ``roles[0]`` question ``roles[1]`` reply ``sep2``.
-    Raises UsageError for a template that does not keep the turns as they are and in order.
+    FastChat writes ``system_template`` with ``system_message``, then ``roles[0]`` question ``roles[1]`` reply ``sep2`` per turn.
+    These parts are cut out of a rendered example. Raises UsageError for a template that drops, changes or reorders turns.
     """
     first, reply, second, system = _MARKS
     turns = [
@@ -135,7 +135,7 @@ def dialogue_parts(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase)
     user = _common_end(start, between)
     parts = {"roles": (user, last), "sep2": between[: len(between) - len(user)]}
     if prompt != last:
-        logger.warning("the chat template closes the last question in another way than earlier ones; FastChat cannot")
+        logger.warning("the chat template ends the last question differently from earlier ones, which FastChat cannot do")
     before = start[: len(start) - len(user)]
     try:
         with_system = _render(template, [{"role": "system", "content": system}, *turns[:1]], tokenizer)
@@ -161,10 +161,10 @@ def generate_stream(
     stream_interval: int = 2,
     judge_sent_end: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """FastChat's interface: yields the text so far as it grows; the last item says why it ended.
+    """FastChat's interface for generation: yields the text so far as it grows; the last item has the finish reason.
 
-    Decodes greedily where ``params`` has no temperature. Raises ValueError where log-probabilities are asked for, the
-    prompt is empty, or an option of the sampling is out of range.
+    Greedy unless ``params`` has a temperature. Raises ValueError if log-probabilities are requested, the prompt is empty, or a
+    sampling option is out of range.
     """
     if params.get("logprobs") is not None:
         raise ValueError("Jacobi decoding gives no log-probabilities")
@@ -177,7 +177,7 @@ def generate_stream(
     ids = ids[-max(1, context_len - room - 1) :]
     eos = [*stop_token_ids(model, tokenizer), *_list_of(int, params, "stop_token_ids")]
     eos = [token for token in eos if 0 <= token <= LARGEST]
-    decoder = JacobiDecoder(model, eos_token_ids=eos, prefix_cache=0)  # it goes with the request
+    decoder = JacobiDecoder(model, eos_token_ids=eos, prefix_cache=0)  # it serves only this request
     stream = TextStream(tokenizer, [stop for stop in _list_of(str, params, "stop") if stop])
 
     text = prompt if params.get("echo", True) else ""
@@ -203,7 +203,7 @@ def _item(text: str, prompt_tokens: int, tokens: int, finish_reason: str | None)
 
 
 def _sampling(params: Mapping[str, Any]) -> Sampling:
-    """As FastChat's own ``generate_stream`` reads a request: a temperature or top_p next to 0 is greedy, top_k -1 is off."""
+    """The sampling that FastChat's own ``generate_stream`` would use: temperature or top_p near 0 is greedy, top_k -1 is off."""
     temperature, top_p = _number(params, "temperature", 0.0, float), _number(params, "top_p", 1.0, float)
     penalty = _number(params, "repetition_penalty", 1.0, float) or 1.0
     if temperature < 1e-5 or top_p < 1e-8:
@@ -213,7 +213,7 @@ def _sampling(params: Mapping[str, Any]) -> Sampling:
 
 
 def _number(params: Mapping[str, Any], name: str, default: Number, kind: Callable[[Any], Number]) -> Number:
-    """A parameter that may be missing or null. FastChat's worker survives a ValueError, and nothing else that is raised."""
+    """A number that may be missing or null. Raises ValueError, the only exception that FastChat's worker survives."""
     value = params.get(name)
     try:
         return default if value is None else kind(value)
@@ -222,7 +222,7 @@ def _number(params: Mapping[str, Any], name: str, default: Number, kind: Callabl
 
 
 def _list_of(kind: type[Item], params: Mapping[str, Any], name: str) -> list[Item]:
-    """A parameter that may be one item, several, or missing. Raises ValueError for what is of another kind."""
+    """A parameter that may be one item, a list of items, or missing. Raises ValueError for items of another type."""
     value = params.get(name) or []
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, kind) for item in items):
@@ -241,7 +241,7 @@ def _cut(text: str, marks: Sequence[str]) -> list[str]:
     for mark in marks:
         part, found, text = text.partition(mark)
         if not found:
-            raise UsageError("the prompt template leaves a turn out, so FastChat cannot be told how it works")
+            raise UsageError("the prompt template drops a turn, so it cannot be converted for FastChat")
         parts.append(part)
     return [*parts, text]
 
@@ -258,7 +258,7 @@ def _braces(text: str) -> str:
 
 
 def _local_record(model_path: str) -> dict[str, Any]:
-    """The record in the config.json of a folder; {} for anything else."""
+    """The record in a folder's config.json; {} for anything else, including damaged files."""
     try:
         return folder_record(model_path)
     except UsageError:
@@ -269,12 +269,12 @@ def _fastchat(name: str) -> ModuleType:
     try:
         __import__(name)
     except ImportError as error:
-        raise UsageError(f"FastChat is needed for this: pip install -e .[fastchat] (cannot import {error.name})") from error
+        raise UsageError(f"this needs FastChat: pip install -e .[fastchat] (cannot import {error.name})") from error
     return sys.modules[name]
 
 
 def _replace(function: str, old: Any, new: Any) -> None:
-    """Put ``new`` in the place of a function in all modules of FastChat that have imported it by name."""
+    """Replace a function in all modules of FastChat that have imported it by name."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "fastchat" and getattr(module, function, None) is old:
             setattr(module, function, new)

@@ -13,15 +13,15 @@ from cllm.models import first_line
 
 
 def account() -> str:
-    """Who is logged in. Raises UsageError where nobody is, or the hub cannot be reached."""
+    """The name of the logged-in user. Raises UsageError if nobody is logged in or the hub cannot be reached."""
     with _refusals("log in"):
         return huggingface_hub.HfApi().whoami()["name"]
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload ``folder`` as the model ``repository`` (``owner/name``), made if need be; returns its address.
+    """Upload ``folder`` to the model repository ``owner/name``, creating it if necessary; returns its URL.
 
-    Raises UsageError where the hub cannot be reached or refuses.
+    Raises UsageError if the hub cannot be reached or refuses.
     """
     api = huggingface_hub.HfApi()
     with _refusals(f"push to {repository}"):
@@ -34,7 +34,7 @@ def push(folder: Path, repository: str) -> str:
 def _refusals(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # errors of the network, of the hub, of the library's checks: no common base
+    except Exception as error:  # network, hub and library errors have no common base
         raise UsageError(
             f"cannot {what} on the Hugging Face hub: {first_line(error)} "
             "(--push needs the network and a token: `hf auth login`, or HF_TOKEN)"

@@ -1,4 +1,4 @@
-"""A checkpoint's README.md: what it is, how to use it, how it was made, what was measured."""
+"""Model cards: a README.md that says what a checkpoint is, how to use it, how it was made and what was measured."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cllm.evaluation.quality import QUALITY_ROWS
 from cllm.evaluation.table import number, percent, percent_with_interval, with_interval
 from cllm.files import StrPath, open_text
 from cllm.models import DATA, DRAFTS, GUESS, HUB_NAME, ORIGINS, REASON, WIDTH, default_drafts, default_width
-from cllm.prompts import CHAT, DIALOGUES, PLACE
+from cllm.prompts import CHAT, DIALOGUES, QUESTION
 from cllm.tasks import get_task, task_names
 from cllm.tasks.base import Task
 
 MARK = "<!-- written by cllm export -->"
-PLAIN = "Without it the model is an ordinary AR model"  # trust_remote_code
-ADAPTED = f"It reads the adapter in `{ADAPTER_FOLDER}/`. Without it the model is the plain target model"
+PLAIN = "Without it, the model decodes as an ordinary AR model"  # "it": trust_remote_code
+ADAPTED = f"It reads the adapter in `{ADAPTER_FOLDER}/`. Without it, the model is the plain target model"
 TAGS = ["cllm", "custom_generate", "jacobi-decoding", "arxiv:2403.00835"]
-RECIPE = {  # keys of the record, as people say them
+RECIPE = {  # record key -> its title in the card
     "block_size": "block size",
     "responses": "responses trained on",
     "guess": "starting guesses",
@@ -48,7 +48,10 @@ Report = dict[str, Any]  # the JSON of `cllm speedup` or `cllm acc`
 
 
 def read_reports(paths: Sequence[StrPath], record: Mapping[str, Any]) -> list[Report]:
-    """Result files of the checkpoint that has this record. Raises UsageError for another file or another checkpoint's."""
+    """Read the result files of the checkpoint with this ``record``.
+
+    Raises UsageError for files of another kind or of another checkpoint.
+    """
     reports = []
     for path in paths:
         with open_text(path) as file:
@@ -73,10 +76,10 @@ def model_card(
     alone: bool = False,
     more: Sequence[str] = (),
 ) -> str:
-    """The card as Markdown with YAML at its head.
+    """The card as Markdown with YAML front matter.
 
-    ``record`` is what config.json says of the checkpoint's making, ``template`` the text of its PromptTemplate. ``alone``: of
-    a consistency adapter without its target model. ``more``: sections after those on how to use it.
+    ``record``: the record in the checkpoint's config.json; ``template``: the text of its PromptTemplate; ``alone``: for a
+    consistency adapter without its target model; ``more``: further sections, put after those on how to use it.
     """
     task = get_task(record["task"]) if record.get("task") in task_names() else None
     if record.get(LOSSLESS):
@@ -93,19 +96,19 @@ def model_card(
 
 
 def _recipe_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without what may be added to it after the training, and what an export leaves of paths."""
+    """The record without what may be added after training, and with paths reduced as in an export."""
     kept = {key: value for key, value in record.items() if key not in (WIDTH, DRAFTS, GUESS, REASON)}
     return kept | {key: Path(kept[key]).name for key in ORIGINS if kept.get(key)}
 
 
 def _metadata(name: str, record: Mapping[str, Any], task: Task | None, reports: Sequence[Report], alone: bool) -> ModelCardData:
     target = str(record.get("target_model") or "")
-    fetched = bool(HUB_NAME.fullmatch(target)) and isinstance(try_to_load_from_cache(target, "config.json"), str)
+    on_hub = bool(HUB_NAME.fullmatch(target)) and isinstance(try_to_load_from_cache(target, "config.json"), str)
     return ModelCardData(
-        library_name="cllm" if alone else "transformers",  # the hub shows how to load a model with its library
+        library_name="cllm" if alone else "transformers",  # the hub shows how to load the model with this library
         pipeline_tag="text-generation",
         tags=[*TAGS, "lossless"] if record.get(LOSSLESS) else TAGS,
-        base_model=target if fetched else None,  # a local path may look like a hub name
+        base_model=target if on_hub else None,  # a local path may look like a hub name
         datasets=[task.hub.path] if task is not None and task.hub is not None else None,
         model_name=name,
         eval_results=[result for report in reports for result in _figures(report)] or None,
@@ -113,21 +116,21 @@ def _metadata(name: str, record: Mapping[str, Any], task: Task | None, reports: 
 
 
 def _figures(report: Report) -> list[EvalResult]:
-    """The figures that the hub shows beside a model."""
+    """The results that the hub shows with a model."""
     task = str(report["settings"].get("task"))
     if "methods" in report:
         score = report["quality"]["jacobi"]["score"]
         values = {"tokens_per_forward": report["methods"]["jacobi"]["tokens_per_forward"], report["settings"]["metric"]: score}
     else:
-        values = {name: of["mean"] for name, of in report["summary"]["scores"].items()}
-    return [EvalResult("text-generation", task, task, kind, round(value, 4)) for kind, value in values.items() if value is not None]
+        values = {name: score["mean"] for name, score in report["summary"]["scores"].items()}
+    return [EvalResult("text-generation", task, task, name, round(value, 4)) for name, value in values.items() if value is not None]
 
 
 def _head(name: str, record: Mapping[str, Any]) -> str:
     return (
-        f"# {name}\n\nA consistency large language model ([CLLM](https://arxiv.org/abs/2403.00835)): a plain checkpoint that "
-        "decodes several tokens in every forward pass, by Jacobi iteration. The text is that of autoregressive (AR) decoding, "
-        f"token for token; with sampling it is distributed as AR's. Window: {default_width(record)} tokens."
+        f"# {name}\n\nA consistency large language model ([CLLM](https://arxiv.org/abs/2403.00835)): an ordinary checkpoint that "
+        "decodes several tokens per forward pass by Jacobi iteration. The text is that of autoregressive (AR) decoding, token "
+        f"for token; sampled text has the distribution of AR sampling. Window: {default_width(record)} tokens."
     )
 
 
@@ -137,33 +140,33 @@ def _adapter_head(name: str, record: Mapping[str, Any], alone: bool) -> str:
     revision = record.get(BASE_REVISION)
     where = f"at revision `{revision}` on the hub" if revision else "a folder on the machine that trained the adapter"
     weights = " ".join((record.get(BASE) or {}).values())
-    start = "A consistency adapter" if alone else f"`{target}` as it is, with a consistency adapter"
+    start = "A consistency adapter" if alone else f"The unchanged `{target}` with a consistency adapter"
     paragraphs = [
         f"# {name}",
         f"{start}: low-rank weights that are on for guesses only ([CLLM](https://arxiv.org/abs/2403.00835), Jacobi iteration). "
         "The target model checks every guess with its own weights, so the text is that of its autoregressive (AR) decoding, "
-        "token for token; with sampling it is distributed as AR's. The adapter decides the speed alone. "
+        "token for token; sampled text has the distribution of AR sampling. The adapter affects only the speed. "
         f"Window: {width} tokens, {default_drafts(record, width)} of them drafted.",
         f"Target model: `{target}`, {where}; fingerprint of its weights: `{weights}`. "
         "The adapter is refused for a model with other weights.",
     ]
     if record.get(REASON):
-        why = f"Where it was made, the window was {record[REASON]}. Elsewhere it may be: `cllm tune` finds out."
+        why = f"On the machine that made it, the window was {record[REASON]}. `cllm tune` finds out whether it is on yours."
         paragraphs.append(why)
     if alone:
         paragraphs.append(_warning(record))
     else:
-        paragraphs.append(f"Do not merge `{ADAPTER_FOLDER}/` into the weights: that gives another model and another text.")
+        paragraphs.append(f"Do not merge `{ADAPTER_FOLDER}/` into the weights: the result is a different model that writes other text.")
     return "\n\n".join(paragraphs)
 
 
 def _warning(record: Mapping[str, Any]) -> str:
-    """What can go wrong with an adapter on its own."""
+    """What can go wrong with an adapter without its target model."""
     parts = [
         "**Do not load this folder with peft or `AutoModelForCausalLM`, and do not merge it.** They switch the adapter on for "
-        "every token, which gives the drafting model, not the target model, and another text. `cllm export PATH OUTPUT` writes "
-        "target model and adapter in a form that transformers decodes correctly; `--format uno` writes the adapter for SGLang, "
-        "where it was trained to start from random tokens of the vocabulary."
+        "every token, which gives the drafting model instead of the target model, and other text. `cllm export PATH OUTPUT` "
+        "writes target model and adapter in a form that transformers decodes correctly; `--format uno` writes the adapter for "
+        "SGLang, if it was trained to start from random tokens of the vocabulary."
     ]
     if not record.get(BASE_REVISION):
         parts.append(
@@ -174,7 +177,7 @@ def _warning(record: Mapping[str, Any]) -> str:
 
 
 def _inputs(template: str, task: Task | None) -> str:
-    """Code that makes a question ready for the model."""
+    """Code that turns a question into the model's inputs."""
     question = task.default_question if task is not None else "1 + 1 = ?"
     if template == CHAT:
         messages = '[{"role": "user", "content": question}]'
@@ -182,7 +185,7 @@ def _inputs(template: str, task: Task | None) -> str:
         inputs = f"tokenizer.apply_chat_template(\n    {messages}, {options}\n)"
     else:
         text = DIALOGUES[template].text if template in DIALOGUES else template
-        inputs = f'tokenizer({text!r}.replace("{PLACE}", question), return_tensors="pt")'
+        inputs = f'tokenizer({text!r}.replace("{QUESTION}", question), return_tensors="pt")'
     return f"question = {question!r}\ninputs = {inputs}"
 
 
@@ -199,21 +202,21 @@ output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`trust_remote_code=True` runs this checkpoint's `custom_generate/generate.py`. {without}, as
-in any other program. Batches, streamers, sampling, stop strings and logits processors work as ever; `block_size=`, `guess=` and
-`seed=` are options of its own. Beam search and `output_scores` are refused."""
+`trust_remote_code=True` runs this checkpoint's `custom_generate/generate.py`. {without}.
+Batches, streamers, sampling, stop strings and logits processors work as usual; `block_size=`, `guess=` and `seed=` are
+additional options. Beam search and `output_scores` are not supported."""
 
 
 def _toolkit_usage(template: str, task: Task | None) -> str:
     return f"""## Use with the CLLM toolkit
 
-`cllm chat --model PATH` and `cllm serve PATH` (OpenAI protocol) draft with the adapter; so does every other command. In Python:
+`cllm chat --model PATH`, `cllm serve PATH` (OpenAI protocol) and all other commands draft with the adapter. In Python:
 
 ```python
 from cllm.decoding import JacobiDecoder
 from cllm.models import load_model, load_tokenizer, stop_token_ids
 
-model, tokenizer = load_model("PATH"), load_tokenizer("PATH")  # the target model, and the adapter for its decoders
+model, tokenizer = load_model("PATH"), load_tokenizer("PATH")  # the target model, with the adapter attached
 decoder = JacobiDecoder(model, eos_token_ids=stop_token_ids(model, tokenizer))
 {_inputs(template, task)}
 (result,) = decoder.generate(inputs["input_ids"], max_new_tokens=256)
@@ -235,33 +238,34 @@ def _making(record: Mapping[str, Any], task: Task | None, recipe: Mapping[str, s
 
 
 def _speed(report: Report) -> str:
-    """What `cllm speedup` found, the target model's text beside it where that was measured."""
+    """The results of `cllm speedup`: a table of speeds, and one of quality, next to the target model's if it was measured."""
     settings, machine = report["settings"], report["environment"]
     head = (
         f"**{settings['task']}**, {report['data']['prompts']} prompts, up to {settings['max_new_seq_len']} new tokens, "
         f"batch size {settings['batch_size']}, {settings['dtype']} on {machine['device_name']}:"
     )
     rows = []
-    for name, of in report["methods"].items():
-        forward = with_interval(of["tokens_per_forward"], of["tokens_per_forward_interval"])
-        over_ar = with_interval(of["speedup"], of["speedup_interval"])
-        rows.append([report["labels"][name], forward, number(of["tokens_per_second"], 1), over_ar, percent(of["same_as_ar"])])
+    for name, figures in report["methods"].items():
+        forward = with_interval(figures["tokens_per_forward"], figures["tokens_per_forward_interval"])
+        speedup = with_interval(figures["speedup"], figures["speedup_interval"])
+        per_second, same = number(figures["tokens_per_second"], 1), percent(figures["same_as_ar"])
+        rows.append([report["labels"][name], forward, per_second, speedup, same])
     speed = _table(["method", "tokens per forward", "tokens/s", "over AR", "same text as AR"], rows)
-    columns = {"jacobi": "this model", "target": "target model"}
-    there = {title: report["quality"][name] for name, title in columns.items() if name in report["quality"]}
+    titles = {"jacobi": "this model", "target": "target model"}
+    columns = {title: report["quality"][name] for name, title in titles.items() if name in report["quality"]}
     quality = []
     for title, value, interval, as_percent in QUALITY_ROWS:
         show = percent_with_interval if as_percent else with_interval
-        cells = [show(of[value], of[interval] if interval else None) for of in there.values()]
+        cells = [show(figures[value], figures[interval] if interval else None) for figures in columns.values()]
         quality.append([settings["metric"] if title == "score" else title, *cells])
-    return "\n\n".join([head, speed, _table(["", *there], quality)])
+    return "\n\n".join([head, speed, _table(["", *columns], quality)])
 
 
 def _accuracy(report: Report) -> str:
-    """What `cllm acc` found."""
+    """The results of `cllm acc`."""
     settings, summary = report["settings"], report["summary"]
     head = f"**{settings['task']}**, {summary['answers']} answers, up to {settings.get('max_tokens')} new tokens:"
-    rows = [[name, percent_with_interval(of["mean"], of["interval"])] for name, of in summary["scores"].items()]
+    rows = [[name, percent_with_interval(score["mean"], score["interval"])] for name, score in summary["scores"].items()]
     rows.append(["tokens per forward", with_interval(summary["tokens_per_forward"], summary["tokens_per_forward_interval"])])
     return head + "\n\n" + _table(["", "this model"], rows)
 

@@ -1,4 +1,4 @@
-"""Answering a file of prompts by continuous batching."""
+"""Replying to a file of prompts by continuous batching."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation to go on with."""
+    """One conversation to reply to."""
 
     id: str
     messages: tuple[dict[str, str], ...]
-    max_tokens: int | None = None  # None: what the run allows
+    max_tokens: int | None = None  # None: the run's limit
 
 
 def read_prompts(path: StrPath) -> Iterator[Prompt | BadRow]:
-    """The rows of a JSONL file or JSON list, plain or ``.gz``, read lazily.
+    """Read the rows of a JSONL file or JSON list, plain or ``.gz``, lazily.
 
-    A row has ``prompt``, a text, or ``messages``, a conversation that ends with a user's turn; it may have an ``id``
-    (default: its number) and ``max_tokens``. Raises UsageError when the file cannot be read.
+    A row has ``prompt``, a string, or ``messages``, a conversation that ends with a user's turn, and optionally ``id``
+    (default: its number) and ``max_tokens``. Raises UsageError if the file cannot be read.
     """
     seen: set[str] = set()
     for number, row in read_rows(path):
@@ -54,13 +54,13 @@ def _prompt(row: Mapping[str, Any], number: int) -> Prompt:
     if "messages" not in row and "prompt" not in row:
         raise ValueError("neither prompt nor messages")
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise ValueError("prompt is no text, or messages are no list of {role, content}")
+        raise ValueError("prompt is not a text, or messages is not a list of {role, content}")
     if messages[-1]["role"] != "user":
         raise ValueError("the last message is not the user's")
-    most = row.get("max_tokens")
-    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-        raise ValueError("max_tokens is no integer >= 1")
-    return Prompt(str(row.get("id", number)), tuple(messages), most)
+    max_tokens = row.get("max_tokens")
+    if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
+        raise ValueError("max_tokens is not an integer >= 1")
+    return Prompt(str(row.get("id", number)), tuple(messages), max_tokens)
 
 
 def _is_message(message: Any) -> bool:
@@ -79,10 +79,10 @@ def answer(
     max_tokens: int,
     sampling: Sampling = GREEDY,
 ) -> Iterator[dict[str, Any]]:
-    """Rows ``{id, reply, tokens, forwards, stop}`` as they finish.
+    """Yield rows ``{id, reply, tokens, forwards, stop}`` as replies finish.
 
-    A prompt that cannot be answered (refused by the template, no room in the context or in the cache) gives
-    ``{id, error}`` and troubles no other. Each prompt draws with a seed of its own, made of ``sampling.seed`` and its id.
+    A prompt that cannot be answered (refused by the template, too long for the context or the cache) yields ``{id, error}``
+    and does not affect the others. Each prompt has its own seed, derived from ``sampling.seed`` and its id.
     """
     names: dict[int, str] = {}
     numbers = count()
@@ -92,7 +92,7 @@ def answer(
         for prompt in prompts:
             try:
                 ids = template.encode(prompt.messages, tokenizer)
-                request = Request(ids, prompt.max_tokens or max_tokens, sampling.of(prompt.id))
+                request = Request(ids, prompt.max_tokens or max_tokens, sampling.derive(prompt.id))
                 queue.check(request)
             except UsageError as error:
                 refused.append({"id": prompt.id, "error": str(error)})
@@ -104,6 +104,6 @@ def answer(
         yield from refused
         refused.clear()
         reply = tokenizer.decode(result.token_ids, skip_special_tokens=True)
-        facts = {"tokens": len(result.token_ids), "forwards": result.forwards, "stop": result.stop}
-        yield {"id": names.pop(number), "reply": reply} | facts
+        statistics = {"tokens": len(result.token_ids), "forwards": result.forwards, "stop": result.stop}
+        yield {"id": names.pop(number), "reply": reply} | statistics
     yield from refused

@@ -1,18 +1,18 @@
-"""What a person types, cut into turns: a line each, or several lines."""
+"""Typed input, split into turns of one line or several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-FIRST, MORE = "> ", ". "  # what asks for a turn's first line, and for its further ones
+FIRST, MORE = "> ", ". "  # the prompts for a turn's first line and for further lines
 QUOTES = '"""'
-HOW = f"A line that ends in \\ goes on in the next; {QUOTES} starts a text of several lines that ends with {QUOTES}."
+MULTILINE_HELP = f"End a line with \\ to continue it on the next; {QUOTES} begins and ends a text of several lines."
 
 
 def turns(read: Callable[[str], str]) -> Iterator[str]:
-    """The turns of a conversation, until ``read(prompt)``, which gives a line without its end, raises EOFError.
+    """The turns of a conversation, until ``read(prompt)``, which returns a line without its newline, raises EOFError.
 
-    The end of the input also ends a turn of several lines that has not been closed.
+    The end of the input also ends an unfinished turn.
     """
     while True:
         try:

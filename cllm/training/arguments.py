@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from transformers import SchedulerType, TrainingArguments
 
-from cllm.errors import UsageError, check_least
+from cllm.errors import UsageError, check_minimums
 from cllm.training.examples import Consistency, Sampling, StateChoice
 from cllm.training.objective import DIVERGENCES
 
@@ -60,7 +60,7 @@ class ConsistencyArguments(TrainingArguments):
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 < self.distance_decay <= 1:
             raise UsageError(f"distance_decay must be above 0 and at most 1, got {self.distance_decay}")
-        check_least(self, {"states_per_block": 1})
+        check_minimums(self, {"states_per_block": 1})
         self.remove_unused_columns = False
 
 
@@ -106,7 +106,7 @@ class CllmTrainingArguments(ConsistencyArguments):
             if self.ar_loss == "fixed_point":
                 raise UsageError("use_gt_labels means ar_loss labels, got ar_loss fixed_point")
             self.ar_loss = "labels"
-        check_least(self, {"max_row_tokens": 0, "ar_weight": 0})
+        check_minimums(self, {"max_row_tokens": 0, "ar_weight": 0})
         if not 0 <= self.label_smoothing_factor < 1:
             raise UsageError(f"label_smoothing_factor must be at least 0 and below 1, got {self.label_smoothing_factor}")
         if self.label_smoothing_factor and self.ar_loss == "target":

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS, Adapter
-from cllm.errors import UsageError, check_least
+from cllm.errors import UsageError, check_minimums
 from cllm.models import load_model
 
 WRITTEN_BY_PEFT = (ADAPTER, ADAPTER_WEIGHTS, "README.md")
@@ -33,7 +33,7 @@ class AdapterArguments:
     least_rank: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_least(self, {"lora_r": self.least_rank, "lora_alpha": 1})
+        check_minimums(self, {"lora_r": self.least_rank, "lora_alpha": 1})
         if self.lora_r:
             _require("peft", "lora_r", "lora")
         if self.qlora:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.decoding import JacobiDecoder, Queue, Request
 from cllm.decoding.guess import STARTS
-from cllm.decoding.prefixes import DEFAULT_BYTES
+from cllm.decoding.prefix_cache import DEFAULT_BYTES
 from cllm.errors import UsageError
 from cllm.models import DEFAULT_GUESS, packed_length, stop_token_ids
 from cllm.prompts import PromptTemplate

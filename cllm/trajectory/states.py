@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from cllm.decoding.cache import RowCache
 from cllm.decoding.guess import FreshGuess, context_tokens
-from cllm.decoding.linear import Linears
+from cllm.decoding.linear import LinearPatch
 from cllm.models import embedding_device
 from cllm.packing import PADDING, Layout, PackedRow, pack, packed_mask
 
@@ -66,7 +66,7 @@ def jacobi_states(
     blocks = _find_blocks(prompts, responses, starts, device)
     state_KN = _random_start(blocks, ids_BC, guess, torch.tensor(seeds, device=device))
     history, steps_K = [state_KN], torch.zeros_like(blocks.length_K)
-    with Linears.fresh(model):
+    with LinearPatch.refreshed(model):
         cache = _clean_cache(model, ids_BC, layout)
         while (active_K := ((state_KN != blocks.fixed_KN) & blocks.valid_KN).any(dim=1)).any():
             state_KN = _iterate(model, blocks, state_KN, cache, layout)

@@ -18,9 +18,9 @@ import torch
 from common import add_options, load, publish, race
 from tqdm import tqdm
 
-from cllm.decoding import Draft, Guess, JacobiDecoder, make_guess
-from cllm.decoding.draft import token_before
-from cllm.decoding.linear import Linears
+from cllm.decoding import GuessStrategy, JacobiDecoder, PartialWindow, make_guess
+from cllm.decoding.guess_strategy import token_before
+from cllm.decoding.linear import LinearPatch
 from cllm.models import stop_token_ids
 
 OTHERS = ("context", "prompt_lookup", "pool", "prompt_lookup+pool", "loser")  # loser: the candidate that gained less, refined
@@ -64,7 +64,7 @@ def engine(decoder: JacobiDecoder, prompts: list[list[int]], length: int) -> tup
 
 def forwards(decoder: JacobiDecoder, other: str | None, prompts: list[list[int]], length: int) -> int:
     """How many it takes to write all texts, with a second candidate or without."""
-    with torch.inference_mode(), Linears.fresh(decoder.model):
+    with torch.inference_mode(), LinearPatch.refreshed(decoder.model):
         return sum(Race(decoder, other, prompt, length).run() for prompt in prompts)
 
 
@@ -74,8 +74,8 @@ class Race:
     def __init__(self, decoder: JacobiDecoder, other: str | None, prompt: list[int], length: int) -> None:
         self.decoder, self.width, self.end = decoder, decoder.width, len(prompt) + length
         self.text, self.name = list(prompt), other
-        self.guess: Guess = decoder.guess
-        self.other: Guess = make_guess(other) if other not in (None, LOSER) else decoder.guess
+        self.guess: GuessStrategy = decoder.guess
+        self.other: GuessStrategy = make_guess(other) if other not in (None, LOSER) else decoder.guess
         self.memory_BM = torch.full((1, self.guess.memory_size), -1)
         self.other_memory_BM = torch.full((1, self.other.memory_size), -1)
 
@@ -113,14 +113,16 @@ class Race:
             rows.append(self.fill(self.other, self.other_memory_BM, self.text[-1:]))
         return torch.cat(rows)
 
-    def fill(self, guess: Guess, memory_BM: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    def fill(self, guess: GuessStrategy, memory_BM: torch.Tensor, kept: list[int]) -> torch.Tensor:
         """A window that begins with these tokens, filled as the engine does: [1, W]."""
         room = torch.tensor([self.text + [0] * 2 * self.width])
         one, filled = torch.ones(1, dtype=torch.long), torch.tensor([len(kept)])
         window = torch.tensor([kept + [kept[-1]] * (self.width - len(kept))])
         seed, vocabulary = torch.tensor([self.decoder.seed]), self.decoder.step.vocabulary
-        draft = Draft(room, torch.tensor([len(self.text) - 1]), window, one, filled, one, seed, vocabulary, self.decoder.step.narrows)
-        return guess.fill(memory_BM, draft).window_BW
+        partial = PartialWindow(
+            room, torch.tensor([len(self.text) - 1]), window, one, filled, one, seed, vocabulary, self.decoder.step.narrows
+        )
+        return guess.fill(memory_BM, partial).window_BW
 
     def learn(self, window_CW: torch.Tensor, choice_CW: torch.Tensor, winner: int) -> None:
         """From the candidate that lost first: what the winner saw is nearer to the truth."""

@@ -25,8 +25,8 @@ from common import add_options, joined, load, peak_memory, publish, race
 
 from cllm import reference
 from cllm.decoding import JacobiDecoder
-from cllm.decoding.grouped_attention import GroupedAttention
-from cllm.decoding.linear import Linears
+from cllm.decoding.grouped_attention import AttentionPatch
+from cllm.decoding.linear import LinearPatch
 from cllm.evaluation.choice import CANDIDATES
 from cllm.evaluation.interval import ratio_interval
 from cllm.evaluation.method import AR, GENERATE, JACOBI, PROMPT_LOOKUP, Engine, HuggingFace, Method, Response
@@ -96,7 +96,7 @@ class Borrowing:
         self.model, self.one_by_one = method.model, method.one_by_one
 
     def decode(self, prompts, max_new_tokens: int) -> list[Response]:
-        with Linears.fresh(self.model), GroupedAttention.of(self.model):
+        with LinearPatch.refreshed(self.model), AttentionPatch.for_model(self.model):
             return self.method.decode(prompts, max_new_tokens)
 
 

@@ -69,6 +69,6 @@ def test_a_hub_that_refuses(tiny_model_dir: Path, tmp_path: Path, api: Hub, caps
 
 def test_bad_input(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "which is neither" in refused(capsys, export.main, "no/such/model", tmp_path / "out")
-    assert "OUTPUT must be another folder" in refused(capsys, export.main, tiny_model_dir, tiny_model_dir)
+    assert "OUTPUT must differ from the folders of MODEL" in refused(capsys, export.main, tiny_model_dir, tiny_model_dir)
     assert "cannot read" in refused(capsys, export.main, tiny_model_dir, tmp_path / "out", "--results", tmp_path / "none.json")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Greedy Jacobi decoding equals AR decoding, for every kind of model, width, batch, padding and end of text."""
+"""Greedy Jacobi decoding equals AR decoding for all kinds of models, widths, batches, paddings and stop tokens."""
 
 import random
 
@@ -16,12 +16,12 @@ GUESSES = ("context", "filler", "prompt_lookup", "pool", "pool+prompt_lookup", "
 
 
 def tiny_model(kind: str = "llama", seed: int = 0, **changes):
-    """One that never ends a text by itself, with 97 tokens."""
+    """A model without an end-of-sequence id, with 97 tokens."""
     return any_tiny_model(kind, seed, **{"vocab_size": 97, "eos_token_id": None} | changes)
 
 
 def reference(model, prompt: list[int], max_new_tokens: int, eos: list[int]) -> list[int]:
-    """Hugging Face's own greedy decoding, without its padding."""
+    """Hugging Face's greedy decoding, without its padding."""
     output = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -85,7 +85,7 @@ def test_ar_is_width_one():
 
 
 class Oracle:
-    """A fresh-guess strategy that knows the text: right with probability ``p``, decided by position."""
+    """A fresh guess that knows the text: each position is right with probability ``p``."""
 
     def __init__(self, text: list[int], p: float) -> None:
         self.text, self.p = torch.tensor(text), p
@@ -98,7 +98,7 @@ class Oracle:
 
 @pytest.mark.parametrize("window", ["sliding", "block"])
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_guesses_decide_speed_never_output(window, p):
+def test_guesses_affect_speed_never_output(window, p):
     model, prompt = tiny_model(), [4, 8, 15, 16, 23, 42]
     expected = reference(model, prompt, 64, [])
     guess = Oracle(prompt + expected, p)
@@ -107,11 +107,11 @@ def test_guesses_decide_speed_never_output(window, p):
     if p == 1.0:
         assert result.forwards == 64 // 8
         assert result.fast_forwarded == 64 - 64 // 8
-        assert result.stationary == 0  # no guess ever stood behind a wrong one
+        assert result.stationary == 0  # no guess ever came after a wrong one
 
 
 def test_fast_forwarded_and_stationary_on_a_hand_made_model():
-    """A model that says 'last token + 1': every guess behind a wrong one is wrong, unless it was right by luck."""
+    """With a model that says 'last token + 1', every guess after a wrong one is wrong, except by luck."""
     model = Successor()
     prompt = [10]
 
@@ -128,11 +128,11 @@ def test_fast_forwarded_and_stationary_on_a_hand_made_model():
     assert result.fast_forwarded == sum(a - 1 for a in result.accepted)
 
 
-def test_stationary_counts_guesses_that_waited():
-    """Position 3 is guessed right from the start, behind a wrong guess at 2: it waits one iteration, then is accepted."""
+def test_stationary_guesses_are_counted():
+    """Position 3 is guessed right from the start, after a wrong guess at 2: it waits one iteration, then is accepted."""
 
     class Tail(Successor):
-        """Says the position plus ten whatever it sees, but after a zero it is wrong once."""
+        """Says the position plus ten, whatever it sees."""
 
         def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep=0):
             ids, at = input_ids[:, -logits_to_keep:], position_ids[:, -logits_to_keep:]
@@ -146,8 +146,8 @@ def test_stationary_counts_guesses_that_waited():
     def guess(text_BS, known_B, positions_BK, seed_B):
         return torch.where(positions_BK == 2, torch.zeros_like(positions_BK), positions_BK + 10)
 
-    # Window [10 | 11 0 13]: 11 is right, position 2 is wrong, position 3 is right behind it. Choices: 11 12 13 14.
-    # Verified: 11 and the correction 12. Next window [12 | 13 14 15]: 13 had stood, 14 is new.
+    # Window [10 | 11 0 13]: 11 is right, position 2 is wrong, position 3 after it is right. Choices: 11 12 13 14.
+    # Verified: 11 and the correction 12. Next window [12 | 13 14 15]: 13 is stationary, 14 is new.
     (result,) = JacobiDecoder(Tail(), 4, guess=guess).generate([[10]], max_new_tokens=6)
     assert result.token_ids == [11, 12, 13, 14, 15, 16]
     assert result.accepted == [2, 4]
@@ -162,7 +162,7 @@ def test_block_mode_iterates_to_an_unchanged_state():
     assert states[-1] == reference(model, prompt, 5, [])
     following = [iteration.choices_BW[0, :-1].tolist() for iteration in iterations]
     assert following[:-1] == states[1:]
-    assert following[-1] == states[-1]  # the last forward changes nothing: that is how a fixed point is known
+    assert following[-1] == states[-1]  # a fixed point is recognised by a forward that changes nothing
 
 
 def test_rows_do_not_depend_on_the_batch():
@@ -180,7 +180,7 @@ def test_stops_at_the_end_of_the_context():
 
 
 def test_learned_positions_do_not_overflow_at_the_end_of_the_context():
-    """GPT-2 looks positions up in a table; guesses beyond its end must not be looked up."""
+    """GPT-2 looks positions up in a table, which must not be read beyond its end."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -220,7 +220,7 @@ def test_streamer_gets_everything_in_pieces():
     assert streamer.sizes[1:] == [a for a in result.accepted if a]
 
 
-def test_training_mode_is_put_back():
+def test_training_mode_is_restored():
     model = tiny_model().train()
     JacobiDecoder(model, 4).generate([[1]], max_new_tokens=4)
     assert model.training

@@ -1,4 +1,4 @@
-"""Every decoder-only family of transformers: the text is Hugging Face's greedy text, or the model is refused with a reason."""
+"""For every decoder-only family of transformers, the text is Hugging Face's greedy text, or the model is refused."""
 
 from dataclasses import replace
 
@@ -11,19 +11,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cllm.attention import TRAINABLE, check_model
 from cllm.decoding import JacobiDecoder, Queue, Request, Sampling
-from cllm.decoding.trial import FAMILIES, largest_difference
+from cllm.decoding.self_test import FAMILIES, largest_logit_error
 from cllm.errors import UnsupportedModelError, UsageError
 from cllm.packing import Block, PackedRow, pack, packed_mask
 
 EQUAL = "equal"
 PROMPTS = [[5, 6, 7], list(range(3, 12)), [index % 7 * 11 % 90 + 3 for index in range(30)]]
-NEW_TOKENS = 24  # far beyond the window
+NEW_TOKENS = 24  # well beyond the sliding window
 NOT_BUILT = {"blt", "dots3_note_text", "qwen4_exp_text", "zamba", "zamba2"}
 FEW = ("cohere2", "deepseek_v3", "gpt2", "gpt_neox", "gpt_oss", "olmo3", "phi", "starcoder2")
 
 
 def outcome(model: PreTrainedModel) -> str:
-    """EQUAL, or the reason why the model is refused; raises where texts or logits differ."""
+    """EQUAL, or why the model is refused; fails if texts or logits differ."""
     try:
         decoders = [JacobiDecoder(model, width) for width in (1, 8)]
     except UnsupportedModelError as error:
@@ -32,20 +32,20 @@ def outcome(model: PreTrainedModel) -> str:
     requests = [Request(prompt, NEW_TOKENS) for prompt in PROMPTS]
     for decoder in decoders:
         assert texts(decoder, requests) == expected, (model.config.model_type, decoder.block_size)
-    assert largest_difference(decoders[-1].step, longest=3 * WINDOW, width=8) < 1e-3, model.config.model_type
+    assert largest_logit_error(decoders[-1].step, longest=3 * WINDOW, width=8) < 1e-3, model.config.model_type
     assert packed_difference(model) < 1e-3, model.config.model_type
     return EQUAL
 
 
 def texts(decoder: JacobiDecoder, requests: list[Request]) -> list[list[int]]:
-    """Four rows at a time."""
+    """Texts decoded four rows at a time."""
     found = dict(Queue(decoder, 4).run(requests))
     return [found[number].token_ids for number in range(len(requests))]
 
 
 @torch.no_grad()
 def packed_difference(model: PreTrainedModel) -> float:
-    """Between the logits of blocks in a packed forward and of plain ones, in standard deviations of the latter."""
+    """The largest difference between block logits in a packed forward and in plain ones, in standard deviations."""
     clean, blocks = PROMPTS[2], [Block(9, PROMPTS[1]), Block(21, PROMPTS[0])]
     row = PackedRow(clean, blocks)
     ids, layout = pack([row, PackedRow(PROMPTS[1])], pad_token_id=0)
@@ -94,12 +94,12 @@ def test_all_families() -> None:
         ("roformer", {}, "no position_ids"),
     ],
 )
-def test_refused_with_the_reason(name: str, changes: dict, reason: str) -> None:
+def test_refusal_gives_the_reason(name: str, changes: dict, reason: str) -> None:
     model = build(name, **changes)
     with pytest.raises(UnsupportedModelError, match=reason):
         JacobiDecoder(model, 4)
     with pytest.raises(UnsupportedModelError, match=reason):
-        check_model(model, TRAINABLE)  # nor can packed text be given
+        check_model(model, TRAINABLE)  # packed training needs the same
 
 
 # ------------------------------------------------------- frequencies that depend on the length of a text
@@ -107,7 +107,7 @@ def test_refused_with_the_reason(name: str, changes: dict, reason: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "gemma3_text"))])
 def test_longrope(name: str) -> None:
-    """Rows before, across and beyond the switch beside each other, long prompts in pieces, an adapter's drafts."""
+    """Rows before, across and beyond the switch in one batch, chunked prompts, and drafts of an adapter."""
     model = longrope(name)
     expected = [generate(model, list(r.prompt), r.max_new_tokens, []) for r in AROUND_THE_SWITCH]
     adapter = random_adapter(model)
@@ -122,7 +122,7 @@ def test_longrope(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_longrope_stops_at_the_switch(name: str) -> None:
-    """An end-of-sequence token where the model would read the text again."""
+    """With an end-of-sequence token where the text would be recomputed."""
     model, text = longrope(name), drawn(9)
     free = generate(model, text, 60, [])
     for place in (SWITCH - len(text) - 1, SWITCH - len(text), SWITCH - len(text) + 1):
@@ -132,14 +132,14 @@ def test_longrope_stops_at_the_switch(name: str) -> None:
 
 
 def test_longrope_with_sampling() -> None:
-    """What a row draws depends neither on the width nor on when its text is read again."""
+    """Samples depend neither on the width nor on when the text is recomputed."""
     model, sampling = longrope("phi3"), Sampling(temperature=1.0, seed=5)
     wanted = [replace(request, sampling=sampling) for request in AROUND_THE_SWITCH]
     ar, jacobi = (texts(JacobiDecoder(model, width), wanted) for width in (1, 8))
     assert ar == jacobi
 
 
-def test_longrope_leaves_no_trace() -> None:
+def test_longrope_patch_is_removed() -> None:
     model = longrope("llama")
     ids = torch.tensor([drawn(40)])
     before = model(ids).logits
@@ -157,12 +157,12 @@ def test_packed_texts_stay_below_the_switch() -> None:
     model = longrope("phi3")
     assert packed_difference(model) < 1e-3
     ids, layout = pack([PackedRow(drawn(9)), PackedRow(drawn(SWITCH + 1))], pad_token_id=0)
-    with pytest.raises(UsageError, match="phi3 .* others beyond 32 tokens, which packed texts must not exceed, got 33"):
+    with pytest.raises(UsageError, match="texts of phi3 must have at most 32 tokens, .* got 33"):
         packed_mask(model.config, layout, layout, model.dtype)
 
 
 def test_dynamic_frequencies() -> None:
-    """They change beyond the context, where rows end; what longer texts left in the model does no harm."""
+    """They change beyond the context, where rows end; state that longer texts left in the model does no harm."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     model = build("llama", max_position_embeddings=48, rope_parameters=rope)
     expected = [generate(model, drawn(length), 48 - length, []) for length in (5, 20, 47)]
@@ -172,7 +172,7 @@ def test_dynamic_frequencies() -> None:
     assert {result.stop for result in results} == {"context"}
 
 
-# ------------------------------------------------------------------------- models that nobody has listed
+# ------------------------------------------------------------------------------ families that no test covers
 
 
 class NewConfig(LlamaConfig):
@@ -180,7 +180,7 @@ class NewConfig(LlamaConfig):
 
 
 class New(LlamaForCausalLM):
-    """Of a family that no test covers, with or without a fault."""
+    """A model of an untested family, with or without a fault."""
 
     config_class = NewConfig
     fault = ""
@@ -202,7 +202,7 @@ def new_model(fault: str = "") -> New:
     return model
 
 
-def test_an_unknown_family_is_tried_once() -> None:
+def test_unknown_family_is_self_tested_once() -> None:
     model, calls = new_model(), []
     model.register_forward_pre_hook(lambda *_: calls.append(None))
     JacobiDecoder(model, 4)
@@ -219,12 +219,12 @@ def test_an_unknown_family_is_tried_once() -> None:
         ("raises", "brand_new fails with the masks and positions of Jacobi decoding: too many values to unpack"),
     ],
 )
-def test_an_unknown_family_with_a_fault_is_refused(fault: str, reason: str) -> None:
+def test_unknown_family_with_a_fault_is_refused(fault: str, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         JacobiDecoder(new_model(fault), 4)
 
 
-def test_a_trial_does_not_hide_that_memory_ran_out() -> None:
+def test_self_test_does_not_hide_out_of_memory() -> None:
     model = new_model()
 
     def fail(*_: object) -> None:

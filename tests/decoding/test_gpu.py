@@ -1,4 +1,4 @@
-"""The same on a CUDA device, with real graphs."""
+"""Captured and compiled steps on a CUDA device."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("mode", ["graph", "compile"])
 def test_captured_steps_give_the_same_texts(mode: str) -> None:
-    """All kinds of model and of fresh guesses; rows join and leave, greedy ones beside sampled ones."""
+    """All kinds of models and fresh guesses; rows join and leave, greedy ones next to sampled ones."""
     for kind in KINDS:
         model = tiny_model(kind, vocab_size=97, eos_token_id=None).cuda()
         wanted = [Request([1 + n, 2, 3][: 1 + n % 3], 10 + 3 * n, Sampling(temperature=0.9 * (n % 3 == 2), seed=n)) for n in range(8)]
@@ -38,14 +38,14 @@ def test_captured_steps_with_an_adapter(mode: str) -> None:
         assert {n: r.token_ids for n, r in found.items()} == {n: r.token_ids for n, r in expected.items()}, kind
 
 
-def test_graphs_are_what_a_gpu_gets() -> None:
+def test_graphs_are_the_default_on_a_gpu() -> None:
     decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None).cuda(), 4)
     decoder.generate([[1, 2, 3]], max_new_tokens=40)
     assert isinstance(decoder.runner, CapturingRunner) and decoder.runner.capture
     assert any(callable(known) for known in decoder.runner._kept.captured.values())
 
 
-def test_the_host_does_not_wait_between_looks() -> None:
+def test_host_only_waits_at_the_sync_interval() -> None:
     decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None).cuda(), 4)
     decoder.sync_interval = 100
     iterations = decoder.iterate([[1, 2, 3], [4]], max_new_tokens=100)

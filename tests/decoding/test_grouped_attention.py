@@ -1,4 +1,4 @@
-"""Attention without copies of the cache: transformers' own numbers, used while decoding only, and left alone elsewhere."""
+"""Grouped attention gives transformers' numbers without repeating the cache, and is active only during decoding."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +12,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cllm.attention import GROUPED, SDPA
 from cllm.decoding import JacobiDecoder, grouped_attention
-from cllm.decoding.grouped_attention import MOST_QUERIES, GroupedAttention
+from cllm.decoding.grouped_attention import MOST_QUERIES, AttentionPatch
 
 PROMPT = [5, 6, 7, 8, 5, 6]
 GROUPS = 3
 
 
 def inputs(tokens: int, rows: int = 2, heads: int = 2, groups: int = GROUPS, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """Those of a layer: views into a cache, and a mask in which one token sees nothing but padding."""
+    """Inputs of an attention layer: views into a cache, and a mask in which one token sees only padding."""
     draw = torch.Generator().manual_seed(tokens)
     query = torch.randn(rows, tokens, heads * groups, 8, generator=draw).to(dtype).transpose(1, 2)
     key, value = (torch.randn(rows, 41, heads, 8, generator=draw).to(dtype)[:, 1:].transpose(1, 2) for _ in "kv")
@@ -34,8 +34,8 @@ def layer(groups: int = GROUPS):
 
 
 @pytest.fixture
-def left(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What was left to transformers."""
+def original_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The calls of transformers' own attention."""
     calls: list[dict] = []
 
     def own(module, query, key, value, attention_mask, **other):
@@ -50,19 +50,19 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 @pytest.mark.parametrize("scaling", [None, 0.2])
 @pytest.mark.parametrize("tokens", [1, 2, 16, MOST_QUERIES])
 @torch.inference_mode()
-def test_the_same_numbers_without_a_copy(tokens, scaling, dtype, left, monkeypatch):
+def test_same_numbers_without_a_copy(tokens, scaling, dtype, original_calls, monkeypatch):
     given, seen = inputs(tokens, dtype=dtype), []
     expected, _ = sdpa_attention_forward(layer(), **given, scaling=scaling)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(grouped_attention, "scaled_dot_product_attention", lambda q, k, v, **o: seen.append((k, v)) or sdpa(q, k, v, **o))
     found, _ = grouped_attention.grouped_attention(layer(), **given, scaling=scaling, position_ids=torch.arange(tokens))
     torch.testing.assert_close(found, expected)
-    assert found.is_contiguous() and not left
+    assert found.is_contiguous() and not original_calls
     assert [(k is given["key"], v is given["value"]) for k, v in seen] == [(True, True)]
 
 
 @pytest.mark.parametrize("case", ["no mask", "no group", "many tokens", "a mask per head", "dropout", "unknown", "gradients"])
-def test_what_is_left_to_transformers(case, left):
+def test_unsupported_cases_use_the_original(case, original_calls):
     groups = 1 if case == "no group" else GROUPS
     given = inputs(MOST_QUERIES + 1 if case == "many tokens" else 4, groups=groups)
     other = {"dropout": 0.5} if case == "dropout" else {"position_bias": None} if case == "unknown" else {}
@@ -75,22 +75,22 @@ def test_what_is_left_to_transformers(case, left):
         found, _ = grouped_attention.grouped_attention(layer(groups), **given, **other)
         torch.manual_seed(0)
         expected, _ = sdpa_attention_forward(layer(groups), **given, **other)
-    assert torch.equal(found, expected) and len(left) == 1 and other.items() <= left[0].items()
+    assert torch.equal(found, expected) and len(original_calls) == 1 and other.items() <= original_calls[0].items()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_used_by_the_decoder_and_gone_after_it(kind, left):
+def test_active_only_during_decoding(kind, original_calls):
     model, seen = tiny_model(kind), []
-    own = model.config._attn_implementation  # gemma2, whose scores are capped, is eager in newer releases of transformers
+    own = model.config._attn_implementation  # eager for gemma2, whose scores are capped, in newer releases of transformers
     model.lm_head.register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
     iterations = JacobiDecoder(model, 4).iterate([PROMPT], max_new_tokens=8)
     for _ in iterations:
         assert model.config._attn_implementation == own
     assert set(seen) == {GROUPED if own == SDPA else own}
-    assert all("softcap" in other for other in left)
+    assert all("softcap" in other for other in original_calls)
 
 
-def test_nothing_is_left_where_a_forward_fails():
+def test_failing_forward_restores_the_model():
     model = tiny_model()
     model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -98,16 +98,16 @@ def test_nothing_is_left_where_a_forward_fails():
     assert model.config._attn_implementation == SDPA
 
 
-def test_the_last_thread_that_leaves_takes_it_out():
+def test_last_thread_to_leave_restores_the_model():
     model, together = tiny_model(), Barrier(2, timeout=60)
-    attention = GroupedAttention.of(model)
+    attention = AttentionPatch.for_model(model)
 
     def enter(first: bool) -> tuple[str, str]:
         with attention:
             together.wait()
             during = model.config._attn_implementation
-            JacobiDecoder(model, 4)  # can be made meanwhile
-            model(torch.tensor([PROMPT]), labels=torch.tensor([PROMPT])).loss.backward()  # and the model be used
+            JacobiDecoder(model, 4)  # can be created meanwhile
+            model(torch.tensor([PROMPT]), labels=torch.tensor([PROMPT])).loss.backward()  # and the model can be used
             together.wait()
             if first:
                 together.wait()
@@ -122,15 +122,15 @@ def test_the_last_thread_that_leaves_takes_it_out():
     assert model.config._attn_implementation == SDPA
 
 
-def test_an_interrupt_that_kept_a_thread_inside_is_mended_by_the_next_text():
+def test_recovers_from_an_interrupt():
     model = tiny_model()
-    GroupedAttention.of(model).__enter__()
+    AttentionPatch.for_model(model).__enter__()
     JacobiDecoder(model, 4).generate([PROMPT], max_new_tokens=4)
     assert model.config._attn_implementation == SDPA
 
 
 @pytest.mark.parametrize("change", ["eager", "asks for sdpa by name"])
-def test_models_that_are_left_alone(change):
+def test_unsupported_models_are_not_patched(change):
     model, seen = tiny_model(), []
     if change == "eager":
         model.set_attn_implementation("eager")
@@ -142,11 +142,11 @@ def test_models_that_are_left_alone(change):
     assert set(seen) == {own}
 
 
-def test_one_for_all_decoders_of_a_model_which_can_be_copied():
+def test_decoders_of_a_model_share_one_patch_and_can_be_copied():
     model = tiny_model()
     decoder = JacobiDecoder(model, 4)
     assert decoder.step.attention is JacobiDecoder(model, 8).step.attention
     twin = copy.deepcopy(decoder)
-    assert twin.step.attention is GroupedAttention.of(twin.model) is not decoder.step.attention
-    texts = [of.generate([PROMPT], max_new_tokens=8)[0].token_ids for of in (decoder, twin)]
+    assert twin.step.attention is AttentionPatch.for_model(twin.model) is not decoder.step.attention
+    texts = [each.generate([PROMPT], max_new_tokens=8)[0].token_ids for each in (decoder, twin)]
     assert texts[0] == texts[1]

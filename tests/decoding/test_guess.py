@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import KINDS, Successor, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cllm.decoding import Draft, Guess, JacobiDecoder, make_guess
+from cllm.decoding import GuessStrategy, JacobiDecoder, PartialWindow, make_guess
 from cllm.decoding.guess import STRATEGIES
 from cllm.decoding.ngram_pool import SLOTS, slot_of
 from cllm.decoding.prompt_lookup import HINTED, LONGEST, TRUSTED
@@ -19,15 +19,15 @@ from cllm.trajectory.hygiene import cut_at_eos
 
 COMBINATIONS = ("pool+prompt_lookup+context", "prompt_lookup+pool+filler", "pool+filler")
 NAMES = (*STRATEGIES, *COMBINATIONS)
-STALE = 999  # stands where no strategy may look
+STALE = 999  # marks positions that no strategy may read
 CASES_PER_NAME = 12
 
 tokens = st.integers(0, 3)
 
 
-def draft_of(text: list[int], kept: list[int], width: int, firm: int = 1) -> Draft:
-    """One row: ``text`` is verified, its last token starts the window, and ``kept`` guesses follow; the rest is stale."""
-    return Draft(
+def partial_of(text: list[int], kept: list[int], width: int, firm: int = 1) -> PartialWindow:
+    """One row: ``text`` is verified, its last token starts the window, ``kept`` guesses follow, and the rest is stale."""
+    return PartialWindow(
         text_BS=torch.tensor([text + [STALE] * 2 * width]),
         start_B=torch.tensor([len(text) - 1]),
         window_BW=torch.tensor([text[-1:] + kept + [STALE] * (width - 1 - len(kept))]),
@@ -39,21 +39,21 @@ def draft_of(text: list[int], kept: list[int], width: int, firm: int = 1) -> Dra
     )
 
 
-def memory_of(guess: Guess, rows: int = 1) -> torch.Tensor:
+def memory_of(guess: GuessStrategy, rows: int = 1) -> torch.Tensor:
     return torch.full((rows, guess.memory_size), -1)
 
 
 @st.composite
-def drafts(draw) -> Draft:
+def partials(draw) -> PartialWindow:
     width = draw(st.integers(1, 9))
     text = draw(st.lists(tokens, min_size=1, max_size=30))
     kept = draw(st.lists(tokens, max_size=width - 1))
     firm = draw(st.integers(1, 1 + len(kept)))
-    return replace(draft_of(text, kept, width, firm), narrows=draw(st.booleans()))
+    return replace(partial_of(text, kept, width, firm), narrows=draw(st.booleans()))
 
 
-def written(draft: Draft) -> list[int]:
-    return draft.window_BW[0, : draft.filled_B[0]].tolist()
+def written(partial: PartialWindow) -> list[int]:
+    return partial.window_BW[0, : partial.filled_B[0]].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------- output
@@ -61,11 +61,11 @@ def written(draft: Draft) -> list[int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_strategy_changes_the_output(name):
-    """Kinds of model, widths 1 to 17, ragged batches, both windows; EOS early, late, never."""
+    """All kinds of models, widths 1 to 17, ragged batches, both windows; EOS early, late, never."""
     for case in range(CASES_PER_NAME):
         draw = random.Random(f"{name} {case}")
         model = tiny_model(KINDS[case % len(KINDS)], seed=case, eos_token_id=None)
-        words = draw.randint(2, 97)  # few different ones: a text that repeats itself
+        words = draw.randint(2, 97)  # if few, the text repeats itself
         prompts = [[draw.randrange(words) for _ in range(draw.randint(1, 30))] for _ in range(draw.randint(1, 4))]
         free = [r.token_ids for r in JacobiDecoder(model, 1).generate(prompts, max_new_tokens=30)]
         eos = draw.choice([[], free[0][:1], free[-1][-1:], free[0][15:16]])
@@ -86,7 +86,7 @@ def test_rows_do_not_depend_on_the_batch(name):
     alone = [decoder.generate([prompt], max_new_tokens=30)[0] for prompt in prompts]
     together = decoder.generate(prompts, max_new_tokens=30)
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
-    assert together == alone or decoder.runner.narrows  # a forward as wide as another row wants it may gain more
+    assert together == alone or decoder.runner.narrows  # a forward widened for another row may gain more
 
 
 def forwards(name: str, prompt: list[int], new_tokens: int = 160) -> int:
@@ -95,23 +95,23 @@ def forwards(name: str, prompt: list[int], new_tokens: int = 160) -> int:
     return result.forwards
 
 
-def test_what_repeats_is_guessed_in_whole_windows():
+def test_repeated_text_is_guessed_in_whole_windows():
     prompt = [*range(7), *range(7)]
     assert forwards("prompt_lookup", prompt) == 160 // 16
     assert forwards("context", prompt) > 40
     assert forwards("pool", prompt) <= 160 // 16 + 7
-    assert forwards("pool+prompt_lookup", [3]) <= 160 // 16 + 8  # a prompt that says nothing
+    assert forwards("pool+prompt_lookup", [3]) <= 160 // 16 + 8  # a prompt without a hint
 
 
-def widths(guess: str | Guess, prompts: list[list[int]], new_tokens: int, width: int = 8, **options) -> list[int]:
-    """How many tokens of each window went through the model, which counts to 30 and starts again."""
+def widths(guess: str | GuessStrategy, prompts: list[list[int]], new_tokens: int, width: int = 8, **options) -> list[int]:
+    """The window width of each forward of a model that repeatedly counts to 30."""
     decoder = JacobiDecoder(Successor(30, 99), width, guess=guess, **options)
     return [i.window_BW.shape[1] for i in decoder.iterate(prompts, max_new_tokens=new_tokens)]
 
 
-def test_a_forward_is_as_wide_as_it_is_worth() -> None:
-    """On a CPU one token where nothing is found, some where one is, the window where two are, for the row that needs most."""
-    assert widths("prompt_lookup", [[0]], 30 + 8 + 24, width=12) == [1] * 30 + [8] + [12] * 2  # 0 is found behind 30 tokens
+def test_forwards_are_as_wide_as_worthwhile() -> None:
+    """On a CPU: one token without a match, some after a one-token match, the window after two, for the row that needs most."""
+    assert widths("prompt_lookup", [[0]], 30 + 8 + 24, width=12) == [1] * 30 + [8] + [12] * 2  # 0 occurs again after 30 tokens
     assert widths("prompt_lookup", [[0], [3, 4, 8, 3, 4]], 8, width=12) == [12, 1, 1, 1, 8, 1, 1, 1]  # 3 4, and later 8
     assert widths("pool", [[0]], 31 + 16) == [1] * 31 + [8] * 2
     for whole in ("context", "filler", "prompt_lookup+context", "pool+filler", Spoiler()):
@@ -120,17 +120,17 @@ def test_a_forward_is_as_wide_as_it_is_worth() -> None:
     assert not JacobiDecoder(Successor(), 8, guess="prompt_lookup", compile="compile").runner.narrows
 
 
-class Spoiler(Guess):
-    """Replaces all that may be replaced."""
+class Spoiler(GuessStrategy):
+    """Replaces all replaceable guesses."""
 
     name, fills_all = "spoiler", True
 
-    def fill(self, memory_BM, draft):
-        window_BW = torch.where(draft.order_W < draft.firm_B[:, None], draft.window_BW, 98)
-        return replace(draft, window_BW=window_BW)
+    def fill(self, memory_BM, partial):
+        window_BW = torch.where(partial.order_W < partial.firm_B[:, None], partial.window_BW, 98)
+        return replace(partial, window_BW=window_BW)
 
 
-def test_a_guess_that_was_replaced_did_not_stand():
+def test_replaced_guesses_are_not_stationary():
     (result,) = JacobiDecoder(Successor(7, 99), 4, guess=Spoiler()).generate([[0]], max_new_tokens=9)
     assert (result.accepted, result.fast_forwarded, result.stationary) == ([1] * 9, 0, 0)
 
@@ -149,30 +149,30 @@ def test_block_mode_keeps_its_guesses():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(draft=drafts(), choices=st.lists(tokens, min_size=9, max_size=9))
+@given(partial=partials(), choices=st.lists(tokens, min_size=9, max_size=9))
 @settings(max_examples=60, deadline=None)
-def test_firm_tokens_stay_and_nothing_stale_is_read(name, draft, choices):
-    guess, width = make_guess(name), draft.window_BW.shape[1]
+def test_firm_tokens_stay_and_nothing_stale_is_read(name, partial, choices):
+    guess, width = make_guess(name), partial.window_BW.shape[1]
     memory = memory_of(guess)
-    guess.learn(memory, draft.before_B, torch.tensor([choices[:width]]), torch.tensor([choices[-width:]]))
-    filled = guess.fill(memory, draft)
-    firm = int(draft.firm_B)
-    assert filled.window_BW[0, :firm].tolist() == draft.window_BW[0, :firm].tolist()
+    guess.learn(memory, partial.before_B, torch.tensor([choices[:width]]), torch.tensor([choices[-width:]]))
+    filled = guess.fill(memory, partial)
+    firm = int(partial.firm_B)
+    assert filled.window_BW[0, :firm].tolist() == partial.window_BW[0, :firm].tolist()
     assert STALE not in filled.window_BW
     assert filled.filled_B.tolist() == [width]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_values_never_leave_the_device(name):
-    """Fake tensors have no values: anything that asked for one, or for a shape that depends on one, would fail."""
+def test_strategies_do_not_synchronise(name):
+    """Fake tensors have no values, so reading one, or a shape that depends on one, fails."""
     guess = make_guess(name)
     with FakeTensorMode():
         row_B = torch.ones(3, dtype=torch.long)
         window_BW = torch.ones(3, 8, dtype=torch.long)
         memory = memory_of(guess, rows=3)
-        draft = Draft(torch.ones(3, 50, dtype=torch.long), row_B, window_BW, row_B, row_B, row_B, row_B, 97)
+        partial = PartialWindow(torch.ones(3, 50, dtype=torch.long), row_B, window_BW, row_B, row_B, row_B, row_B, 97)
         guess.learn(memory, row_B, window_BW, window_BW)
-        filled = guess.fill(memory, draft)
+        filled = guess.fill(memory, partial)
     assert filled.window_BW.shape == (3, 8)
     assert memory.shape == (3, guess.memory_size)
 
@@ -180,12 +180,12 @@ def test_values_never_leave_the_device(name):
 # ------------------------------------------------------------------------------------------------------- prompt lookup
 
 
-def looked_up(draft: Draft) -> list[int]:
-    """Prompt lookup in plain Python: the window as far as it is filled."""
-    start, firm, filled = int(draft.start_B), int(draft.firm_B), int(draft.filled_B)
-    text = draft.text_BS[0, :start].tolist()
-    window, width = draft.window_BW[0].tolist(), draft.window_BW.shape[1]
-    for here, shortest in ((firm, 1 if draft.narrows and firm == 1 else TRUSTED), (filled, 1)):
+def looked_up(partial: PartialWindow) -> list[int]:
+    """Prompt lookup in plain Python: the filled part of the window."""
+    start, firm, filled = int(partial.start_B), int(partial.firm_B), int(partial.filled_B)
+    text = partial.text_BS[0, :start].tolist()
+    window, width = partial.window_BW[0].tolist(), partial.window_BW.shape[1]
+    for here, shortest in ((firm, 1 if partial.narrows and firm == 1 else TRUSTED), (filled, 1)):
         known = text + window[:here]
         for size in range(LONGEST, shortest - 1, -1):
             for end in range(start, size - 1, -1):  # the match is known[end - size : end]; known[end] is verified
@@ -197,20 +197,20 @@ def looked_up(draft: Draft) -> list[int]:
     return window[:filled]
 
 
-@given(draft=drafts())
+@given(partial=partials())
 @settings(max_examples=500, deadline=None)
-def test_prompt_lookup_finds_what_plain_python_finds(draft):
-    assert written(STRATEGIES["prompt_lookup"].fill(memory_of(STRATEGIES["prompt_lookup"]), draft)) == looked_up(draft)
+def test_prompt_lookup_equals_plain_python(partial):
+    assert written(STRATEGIES["prompt_lookup"].fill(memory_of(STRATEGIES["prompt_lookup"]), partial)) == looked_up(partial)
 
 
-def test_where_refined_guesses_are_worth_nothing_one_token_found_again_replaces_them():
+def test_one_token_match_replaces_refined_guesses_that_are_not_worth_computing():
     guess = STRATEGIES["prompt_lookup"]
     for firm, kept, useful in ((1, [5, 5], 1 + HINTED), (2, [5, 5], 1)):
-        draft = replace(draft_of([1, 4, 3, 9, 8, 6, 7, 3], kept, 10, firm), narrows=True)
-        filled = guess.fill(memory_of(guess), draft)
+        partial = replace(partial_of([1, 4, 3, 9, 8, 6, 7, 3], kept, 10, firm), narrows=True)
+        filled = guess.fill(memory_of(guess), partial)
         assert filled.useful_B.tolist() == [useful]
         assert (written(filled)[:4] == [3, 9, 8, 6]) == (firm == 1)
-        assert int(filled.firm_B) == firm  # so the pool may know better
+        assert int(filled.firm_B) == firm  # so that the pool may still replace them
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_where_refined_guesses_are_worth_nothing_one_token_found_again_replaces_
     [
         ([1, 2, 3, 9, 8, 1, 2, 3], [], [3, 9, 8, 1, 2]),
         ([1, 2, 3, 9, 8, 1, 2, 3], [5, 5], [3, 9, 8, 1, 2]),  # a match of verified text replaces guesses
-        ([1, 4, 3, 9, 8, 6, 7, 3], [4, 3], [3, 4, 3, 9, 8]),  # one of a single token does not; 4 3 is found behind them
+        ([1, 4, 3, 9, 8, 6, 7, 3], [4, 3], [3, 4, 3, 9, 8]),  # a match of one token does not; 4 3 matches after them
         ([5, 1, 2, 6, 1, 2], [], [2, 6, 1, 2, 6]),  # the copy runs into itself
         ([3, 5, 7, 4, 5, 1, 3, 5], [], [5, 7, 4, 5, 1]),  # a longer match before a later one
         ([5, 1, 7, 5, 2, 8, 5], [], [5, 2, 8, 5, 2]),  # the later of two
@@ -226,39 +226,39 @@ def test_where_refined_guesses_are_worth_nothing_one_token_found_again_replaces_
         ([1], [], [1]),
     ],
 )
-def test_prompt_lookup_by_hand(text, kept, expected):
+def test_prompt_lookup_examples(text, kept, expected):
     guess = STRATEGIES["prompt_lookup"]
-    assert written(guess.fill(memory_of(guess), draft_of(text, kept, 5))) == expected
+    assert written(guess.fill(memory_of(guess), partial_of(text, kept, 5))) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------- pool
 
 
-def test_the_pool_gives_back_what_was_rejected():
+def test_pool_recalls_rejected_choices():
     guess = STRATEGIES["pool"]
     memory = memory_of(guess)
-    # In the window 1 5 6 7 behind 0 the model chose 4 after 1, so that 5 is wrong, and 6 7 8 after it are rejected.
+    # In the window 1 5 6 7 after 0 the model chose 4 after 1, so 5 is wrong, and the choices 6 7 8 after it are rejected.
     guess.learn(memory, torch.tensor([0]), torch.tensor([[1, 5, 6, 7]]), torch.tensor([[4, 6, 7, 8]]))
-    assert written(guess.fill(memory, draft_of([3, 5], [], 5))) == [5, 6, 7, 8]
-    assert written(guess.fill(memory, draft_of([3, 9], [2, 6], 5))) == [9, 2, 6, 7, 8]
-    assert written(guess.fill(memory, draft_of([5, 6], [2, 2], 5))) == [6, 7, 8]
+    assert written(guess.fill(memory, partial_of([3, 5], [], 5))) == [5, 6, 7, 8]
+    assert written(guess.fill(memory, partial_of([3, 9], [2, 6], 5))) == [9, 2, 6, 7, 8]
+    assert written(guess.fill(memory, partial_of([5, 6], [2, 2], 5))) == [6, 7, 8]
 
 
-def test_the_newest_entry_wins():
+def test_newest_entry_wins():
     guess = STRATEGIES["pool"]
     memory = memory_of(guess)
     guess.learn(memory, torch.tensor([0]), torch.tensor([[1, 2, 1, 2]]), torch.tensor([[3, 4, 5, 6]]))
-    assert written(guess.fill(memory, draft_of([1, 2], [], 2))) == [2, 6]
+    assert written(guess.fill(memory, partial_of([1, 2], [], 2))) == [2, 6]
     guess.learn(memory, torch.tensor([1]), torch.tensor([[2]]), torch.tensor([[7]]))
-    assert written(guess.fill(memory, draft_of([1, 2], [], 2))) == [2, 7]
+    assert written(guess.fill(memory, partial_of([1, 2], [], 2))) == [2, 7]
 
 
 windows = st.integers(1, 6).flatmap(lambda w: st.tuples(*[st.lists(tokens, min_size=w, max_size=w)] * 2))
 
 
-@given(seen=st.lists(st.tuples(tokens, windows), max_size=5), draft=drafts())
+@given(seen=st.lists(st.tuples(tokens, windows), max_size=5), partial=partials())
 @settings(max_examples=300, deadline=None)
-def test_the_pool_is_a_dictionary(seen, draft):
+def test_pool_equals_a_dictionary(seen, partial):
     guess = STRATEGIES["pool"]
     memory, newest = memory_of(guess), {}
     for before, (window, choices) in seen:
@@ -266,8 +266,8 @@ def test_the_pool_is_a_dictionary(seen, draft):
         pairs = list(zip([before, *window], window, choices))
         newest |= {(None, second): choice for _, second, choice in pairs}
         newest |= {(first, second): choice for first, second, choice in pairs}
-    firm, filled, width = int(draft.firm_B), int(draft.filled_B), draft.window_BW.shape[1]
-    line = [int(draft.before_B), *written(draft)]  # the window's position p is line[p + 1]
+    firm, filled, width = int(partial.firm_B), int(partial.filled_B), partial.window_BW.shape[1]
+    line = [int(partial.before_B), *written(partial)]  # the window's position p is line[p + 1]
     for at in range(1, width):
         double, single = newest.get((line[at - 1], line[at])), newest.get((None, line[at]))
         if at < len(line) - 1:
@@ -278,10 +278,10 @@ def test_the_pool_is_a_dictionary(seen, draft):
         else:
             break
     assert filled <= len(line) - 1
-    assert written(guess.fill(memory, draft)) == line[1:]
+    assert written(guess.fill(memory, partial)) == line[1:]
 
 
-def test_the_hash_spreads_and_the_memory_is_bounded():
+def test_hash_spreads_and_memory_is_bounded():
     guess = STRATEGIES["pool"]
     slots = slot_of(torch.randint(0, 1 << 42, (1, 20_000), generator=torch.Generator().manual_seed(0)))
     counts = torch.bincount(slots[0], minlength=SLOTS)
@@ -297,7 +297,7 @@ def test_the_hash_spreads_and_the_memory_is_bounded():
 # --------------------------------------------------------------------------------------------------------------- names
 
 
-def test_names():
+def test_valid_names():
     assert make_guess("pool+prompt_lookup").name == "pool+prompt_lookup"
     assert make_guess("pool+filler").name == "pool+filler"
     assert make_guess("context").name == JacobiDecoder(tiny_model(), 4).guess.name == "context"
@@ -310,7 +310,7 @@ def test_names():
         ("poool", "unknown guess 'poool'; choose from context, uniform, filler, prompt_lookup, pool"),
         ("pool+", "unknown guess ''"),
         ("", "unknown guess ''"),
-        ("context+pool", "'context\\+pool': context leaves nothing for those behind it; put it last"),
+        ("context+pool", "'context\\+pool': context leaves nothing to the parts after it; put it last"),
     ],
 )
 def test_bad_names(text, message):

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the same numbers, weights as they are now, and a model that shows no trace of it."""
+"""Linear layers by oneDNN give the same numbers, use the current weights, and leave the model unchanged."""
 
 import copy
 import gc
@@ -12,15 +12,15 @@ from tiny import tiny_model
 from torch import nn
 
 from cllm.decoding import JacobiDecoder, linear
-from cllm.decoding.linear import Linears
+from cllm.decoding.linear import LinearPatch
 
 pytestmark = pytest.mark.skipif(not linear._supported(), reason="no x86 CPU, or a torch without oneDNN")
 PROMPT, OTHER = [5, 6, 7, 8, 5, 6], [9, 3, 4]
 
 
 @pytest.fixture(autouse=True)
-def for_any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an Intel CPU a few rows are left to MKL otherwise."""
+def use_onednn_for_any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Intel CPUs, a few rows would otherwise be left to MKL."""
     monkeypatch.setattr(linear, "_fewest_rows", lambda: 1)
 
 
@@ -35,12 +35,12 @@ def patched(model) -> int:
 @pytest.mark.parametrize("most", [linear.PACKED_BYTES, 0])
 @pytest.mark.parametrize("shape", [(1, 1, 32), (3, 7, 32), (2, 32), (32,)])
 @torch.inference_mode()
-def test_the_same_numbers(shape, most, monkeypatch):
-    """Also of inputs that do not lie in one piece, with a bias, and where the weights are too large for a second copy."""
+def test_same_numbers(shape, most, monkeypatch):
+    """Also for non-contiguous inputs, with a bias, and with weights too large to be packed."""
     monkeypatch.setattr(linear, "PACKED_BYTES", most)
     model = tiny_model("qwen2")
     assert any(layer.bias is not None for layer in layers(model))
-    linears = Linears.fresh(model)
+    linears = LinearPatch.refreshed(model)
     for layer in (layer for layer in layers(model) if layer.in_features == 32):
         x = torch.randn(shape).transpose(0, -1).contiguous().transpose(0, -1)
         expected = layer(x)
@@ -50,17 +50,17 @@ def test_the_same_numbers(shape, most, monkeypatch):
     assert not patched(model)
 
 
-def test_used_by_the_decoder_and_gone_after_it():
+def test_decoder_patches_the_model_only_during_forwards():
     model = tiny_model()
     seen = []
     model.lm_head.register_forward_pre_hook(lambda *_: seen.append(patched(model)))
     for _ in JacobiDecoder(model, 4).iterate([PROMPT], max_new_tokens=8):
-        assert not patched(model)  # whoever gets an iteration may train the model, or save it
+        assert not patched(model)  # between iterations, the caller may train or save the model
     assert set(seen) == {len(layers(model))}
     assert pickle.dumps(model.state_dict()) and all("forward" not in vars(module) for module in model.modules())
 
 
-def test_nothing_is_left_where_a_forward_fails():
+def test_failing_forward_leaves_the_model_unpatched():
     model = tiny_model()
     handle = model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -79,8 +79,8 @@ def test_nothing_is_left_where_a_forward_fails():
         pytest.param(lambda w: w.data[3, 5:6].add_(2.0), id="one number"),
     ],
 )
-def test_weights_are_those_of_now(change):
-    """Training, merging of adapters and users change weights in ways that leave no mark."""
+def test_changed_weights_are_noticed(change):
+    """Including changes that alter neither version counter nor data pointer."""
     model = tiny_model(tie_word_embeddings=False)
     decoder = JacobiDecoder(model, 4)
     decoder.generate([PROMPT], max_new_tokens=8)
@@ -88,39 +88,39 @@ def test_weights_are_those_of_now(change):
         change(weight)
         x = torch.randn(2, weight.shape[1])
         with torch.inference_mode():
-            with Linears.fresh(model):
+            with LinearPatch.refreshed(model):
                 layer = next(layer for layer in layers(model) if layer.weight is weight)
                 torch.testing.assert_close(layer(x), x @ weight.T)
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-7])
 @pytest.mark.parametrize("place", [(3, 5), (3, 31), (0, 1)])
-def test_a_small_edit_beside_a_huge_weight(size, place):
+def test_small_edit_next_to_a_huge_weight(size, place):
     model = tiny_model(tie_word_embeddings=False)
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data[:, 0] = 1e12
-    Linears.fresh(model)
+    LinearPatch.refreshed(model)
     weight.data[place] = size
     x = torch.zeros(1, 32)
     x[0, place[1]] = 1
-    with torch.inference_mode(), Linears.fresh(model):
+    with torch.inference_mode(), LinearPatch.refreshed(model):
         assert float(model.model.layers[1].mlp.up_proj(x)[0, place[0]]) == pytest.approx(size)
 
 
-def test_weights_that_were_exchanged():
+def test_swapped_weights_are_noticed():
     model = tiny_model(tie_word_embeddings=False)
     first, second = (layer.self_attn.q_proj for layer in model.model.layers[:2])
     x = torch.randn(2, 32)
     with torch.inference_mode():
         expected = second(x)
-        Linears.fresh(model)
+        LinearPatch.refreshed(model)
         first.weight.data, second.weight.data = second.weight.data, first.weight.data
-        with Linears.fresh(model):
+        with LinearPatch.refreshed(model):
             torch.testing.assert_close(first(x), expected)
 
 
-def test_training_in_the_midst_of_decoding():
-    """Gradients flow as ever while iterations are being fetched, and the next text is that of the new weights."""
+def test_training_during_decoding():
+    """Gradients flow as usual between iterations, and the next text is that of the new weights."""
     model, decoder = tiny_model(), None
     decoder = JacobiDecoder(model, 4)
     iterations = decoder.iterate([PROMPT], max_new_tokens=12)
@@ -132,34 +132,34 @@ def test_training_in_the_midst_of_decoding():
     iterations.close()
     twin = tiny_model()
     twin.load_state_dict(model.state_dict())
-    texts = [of.generate([PROMPT], max_new_tokens=12)[0].token_ids for of in (decoder, JacobiDecoder(twin, 4))]
+    texts = [each.generate([PROMPT], max_new_tokens=12)[0].token_ids for each in (decoder, JacobiDecoder(twin, 4))]
     assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("case", ["float64", "bfloat16", "switched off", "forward of its own", "another class"])
-def test_left_alone(case):
-    class Own(nn.Linear):
+def test_unsupported_layers_are_not_patched(case):
+    class OtherLinear(nn.Linear):
         pass
 
     model = tiny_model()
     if case in ("float64", "bfloat16"):
         model.to(getattr(torch, case))
-    odd = layers(model)[0]
+    other = layers(model)[0]
     if case == "forward of its own":
-        odd.forward = own = lambda x: nn.functional.linear(x, odd.weight, odd.bias)
+        other.forward = own = lambda x: nn.functional.linear(x, other.weight, other.bias)
     if case == "another class":
-        odd.__class__ = Own
-    with torch.backends.mkldnn.flags(enabled=case != "switched off"), Linears.fresh(model):
+        other.__class__ = OtherLinear
+    with torch.backends.mkldnn.flags(enabled=case != "switched off"), LinearPatch.refreshed(model):
         expected = {"forward of its own": len(layers(model)), "another class": len(layers(model)) - 1}.get(case, 0)
         assert patched(model) == expected
     if case == "forward of its own":
-        assert odd.__dict__["forward"] is own
+        assert other.__dict__["forward"] is own
 
 
-def test_a_forward_that_comes_later_stays():
-    """Hooks of other libraries may be put on a layer between two iterations."""
+def test_later_forward_is_kept():
+    """Other libraries may set a layer's forward between two iterations."""
     model = tiny_model()
-    linears, layer = Linears.fresh(model), layers(model)[0]
+    linears, layer = LinearPatch.refreshed(model), layers(model)[0]
     layer.forward = own = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
     with linears:
         assert layer.__dict__["forward"] is own and patched(model) == len(layers(model))
@@ -168,19 +168,19 @@ def test_a_forward_that_comes_later_stays():
 
 def test_autocast():
     model = tiny_model()
-    with torch.inference_mode(), Linears.fresh(model), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), LinearPatch.refreshed(model), torch.autocast("cpu", torch.bfloat16):
         assert layers(model)[0](torch.randn(2, 32)).dtype == torch.bfloat16
 
 
 @pytest.mark.slow
-def test_a_model_that_its_user_compiled():
+def test_compiled_model():
     model = tiny_model()
     expected = JacobiDecoder(model, 4).generate([PROMPT], max_new_tokens=12)[0].token_ids
     model.compile(backend="inductor")
     assert JacobiDecoder(model, 4).generate([PROMPT], max_new_tokens=12)[0].token_ids == expected
 
 
-def test_one_copy_for_all_decoders_of_a_model_until_it_goes():
+def test_decoders_of_a_model_share_one_copy_until_it_is_deleted():
     model = tiny_model()
     first, second = JacobiDecoder(model, 4), JacobiDecoder(model, 8)
     assert first.step.linears is second.step.linears is not JacobiDecoder(tiny_model(), 4).step.linears
@@ -191,19 +191,19 @@ def test_one_copy_for_all_decoders_of_a_model_until_it_goes():
     gone = weakref.ref(model)
     del first, second, model
     gc.collect()
-    assert gone() is None and not any(linears._products is kept for linears in Linears._known.values())
+    assert gone() is None and not any(linears._products is kept for linears in LinearPatch._instances.values())
 
 
-def test_memory_can_be_had_back():
+def test_clear_frees_the_copies():
     model = tiny_model()
-    linears = Linears.fresh(model)
+    linears = LinearPatch.refreshed(model)
     linears.clear()
     with linears:
         assert not patched(model)
-    assert len(Linears.fresh(model)._products) == len(layers(model))
+    assert len(LinearPatch.refreshed(model)._products) == len(layers(model))
 
 
-def test_packing_that_fails_leaves_the_model_as_it_is(monkeypatch):
+def test_failed_packing_leaves_the_model_unchanged(monkeypatch):
     model, calls = tiny_model(), []
     packed = linear._packed
 
@@ -222,11 +222,11 @@ def test_packing_that_fails_leaves_the_model_as_it_is(monkeypatch):
     assert decoder.generate([PROMPT], max_new_tokens=4) and len(decoder.step.linears._products) == len(layers(model))
 
 
-def test_an_interrupt_is_mended():
-    """What a Control-C in the wrong place leaves behind lasts until the next text at most."""
+def test_recovers_from_an_interrupt():
+    """The effect of a badly timed Ctrl-C lasts until the next text at most."""
     model = tiny_model()
-    linears = Linears.fresh(model)
-    linears.__enter__()  # and never left
+    linears = LinearPatch.refreshed(model)
+    linears.__enter__()  # never left
     model.lm_head.weight.data.mul_(-1)
     text = JacobiDecoder(model, 4).generate([PROMPT], max_new_tokens=8)[0].token_ids
     twin = tiny_model()
@@ -234,7 +234,7 @@ def test_an_interrupt_is_mended():
     assert text == JacobiDecoder(twin, 4).generate([PROMPT], max_new_tokens=8)[0].token_ids and not patched(model)
 
 
-def test_threads_that_decode_with_one_model():
+def test_threads_share_a_model():
     model = tiny_model()
     prompts = [PROMPT, OTHER] * 4
     expected = [JacobiDecoder(model, 4).generate([ids], max_new_tokens=24)[0].token_ids for ids in prompts]
@@ -244,7 +244,7 @@ def test_threads_that_decode_with_one_model():
     assert not patched(model)
 
 
-def test_another_thread_trains_and_looks_at_the_weights_of_now():
+def test_other_threads_can_train_and_see_current_weights():
     model = tiny_model()
     layer = model.lm_head
     x = torch.randn(2, layer.in_features)
@@ -255,15 +255,15 @@ def test_another_thread_trains_and_looks_at_the_weights_of_now():
         with torch.no_grad():
             torch.testing.assert_close(layer(x), x @ layer.weight.T)
 
-    with Linears.fresh(model), ThreadPoolExecutor(1) as pool:
+    with LinearPatch.refreshed(model), ThreadPoolExecutor(1) as pool:
         pool.submit(elsewhere).result()
-        model(torch.tensor([PROMPT]), labels=torch.tensor([PROMPT])).loss.backward()  # gradients are enabled here, too
+        model(torch.tensor([PROMPT]), labels=torch.tensor([PROMPT])).loss.backward()  # inside the patch, with gradients
     assert all(layer.weight.grad is not None for layer in layers(model))
 
 
-def test_decoders_can_be_copied():
+def test_decoders_can_be_deepcopied():
     decoder = JacobiDecoder(tiny_model(), 4)
     text = decoder.generate([PROMPT], max_new_tokens=8)[0].token_ids
     twin = copy.deepcopy(decoder)
-    assert twin.step.linears is Linears.of(twin.model) is not decoder.step.linears
+    assert twin.step.linears is LinearPatch.for_model(twin.model) is not decoder.step.linears
     assert twin.generate([PROMPT], max_new_tokens=8)[0].token_ids == text

@@ -1,4 +1,4 @@
-"""Drafting with a consistency adapter: the text is the base model's own, whatever the adapter says."""
+"""With a consistency adapter, the text is the base model's, whatever the adapter's weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def merged(model, adapter: Adapter):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_are_those_of_generate(kind: str) -> None:
+def test_texts_equal_generate(kind: str) -> None:
     for number in range(12):
         case = draw_case(f"lossless {number}", kind=kind, **draw_drafts(number))
         assert case.decode() == case.expected(), case
@@ -50,8 +50,8 @@ def test_texts_are_those_of_generate(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_logits_of_verify_tokens_are_the_models_own(kind: str, dtype: torch.dtype, batch: int) -> None:
-    """Bit for bit, where the shapes are alike; those of draft tokens are not."""
+def test_adapter_does_not_change_logits_of_verify_tokens(kind: str, dtype: torch.dtype, batch: int) -> None:
+    """Bit for bit, for equal shapes. The logits of draft tokens do change."""
     model = model_of(kind).to(dtype)
     found = [logits(model, adapter, batch, drafts=5) for adapter in (random_adapter(model), None)]
     verify, drafts = ([one[:, part] for one in found] for part in (slice(-5), slice(-5, None)))
@@ -60,18 +60,18 @@ def test_logits_of_verify_tokens_are_the_models_own(kind: str, dtype: torch.dtyp
 
 
 def logits(model, adapter: Adapter | None, batch: int, drafts: int) -> torch.Tensor:
-    """Of a prefill and six verify tokens, then the draft tokens."""
+    """The logits of a prefill and six verify tokens, then of the draft tokens."""
     decoder = JacobiDecoder(model, 6, adapter=adapter or random_adapter(model), drafts=drafts)
     decoder.step.adapter = adapter
     decoder.step.linears.refresh(adapter)
-    rows = decoder._start([Request([*PROMPT[: 9 + n]], 20) for n in range(batch)], range(batch))
-    tokens, positions, drafts = decoder.step.ahead(rows.rows, 6)
+    rows = decoder._new_batch([Request([*PROMPT[: 9 + n]], 20) for n in range(batch)], range(batch))
+    tokens, positions, drafts = decoder.step.inputs(rows.rows, 6)
     return decoder.step.forward(tokens, positions, rows.cache, 32, tokens.shape[1], drafts)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", KINDS)
-def test_draft_tokens_are_read_with_the_adapter_over_a_text_read_without(kind: str) -> None:
+def test_draft_tokens_use_the_adapter_on_a_cache_made_without_it(kind: str) -> None:
     model = model_of(kind)
     adapter = random_adapter(model, size=0.2)
     decoder = JacobiDecoder(model, 4, adapter=adapter)
@@ -89,7 +89,7 @@ def test_draft_tokens_are_read_with_the_adapter_over_a_text_read_without(kind: s
 
 @pytest.mark.parametrize("width", [1, 4, 16])
 @pytest.mark.parametrize("drafts", [0, 3, 20])
-def test_sampled_texts_are_those_of_width_1(width: int, drafts: int) -> None:
+def test_sampled_texts_equal_those_of_width_1(width: int, drafts: int) -> None:
     model = model_of("gemma3")
     prompts = [PROMPT, [4, 5], [9]]
     expected = JacobiDecoder(model, 1).generate(prompts, max_new_tokens=30, sampling=SAMPLED)
@@ -106,14 +106,14 @@ def test_long_prompts_in_chunks(chunk: int) -> None:
     assert [r.token_ids for r in found] == [generate(model, prompt, 25, []) for prompt in (PROMPT * 3, [1, 2])]
 
 
-def test_the_end_of_the_context() -> None:
+def test_end_of_the_context() -> None:
     model = model_of(max_position_embeddings=32)
     (result,) = JacobiDecoder(model, 8, adapter=random_adapter(model)).generate([PROMPT], max_new_tokens=100)
     assert len(result.token_ids) == 32 - len(PROMPT) and result.stop == "context"
     assert result.token_ids == generate(model, PROMPT, 32 - len(PROMPT), [])
 
 
-# ------------------------------------------------------------------------------------------------- what drafts are for
+# -------------------------------------------------------------------------------------------------------------- drafts
 
 
 @pytest.mark.parametrize(("width", "drafts", "gained"), [(2, 2, [2]), (4, 6, [4]), (4, 9, [4]), (4, 3, [4, 1])])
@@ -135,7 +135,7 @@ def test_drafts_become_the_next_guesses(width: int, drafts: int, gained: list[in
     assert middle in [([*gained, *gained] * 60)[start:][: len(middle)] for start in range(len(gained))]
 
 
-def test_the_attached_adapter_is_the_default_one() -> None:
+def test_attached_adapter_is_the_default() -> None:
     model = model_of()
     plain = JacobiDecoder(model, 6)
     assert plain.step.drafts == 0 and plain.step.adapter is None
@@ -148,7 +148,7 @@ def test_the_attached_adapter_is_the_default_one() -> None:
     assert attached(model) is None and JacobiDecoder(model, 6).step.adapter is None
 
 
-def test_a_row_near_its_end_has_a_narrow_window() -> None:
+def test_window_narrows_near_the_end_of_a_row() -> None:
     model = model_of()
     decoder, lengths = JacobiDecoder(model, 8, adapter=random_adapter(model)), []
     model.register_forward_pre_hook(lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
@@ -156,7 +156,7 @@ def test_a_row_near_its_end_has_a_narrow_window() -> None:
     assert max(lengths[1:]) <= 15 and lengths[-1] < 15
 
 
-# --------------------------------------------------------------------------------------------- ways to run, and traces
+# ----------------------------------------------------------------------------------------------- runners, side effects
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -171,7 +171,7 @@ def test_compiled_steps(kind: str) -> None:
     found = decoder.generate([PROMPT, [4]], max_new_tokens=20)
     expected = JacobiDecoder(model, 4, adapter=random_adapter(model), compile="off").generate([PROMPT, [4]], max_new_tokens=20)
     assert step.compiled is not step.plain
-    assert found == expected  # as many forwards, too
+    assert found == expected  # including the number of forwards
 
 
 def test_captured_steps() -> None:
@@ -180,12 +180,12 @@ def test_captured_steps() -> None:
     decoder = JacobiDecoder(model, 6, adapter=random_adapter(model))
     decoder.runner = CapturingRunner(decoder.step, lambda step: step)
     requests = [Request([1 + n, 2, 3][: 1 + n % 3], 10 + 3 * n) for n in range(8)]
-    for _ in range(2):  # the second time everything is captured
-        texts = [{n: r.token_ids for n, r in Queue(of, 3).run(requests)} for of in (decoder, expected)]
+    for _ in range(2):  # in the second round everything is captured
+        texts = [{n: r.token_ids for n, r in Queue(each, 3).run(requests)} for each in (decoder, expected)]
         assert texts[0] == texts[1]
 
 
-def test_two_adapters_of_a_model_in_two_threads() -> None:
+def test_two_threads_with_two_adapters_of_one_model() -> None:
     model = model_of()
     decoders = [JacobiDecoder(model, 6, adapter=random_adapter(model, seed)) for seed in (1, 2)] + [JacobiDecoder(model, 6)]
     expected = [decoder.generate([PROMPT], max_new_tokens=60) for decoder in decoders]
@@ -202,7 +202,7 @@ def test_two_adapters_of_a_model_in_two_threads() -> None:
     assert found == {number: [expected[number]] * 3 for number in range(3)}
 
 
-def test_no_trace_is_left() -> None:
+def test_model_is_unchanged_afterwards() -> None:
     model = model_of()
     before, weights = model(torch.tensor([PROMPT])).logits, copy.deepcopy(model.state_dict())
     decoder = JacobiDecoder(model, 6, adapter=random_adapter(model))
@@ -212,8 +212,8 @@ def test_no_trace_is_left() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_layers_whose_forward_others_replaced() -> None:
-    """As accelerate does where it moves layers between devices."""
+def test_layers_with_a_replaced_forward() -> None:
+    """As accelerate does to move layers between devices."""
     model = model_of()
     expected = JacobiDecoder(model, 6, adapter=random_adapter(model)).generate([PROMPT], max_new_tokens=30)
     layer: Any = model.model.layers[1].mlp.down_proj
@@ -230,7 +230,7 @@ def test_bad_input() -> None:
     adapter = random_adapter(model)
     with pytest.raises(UsageError, match="window must be 'sliding' with a consistency adapter, got 'block'"):
         JacobiDecoder(model, 4, adapter=adapter, window="block")
-    with pytest.raises(UsageError, match="drafts need an adapter, and the model has none, got drafts=3"):
+    with pytest.raises(UsageError, match="drafts need an adapter, but the model has none; got drafts=3"):
         JacobiDecoder(model, 4, drafts=3)
     with pytest.raises(UsageError, match="drafts must be between 0 and the context length 256 - 1, got -1"):
         JacobiDecoder(model, 4, adapter=adapter, drafts=-1)

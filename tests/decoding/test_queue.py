@@ -1,4 +1,4 @@
-"""Continuous batching changes who stands beside whom, never what is written."""
+"""Continuous batching changes which rows share a batch, never their texts."""
 
 import random
 from itertools import count
@@ -23,8 +23,8 @@ def alone(decoder: JacobiDecoder, wanted: list[Request]):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", ["sliding", "block"])
-def test_every_row_is_what_it_is_alone(kind: str, window) -> None:
-    """Results and their statistics; rows join and leave at any moment; with and without an end of the text."""
+def test_rows_equal_those_decoded_alone(kind: str, window) -> None:
+    """Results and statistics, as rows join and leave at any moment, with and without end-of-sequence ids."""
     for case in range(5):
         draw = random.Random(f"{kind} {case}")
         model = tiny_model(kind, case, vocab_size=97, eos_token_id=None)
@@ -35,8 +35,8 @@ def test_every_row_is_what_it_is_alone(kind: str, window) -> None:
         assert [found[n] for n in range(len(wanted))] == alone(decoder, wanted)
 
 
-def test_looking_seldom_changes_nothing() -> None:
-    """As on a GPU, where finished rows stay until the host looks again."""
+def test_rare_synchronisation_changes_nothing() -> None:
+    """As on a GPU, where finished rows stay until the host synchronises."""
     decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 5, eos_token_ids=[3, 4, 5, 6])
     wanted = requests(1, 12)
     expected = alone(decoder, wanted)
@@ -45,14 +45,14 @@ def test_looking_seldom_changes_nothing() -> None:
     assert [found[n] for n in range(12)] == expected
 
 
-def test_a_finished_row_makes_room_at_once() -> None:
+def test_finished_row_makes_room_at_once() -> None:
     decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 1)
     wanted = [Request([1], 40), *(Request([2, n], 4) for n in range(1, 10))]
     order = [number for number, _ in Queue(decoder, 2).run(wanted)]
-    assert order[-1] == 0 and sorted(order) == list(range(10))  # the long one ran beside all the others
+    assert order[-1] == 0 and sorted(order) == list(range(10))  # the long one ran next to all the others
 
 
-def test_requests_are_read_as_they_are_needed() -> None:
+def test_requests_are_read_lazily() -> None:
     decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 4)
     read = count()
     endless = (Request([1 + next(read) % 90], 3) for _ in iter(int, 1))
@@ -63,7 +63,7 @@ def test_requests_are_read_as_they_are_needed() -> None:
     assert next(read) < 100
 
 
-def test_the_cache_keeps_to_its_bound() -> None:
+def test_cache_stays_within_its_bound() -> None:
     decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 4)
     wanted = requests(3, 20)
     rows, flow = [], decoder.flow
@@ -77,14 +77,14 @@ def test_the_cache_keeps_to_its_bound() -> None:
     found = dict(Queue(decoder, 8, max_slots=150).run(wanted))
     assert len(found) == 20 and [found[n].token_ids for n in range(20)] == [r.token_ids for r in alone(decoder, wanted)]
     longest = max(len(r.prompt) + r.max_new_tokens + 4 for r in wanted)
-    assert 150 // longest < max(rows) < 8  # more rows once the long ones are gone, never as many as without the bound
+    assert 150 // longest < max(rows) < 8  # more rows after the long ones, never as many as unbounded
 
 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
 )
-def test_out_of_memory_half_the_batch_is_tried(error: RuntimeError, caplog: pytest.LogCaptureFixture) -> None:
-    """In the middle of the work: nothing is lost, nothing comes twice."""
+def test_out_of_memory_halves_the_batch(error: RuntimeError, caplog: pytest.LogCaptureFixture) -> None:
+    """In the middle of decoding, without losing or repeating a result."""
     decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 4)
     wanted = requests(4, 15)
     flow, seen = decoder.flow, count()
@@ -102,8 +102,8 @@ def test_out_of_memory_half_the_batch_is_tried(error: RuntimeError, caplog: pyte
     assert [r.getMessage() for r in caplog.records] == ["out of memory; going on with batch size 3"]
 
 
-def test_a_row_that_is_too_wide(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Where one row runs out of memory, window and draft become narrower, and the text stays the same."""
+def test_out_of_memory_with_one_row_halves_the_width(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Window and drafts become narrower, and the text stays the same."""
     model = tiny_model(vocab_size=97, eos_token_id=None)
     forward, most = Step.forward, 9
 
@@ -122,7 +122,7 @@ def test_a_row_that_is_too_wide(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     assert [r.getMessage() for r in caplog.records] == [f"out of memory; going on with width {width}" for width in (4, 2)]
 
 
-def test_out_of_memory_at_last_and_defects_are_errors() -> None:
+def test_final_out_of_memory_and_bugs_are_raised() -> None:
     decoder = JacobiDecoder(tiny_model(), 1)
     for error, batch_size in ((torch.OutOfMemoryError(), 1), (RuntimeError("a defect"), 4)):
 

@@ -1,4 +1,4 @@
-"""Steps that are captured or compiled give what plain steps give. Captures are kept, bounded, and given up where they fail."""
+"""Captured and compiled steps give what eager steps give. Captures are kept, bounded, and given up if they fail."""
 
 import random
 from dataclasses import replace
@@ -20,7 +20,7 @@ SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=7)
 
 
 class Recording:
-    """Captures as CUDA graphs do: nothing runs at the time, and all results of a replay share their memory."""
+    """Captures like CUDA graphs: nothing runs during the capture, and all replays write to the same result."""
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
@@ -39,7 +39,7 @@ class Recording:
 
 
 def capturing(model: Any, width: int, capture: Any = None, **options: Any) -> JacobiDecoder:
-    """A decoder that captures, and looks at the rows as rarely as on a GPU."""
+    """A decoder that captures steps and synchronises as rarely as on a GPU."""
     decoder = JacobiDecoder(model, width, **options)
     decoder.runner = CapturingRunner(decoder.step, capture or Recording())
     decoder.sync_interval = 8
@@ -53,13 +53,13 @@ def requests(draw: random.Random, count: int) -> list[Request]:
 
 @pytest.mark.parametrize("guess", [*STRATEGIES, "pool+prompt_lookup"])
 def test_captured_steps_give_the_same_texts(guess: str) -> None:
-    """All kinds of model, both windows; rows join and leave, greedy ones beside sampled ones."""
+    """All kinds of models, both windows; rows join and leave, greedy ones next to sampled ones."""
     for case, kind in enumerate(KINDS):
         draw = random.Random(f"{guess} {kind}")
         model, width, window = tiny_model(kind, case, vocab_size=97), draw.randint(1, 9), draw.choice(["sliding", "block"])
         wanted, options = requests(draw, 9), {"window": window, "guess": guess, "eos_token_ids": [3, 4, 5]}
         whole = JacobiDecoder(model, width, **options)
-        whole.runner.narrows = False  # captured steps are about whole windows
+        whole.runner.narrows = False  # captured steps compute whole windows
         plain, decoder = dict(Queue(whole, 3).run(wanted)), capturing(model, width, **options)
         assert dict(Queue(decoder, 3).run(wanted)) == plain, kind
         assert decoder.runner.capture.replays > decoder.runner.capture.captures > 0
@@ -67,7 +67,7 @@ def test_captured_steps_give_the_same_texts(guess: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_captured_steps_with_longrope(name: str) -> None:
-    """Frequencies are chosen on the device, and a text is read again some iterations after its row has ended."""
+    """Frequencies are chosen on the device, and a text is recomputed some iterations after its row has ended."""
     model = longrope(name)
     plain, decoder = dict(Queue(JacobiDecoder(model, 4), 3).run(AROUND_THE_SWITCH)), capturing(model, 4)
     found = dict(Queue(decoder, 3).run(AROUND_THE_SWITCH))
@@ -75,8 +75,8 @@ def test_captured_steps_with_longrope(name: str) -> None:
     assert decoder.runner.capture.replays > 0
 
 
-def test_rows_with_a_process_of_their_own() -> None:
-    """It is asked about its own row's true text, wherever that row stands; such steps are not captured."""
+def test_rows_with_a_process() -> None:
+    """It is called with its own row's true text, wherever that row is in the batch; such steps are not captured."""
 
     def process(text_t: torch.Tensor, scores_V: torch.Tensor) -> torch.Tensor:
         return scores_V.index_fill(0, text_t[-3:], -torch.inf)
@@ -93,17 +93,17 @@ def test_rows_with_a_process_of_their_own() -> None:
         assert {at: result.token_ids for at, result in results.items()} == {at: r.token_ids for at, (r,) in expected.items()}
 
 
-def test_what_a_caller_holds_is_not_overwritten() -> None:
+def test_yielded_iterations_are_not_overwritten() -> None:
     model = tiny_model(seed=2, vocab_size=97, eos_token_id=None)
-    plain = [i.facts_BF.tolist() for i in JacobiDecoder(model, 4).iterate([[1, 2], [3]], max_new_tokens=30)]
+    plain = [i.fields_BF.tolist() for i in JacobiDecoder(model, 4).iterate([[1, 2], [3]], max_new_tokens=30)]
     held = list(capturing(model, 4).iterate([[1, 2], [3]], max_new_tokens=30))
-    running = [i.facts_BF for i in held if i.running_B.all()]
-    assert [facts.tolist() for facts in running] == plain[: len(running)]
-    assert len({facts.data_ptr() for facts in running}) == len(running) > 5
+    running = [i.fields_BF for i in held if i.running_B.all()]
+    assert [fields.tolist() for fields in running] == plain[: len(running)]
+    assert len({fields.data_ptr() for fields in running}) == len(running) > 5
 
 
-def test_captures_serve_the_next_batch() -> None:
-    """Also a smaller one, and after a caller who stopped early; a longer text needs larger buffers, and new captures."""
+def test_captures_are_reused_by_the_next_batch() -> None:
+    """Also a smaller batch, and after a caller that stopped early. A longer text needs larger buffers and new captures."""
     model = tiny_model(seed=1, vocab_size=97, eos_token_id=None, max_position_embeddings=1024)
     decoder = capturing(model, 1)
     capture = decoder.runner.capture
@@ -120,8 +120,8 @@ def test_captures_serve_the_next_batch() -> None:
     assert decoder.generate([[1, 2], [3, 4, 5]], max_new_tokens=20) == first and capture.captures > 3
 
 
-def test_buffers_stay_while_captures_point_at_them() -> None:
-    """Whatever the prompts, as long as the texts are no longer than before."""
+def test_buffers_keep_their_addresses() -> None:
+    """For any prompts, as long as texts are no longer than before."""
     model = tiny_model(seed=1, vocab_size=97, eos_token_id=None)
     decoder, wanted = capturing(model, 2), [([5] * 3, 240), ([6] * 230, 9), ([7] * 200, 40)]
     places = set()
@@ -134,7 +134,7 @@ def test_buffers_stay_while_captures_point_at_them() -> None:
     assert len(places) == 1 and decoder.runner.capture.captures == 1
 
 
-def test_two_batches_at_once() -> None:
+def test_two_concurrent_batches() -> None:
     model = tiny_model(seed=1, vocab_size=97, eos_token_id=None)
     decoder, plain = capturing(model, 3), JacobiDecoder(model, 3)
     together = list(zip(decoder.iterate([[1]], max_new_tokens=9), decoder.iterate([[2]], max_new_tokens=9), strict=False))
@@ -144,7 +144,7 @@ def test_two_batches_at_once() -> None:
         assert found == expected[: len(found)] and len(found) > 3
 
 
-def test_kinds_of_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_captures_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "MOST_CAPTURED", 2)
     model = tiny_model(seed=1, vocab_size=97, eos_token_id=None)
     decoder = capturing(model, 2)
@@ -162,7 +162,7 @@ def test_lengths_and_sizes() -> None:
     assert [runner.size(used, 6) for used in (0, 1, 2, 3, 5, 6)] == [0, 1, 2, 4, 6, 6]
 
 
-def test_a_step_that_cannot_be_captured(caplog: pytest.LogCaptureFixture) -> None:
+def test_step_that_cannot_be_captured(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(function):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -186,8 +186,8 @@ def compiled(model: Any, width: int, backend: str, **options: Any) -> tuple[Jaco
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_a_step_is_one_graph(kind: str) -> None:
-    """``fullgraph`` refuses every graph break, so also every look at a value."""
+def test_step_compiles_to_one_graph(kind: str) -> None:
+    """``fullgraph`` refuses every graph break, including any read of a value."""
     model = tiny_model(kind, vocab_size=97, eos_token_id=None)
     decoder, step = compiled(model, 4, "eager", guess="pool")
     expected = JacobiDecoder(model, 4, guess="pool+context").generate([[1, 2, 3], [4]], max_new_tokens=20)
@@ -208,19 +208,19 @@ KINDS_OF_BATCH = [(count, length) for length in (10, 60) for count in (3, 1, 4, 
 
 
 def decode_all(decoder: JacobiDecoder) -> list:
-    """Batches of several sizes and lengths, and a queue whose rows run out one by one."""
+    """Decode batches of several sizes and lengths, and a queue whose rows finish one by one."""
     batches = [decoder.generate([[1, 2, 3]] * count, max_new_tokens=length) for count, length in KINDS_OF_BATCH]
     return [*batches, dict(Queue(decoder, 4).run(Request([number], 3 * number + 2) for number in range(1, 7)))]
 
 
-def test_many_kinds_of_steps_are_compiled() -> None:
+def test_many_kinds_of_step_compile() -> None:
     model = tiny_model(vocab_size=97, eos_token_id=None, num_hidden_layers=1)
     decoder, step = compiled(model, 4, "eager")
     assert decode_all(decoder) == decode_all(JacobiDecoder(model, 4))
     assert step.compiled is not step.plain
 
 
-def test_too_many_kinds_of_steps(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_recompile_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("cllm.decoding.runner.COMPILING", {})
     model = tiny_model(vocab_size=97, eos_token_id=None, num_hidden_layers=1)
     decoder, step = compiled(model, 4, "eager")
@@ -230,7 +230,7 @@ def test_too_many_kinds_of_steps(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert len([r for r in caplog.records if "cannot be compiled" in r.getMessage()]) == 1
 
 
-def test_sampled_rows_are_not_compiled() -> None:
+def test_sampled_batches_are_not_compiled() -> None:
     model = tiny_model(vocab_size=97, eos_token_id=None)
     decoder, step = compiled(model, 4, "eager")
     step.compiled = None
@@ -238,7 +238,7 @@ def test_sampled_rows_are_not_compiled() -> None:
     assert decoder.generate([[1, 2, 3]], max_new_tokens=20, sampling=SAMPLED) == expected
 
 
-def test_a_step_that_cannot_be_compiled(caplog: pytest.LogCaptureFixture) -> None:
+def test_step_that_cannot_be_compiled(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(vocab_size=97, eos_token_id=None)
     model.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
     decoder, _ = compiled(model, 4, "eager")

@@ -1,4 +1,4 @@
-"""Sampling is exact: the distribution is that of drawing token by token, and the window never changes the text."""
+"""Sampling is exact: it has the distribution of sampling token by token, and the window never changes the text."""
 
 import math
 import random
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def processors(sampling: Sampling) -> LogitsProcessorList:
-    """What ``generate(do_sample=True)`` would use, in its order."""
+    """The processors that ``generate(do_sample=True)`` would use, in its order."""
     steps = [
         (sampling.repetition_penalty != 1, RepetitionPenaltyLogitsProcessor, sampling.repetition_penalty),
         (True, TemperatureLogitsWarper, float(sampling.temperature)),
@@ -42,7 +42,7 @@ def processors(sampling: Sampling) -> LogitsProcessorList:
 
 
 def exact_distribution(model: torch.nn.Module, prompt: list[int], length: int, sampling: Sampling) -> torch.Tensor:
-    """The probability of every text of ``length`` tokens, in lexical order, from plain forwards."""
+    """The probability of every text of ``length`` tokens, in lexicographic order, from plain forwards."""
     texts, chances = torch.tensor([prompt]), torch.ones(1, dtype=torch.double)
     for _ in range(length):
         with torch.inference_mode():
@@ -55,7 +55,7 @@ def exact_distribution(model: torch.nn.Module, prompt: list[int], length: int, s
 
 
 def p_value(observed: torch.Tensor, chances: torch.Tensor) -> float:
-    """Pearson's chi-square test; rare outcomes are taken together, impossible ones must not occur."""
+    """Pearson's chi-square test; rare outcomes are pooled, impossible ones must not occur."""
     assert not observed[chances == 0].any()
     expected = chances * observed.sum()
     rare = expected < 10
@@ -81,10 +81,10 @@ OPTIONS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "window"),
-    [({"temperature": 1.0}, window) for window in WINDOWS] + [(of, WINDOWS[at % 3]) for at, of in enumerate(OPTIONS, 1)],
+    [({"temperature": 1.0}, window) for window in WINDOWS] + [(options, WINDOWS[at % 3]) for at, options in enumerate(OPTIONS, 1)],
 )
 def test_samples_have_the_exact_distribution(options, window):
-    """50,000 texts of three tokens, against all 343 probabilities of them."""
+    """50,000 texts of three tokens, against the probabilities of all 343."""
     model = tiny_model(vocab_size=7, eos_token_id=None, num_hidden_layers=1, num_key_value_heads=1)
     decoder, places = JacobiDecoder(model, window[0], window=window[1]), torch.tensor([49, 7, 1])
     counts = torch.zeros(343, dtype=torch.double)
@@ -94,11 +94,11 @@ def test_samples_have_the_exact_distribution(options, window):
         texts = torch.tensor([result.token_ids for result in results])
         counts += torch.bincount((texts * places).sum(dim=1), minlength=343)
     chances = exact_distribution(model, PROMPT, 3, Sampling(**options))
-    assert chances.max() < 0.5  # there is something to draw
+    assert chances.max() < 0.5  # no text is almost certain
     assert p_value(counts, chances) > 1e-4
 
 
-def test_the_chi_square_test_can_fail():
+def test_chi_square_test_can_fail():
     chances = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double)
     assert p_value(chances * 50_000, chances) == 1.0
     assert p_value((chances + torch.tensor([0.01, -0.01, 0.0])) * 50_000, chances) < 1e-4
@@ -120,14 +120,14 @@ def test_the_chi_square_test_can_fail():
         {"temperature": 1.5, "top_k": 30, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.1},
     ],
 )
-def test_the_steps_are_those_of_transformers(options):
-    """Each row in a batch that also holds rows with every other step."""
+def test_filters_equal_those_of_transformers(options):
+    """Each row is in a batch with rows that use every other filter."""
     B, W, V = 6, 4, 60
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(B, W, V, generator=generator)
     text = torch.randint(0, V, (B, 9), generator=generator)
     positions = torch.arange(5, 9).expand(B, W)
-    others = [Sampling(**of) for of in OPTIONS]
+    others = [Sampling(**other) for other in OPTIONS]
     sampling = Sampling(**{"temperature": 1.0} | options)
     for row in range(B):
         samplings = [*others[:row], sampling, *others[row + 1 :]]
@@ -138,7 +138,7 @@ def test_the_steps_are_those_of_transformers(options):
             torch.testing.assert_close(ours[row, place], theirs[0], rtol=0, atol=0)
 
 
-def test_tied_tokens_stay_or_go_together():
+def test_equal_scores_stay_or_go_together():
     logits = torch.tensor([[[1.0, 2.0, 2.0, 0.0, 2.0]]])
     for options in ({"top_k": 1}, {"top_p": 0.1}, {"min_p": 1.0}):
         sampling = Sampling(temperature=1.0, **options)
@@ -146,7 +146,7 @@ def test_tied_tokens_stay_or_go_together():
         assert kept.tolist() == [[[False, True, True, False, True]]], options
 
 
-def test_tokens_beyond_the_vocabulary_of_the_logits_are_passed_over():
+def test_penalty_ignores_tokens_outside_the_logits():
     found = seen(torch.tensor([[3, 9, 1, 0]]), torch.tensor([[1, 2]]), 4)
     assert found.tolist() == [[[False, False, False, True], [False, True, False, True]]]
 
@@ -155,7 +155,7 @@ def test_tokens_beyond_the_vocabulary_of_the_logits_are_passed_over():
 
 
 def random_sampling(draw: random.Random) -> Sampling:
-    """Any options, or none."""
+    """Random options, often the defaults."""
     return Sampling(
         temperature=draw.choice([0.0, 0.5, 1.0, 1.5]),
         top_k=draw.choice([0, 0, 3, 20]),
@@ -176,8 +176,8 @@ def texts(decoder: JacobiDecoder, rows: list[tuple[list[int], Sampling]]) -> lis
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_window_batch_and_guesses_never_change_the_text(kind):
-    """The same draws at widths 1 to 16, alone and in ragged batches of 5, in both windows, from other guesses."""
+def test_window_batch_and_guesses_never_change_sampled_text(kind):
+    """The same samples at widths 1 to 16, alone and in ragged batches of 5, with both windows and other guesses."""
     for case in range(CASES_PER_KIND):
         draw = random.Random(f"{kind} {case}")
         model = tiny_model(kind, seed=case, vocab_size=97, eos_token_id=None)
@@ -194,8 +194,8 @@ def test_window_batch_and_guesses_never_change_the_text(kind):
         assert texts(decoder, rows[alone : alone + 1]) == expected[alone : alone + 1], case
 
 
-def test_a_window_is_as_drawing_with_transformers_step_by_step():
-    """One token at a time: a plain forward, transformers' processors, and the noise of the position."""
+def test_sampling_equals_transformers_token_by_token():
+    """The reference: a plain forward per token, transformers' processors, and the noise of the position."""
     model, prompt = tiny_model("qwen3", vocab_size=97, eos_token_id=None), [5, 6, 7]
     sampling = Sampling(temperature=1.2, top_k=40, top_p=0.95, repetition_penalty=1.3, seed=11)
     text = list(prompt)
@@ -208,7 +208,7 @@ def test_a_window_is_as_drawing_with_transformers_step_by_step():
     assert result.token_ids == text[len(prompt) :]
 
 
-def test_greedy_rows_among_sampled_ones_stay_greedy():
+def test_greedy_rows_in_a_sampled_batch_stay_greedy():
     model = tiny_model(vocab_size=97, eos_token_id=None)
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
     decoder = JacobiDecoder(model, 6)
@@ -220,7 +220,7 @@ def test_greedy_rows_among_sampled_ones_stay_greedy():
     assert mixed[1] != greedy[1] and mixed[3] != greedy[3]
 
 
-def test_the_penalty_works_on_greedy_decoding_too():
+def test_penalty_applies_to_greedy_decoding():
     model, prompt = tiny_model(vocab_size=97, eos_token_id=None), [1, 2, 3]
     options = {"do_sample": False, "repetition_penalty": 1.4, "pad_token_id": 0}
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=40, **options)
@@ -228,7 +228,7 @@ def test_the_penalty_works_on_greedy_decoding_too():
     assert result.token_ids == expected[0, 3:].tolist()
 
 
-def test_plain_greedy_decoding_takes_none_of_the_steps(monkeypatch):
+def test_plain_greedy_decoding_skips_all_filters(monkeypatch):
     for step in ("seen", "penalise", "gumbel_noise", "Chooser.warp"):
         monkeypatch.setattr(f"cllm.decoding.sampling.{step}", None)
     model = tiny_model(vocab_size=97, eos_token_id=None)
@@ -236,14 +236,14 @@ def test_plain_greedy_decoding_takes_none_of_the_steps(monkeypatch):
     assert len(result.token_ids) == 8
 
 
-def test_seeds_give_different_texts_and_one_seed_the_same():
+def test_seed_determines_the_text():
     decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 4)
     samplings = [Sampling(temperature=1.5, seed=seed) for seed in (0, 1, 2, 1)]
     texts = [r.token_ids for r in decoder.generate([[5]] * 4, max_new_tokens=20, sampling=samplings)]
     assert texts[1] == texts[3] and len({tuple(text) for text in texts}) == 3
 
 
-def test_a_large_batch_is_worked_on_in_parts(monkeypatch):
+def test_large_batches_are_chunked(monkeypatch):
     decoder = JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None), 4)
     samplings = [Sampling(temperature=1.0, repetition_penalty=1.2, seed=seed) for seed in range(7)]
     whole = decoder.generate([[5], [6, 7]] + [[8]] * 5, max_new_tokens=12, sampling=samplings)
@@ -299,8 +299,8 @@ EDGES = [
 
 
 @pytest.mark.parametrize("options", EDGES, ids=str)
-def test_whatever_passes_can_be_decoded(options):
-    """In company with a greedy row, which it leaves as it is; and a wide window draws what token by token is drawn."""
+def test_all_valid_options_can_be_decoded(options):
+    """Next to a greedy row, which stays unchanged; and a wide window gives the same samples as one token at a time."""
     model = tiny_model(vocab_size=97, eos_token_id=None)
     samplings = [GREEDY, Sampling(**options)]
     prompts = [[1, 2, 3], [4, 5]]
@@ -311,8 +311,8 @@ def test_whatever_passes_can_be_decoded(options):
     assert texts[0][0] == JacobiDecoder(model, 6).generate(prompts[:1], max_new_tokens=12)[0].token_ids
 
 
-def test_top_p_0_is_the_likeliest_token():
-    """Also where the text is nearly uniform, so that sums of probabilities are rounded."""
+def test_top_p_0_takes_the_most_likely_token():
+    """Even for a nearly uniform distribution, where sums of probabilities are rounded."""
     model = tiny_model(vocab_size=97, eos_token_id=None)
     for temperature in (0.5, 1e5):
         sampling = Sampling(temperature, top_p=0.0, seed=3, repetition_penalty=1.3)
@@ -322,21 +322,21 @@ def test_top_p_0_is_the_likeliest_token():
         assert drawn.token_ids == greedy.token_ids
 
 
-def test_seeds_below_0_draw_texts_of_their_own():
+def test_negative_seeds_give_different_texts():
     model = tiny_model(vocab_size=97, eos_token_id=None)
     samplings = [Sampling(1.5, seed=seed) for seed in (-1, -2, -(1 << 63), 1, 2)]
     texts = JacobiDecoder(model, 4).generate([[1, 2]] * 5, max_new_tokens=20, sampling=samplings)
     assert len({tuple(text.token_ids) for text in texts}) == 5
 
 
-def test_the_label_names_what_matters():
+def test_label_lists_changed_options():
     assert Sampling(0.8, top_p=0.0).label == "greedy"
     assert GREEDY.label == Sampling(top_p=0.5, top_k=3, seed=7).label == "greedy"
     assert Sampling(repetition_penalty=1.2).label == "greedy, repetition_penalty 1.2"
     assert Sampling(0.8, top_k=40, top_p=0.95, seed=7).label == "temperature 0.8, top_k 40, top_p 0.95"
 
 
-def test_a_sampling_for_each_prompt():
+def test_one_sampling_per_prompt():
     assert per_prompt(GREEDY, 3) == [GREEDY] * 3
     with pytest.raises(UsageError, match="one for all prompts or one for each of the 2, got 3"):
         JacobiDecoder(tiny_model(), 4).generate([[1], [2]], max_new_tokens=4, sampling=[GREEDY] * 3)
@@ -345,8 +345,8 @@ def test_a_sampling_for_each_prompt():
 # ------------------------------------------------------------- the noise
 
 
-def test_the_noise_is_gumbel_noise():
-    """Mean, variance, and each twentieth of the uniform numbers behind it, of a million values."""
+def test_noise_is_gumbel_noise():
+    """Mean and variance of a million values, and the histogram of the underlying uniform numbers in 20 bins."""
     noise = gumbel_noise(torch.arange(20), torch.arange(50).expand(20, 50), 1000).double()
     assert noise.isfinite().all()
     assert abs(noise.mean() - 0.5772156649) < 5 * math.pi / 6**0.5 / 1000
@@ -356,8 +356,8 @@ def test_the_noise_is_gumbel_noise():
     assert p_value(counts, torch.full((20,), 0.05, dtype=torch.double)) > 1e-4
 
 
-def test_neighbours_are_independent():
-    """Neighbouring seeds, positions and tokens, and pairs of them: no correlation, and pairs fill the square evenly."""
+def test_neighbouring_noise_is_independent():
+    """For neighbouring seeds, positions and tokens: no correlation, and pairs fill the square evenly."""
     noise = gumbel_noise(torch.arange(100), torch.arange(100).expand(100, 100), 100).double()
     uniform = (-(-noise).exp()).exp()
     for shift in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, -1, 0), (0, 1, 1), (0, 1, -1), (1, 0, -1), (0, 2, 0)):
@@ -368,14 +368,14 @@ def test_neighbours_are_independent():
         assert p_value(torch.bincount(pairs.flatten()).double(), torch.full((64,), 1 / 64).double()) > 1e-4, shift
 
 
-def test_no_two_streams_are_alike():
-    """Seeds that differ in any bit; a text and its continuation."""
+def test_streams_are_distinct():
+    """For seeds that differ in any one bit, and for a text and its continuation."""
     seeds = torch.tensor([0, *(1 << bit for bit in range(63)), (1 << 63) - 1])
     noise = gumbel_noise(seeds, torch.arange(4).expand(65, 4), 3).reshape(-1, 3)
     assert len(noise.unique(dim=0)) == 65 * 4
 
 
-def test_the_extreme_values_are_finite(monkeypatch):
+def test_extreme_values_are_finite(monkeypatch):
     for word in (0, -1):
         monkeypatch.setattr("cllm.decoding.noise._mix", lambda x, word=word: torch.full_like(x, word))
         assert gumbel_noise(torch.tensor([0]), torch.tensor([[1]]), 2).isfinite().all()

@@ -67,8 +67,8 @@ def test_samples_have_ids_and_seeds_of_their_own():
     drawn = accuracy.samples([example("a"), example("b", "Why?")], 3)
     assert [sample.id for sample in drawn] == ["a", "a#2", "a#3", "b", "b#2", "b#3"]
     assert [sample.messages for sample in drawn[3:]] == [example("b", "Why?").messages] * 3
-    seeds = [Sampling(seed=seed).of(sample.id).seed for sample in drawn for seed in (0, 1)]
-    assert len(set(seeds)) == 12 and Sampling().of("a").seed == seeds[0]
+    seeds = [Sampling(seed=seed).derive(sample.id).seed for sample in drawn for seed in (0, 1)]
+    assert len(set(seeds)) == 12 and Sampling().derive("a").seed == seeds[0]
     assert accuracy.samples([example("a")], 1) == [example("a")]
 
 

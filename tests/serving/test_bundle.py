@@ -1,4 +1,4 @@
-"""One module out of many: what it imports, that nothing is lost or doubled, and what cannot be put into one file."""
+"""Bundling: what the bundle imports, that no definition is lost or repeated, and what cannot be bundled."""
 
 import ast
 import sys
@@ -15,7 +15,7 @@ OPTIONAL = {"xxhash"}  # see cllm.decoding.linear
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Write modules of a package that stands in for ours, and bundle ``main.run``."""
+    """A function that writes the modules of a package, which replaces ours, and bundles ``main.run``."""
 
     def make(**sources: str) -> str:
         name = f"made_{tmp_path.name}".replace("-", "_")
@@ -36,7 +36,7 @@ def run(source: str) -> object:
     return names["run"]()
 
 
-def test_the_exported_file_imports_only_what_transformers_users_have() -> None:
+def test_bundle_imports_only_dependencies_of_transformers() -> None:
     nodes = [node for node in ast.walk(ast.parse(code())) if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert not any(node.level for node in nodes if isinstance(node, ast.ImportFrom))
     named = [[a.name for a in n.names] if isinstance(n, ast.Import) else [n.module or ""] for n in nodes]
@@ -44,18 +44,18 @@ def test_the_exported_file_imports_only_what_transformers_users_have() -> None:
     assert {"torch", "transformers"} <= {name.split(".")[0] for names in named for name in names}
 
 
-def test_the_exported_file_is_the_source_word_for_word() -> None:
-    """The engine's own lines, the same at every time, and nothing that is for training or for text."""
+def test_bundle_is_the_source_verbatim() -> None:
+    """The engine's own lines, deterministic, and without anything for training or text."""
     text = code()
     assert text == code()
     assert all(f"# {'-' * 20} cllm.{part}\n" in text for part in ("decoding.engine", "decoding.cache", "attention"))
     engine = (Path(__file__).parents[2] / "cllm" / "decoding" / "engine.py").read_text()
     assert engine[engine.index("class JacobiDecoder") :].rstrip() in text
     assert "def load_model" not in text and "class Queue" not in text
-    assert "def attach_own" in text and "def _merged" not in text
+    assert "def attach_exported" in text and "def _merged" not in text
 
 
-def test_modules_stand_in_the_order_of_their_imports(package) -> None:
+def test_modules_follow_their_imports(package) -> None:
     text = package(
         main="from HERE.low import LIMIT\nfrom HERE.middle import Middle\n\ndef run():\n    return Middle.value + LIMIT",
         middle="from HERE.low import Base\n\nclass Middle(Base):\n    pass",
@@ -89,6 +89,6 @@ def test_imports_inside_functions(package) -> None:
         ("run = 1\nfor x in []:\n    pass", "", "defines no name"),
     ],
 )
-def test_what_cannot_be_one_file(package, main: str, low: str, message: str) -> None:
+def test_source_that_cannot_be_bundled(package, main: str, low: str, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         package(main=main, low=low)

@@ -1,4 +1,4 @@
-"""Exported checkpoints: what is in them, that plain transformers decodes them by Jacobi iteration, and the model card."""
+"""Exported checkpoints: their files, Jacobi decoding in plain transformers, and the model card."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from importlib.abc import MetaPathFinder
 class Block(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("cllm", "datasets", "math_verify"):
-            raise ImportError(f"{name} is not there")
+            raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Block())
 import torch
@@ -37,29 +37,29 @@ path = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
 plain = AutoModelForCausalLM.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-facts = {"cllm": "cllm" in sys.modules, "plain": hasattr(plain.generate, "func"), "trusted": model.generate.func.__module__}
+found = {"cllm": "cllm" in sys.modules, "plain": hasattr(plain.generate, "func"), "trusted": model.generate.func.__module__}
 for size in (1, 4):
     inputs = tokenizer(["1 + 1 =", "a", "Tom has 3 apples.", "zz top"][:size], return_tensors="pt", padding=True)
     output = model.generate(**inputs, max_new_tokens=40, return_dict_in_generate=True)
-    facts[f"forwards{size}"] = output.forwards.tolist()
-    facts[f"same{size}"] = torch.equal(output.sequences, plain.generate(**inputs, max_new_tokens=40))
-    facts[f"single{size}"] = model.generate(**inputs, max_new_tokens=40, block_size=1).tolist() == output.sequences.tolist()
+    found[f"forwards{size}"] = output.forwards.tolist()
+    found[f"same{size}"] = torch.equal(output.sequences, plain.generate(**inputs, max_new_tokens=40))
+    found[f"single{size}"] = model.generate(**inputs, max_new_tokens=40, block_size=1).tolist() == output.sequences.tolist()
 again = plain.generate(**inputs, max_new_tokens=40, custom_generate=path, trust_remote_code=True)
-facts["named"] = torch.equal(again, output.sequences)
+found["named"] = torch.equal(again, output.sequences)
 inputs = tokenizer("1 + 1 =", return_tensors="pt")
 streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
 reply = tokenizer.decode(model.generate(**inputs, max_new_tokens=40, streamer=streamer)[0, 7:])
-facts["stream"] = "".join(streamer) == reply
+found["stream"] = "".join(streamer) == reply
 stopped = {"stop_strings": [reply[9:11]], "tokenizer": tokenizer, "max_new_tokens": 40}
-facts["stop"] = torch.equal(model.generate(**inputs, **stopped), plain.generate(**inputs, **stopped))
-facts["drawn"] = [model.generate(**inputs, do_sample=True, seed=seed, max_new_tokens=20).tolist() for seed in (1, 1, 2)]
-print(json.dumps(facts))
+found["stop"] = torch.equal(model.generate(**inputs, **stopped), plain.generate(**inputs, **stopped))
+found["drawn"] = [model.generate(**inputs, do_sample=True, seed=seed, max_new_tokens=20).tolist() for seed in (1, 1, 2)]
+print(json.dumps(found))
 """
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A trained checkpoint as the trainer leaves it."""
+    """A checkpoint as the trainer saves it."""
     folder = save_tiny_checkpoint(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {RECORD: MADE})
@@ -73,57 +73,57 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_process_that_has_only_transformers(checkpoint: Path, tmp_path: Path) -> None:
+def test_decodes_without_the_toolkit_installed(checkpoint: Path, tmp_path: Path) -> None:
     export(str(checkpoint), tmp_path / "out")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-I", "-c", ALONE, str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    assert not facts["cllm"] and not facts["plain"] and facts["trusted"].endswith("custom_generate.generate")
-    assert all(facts[name] for name in ("same1", "same4", "single1", "single4", "named", "stream", "stop"))
-    assert facts["forwards1"][0] == facts["forwards4"][0] < 40 and len(facts["forwards4"]) == 4
-    assert facts["drawn"][0] == facts["drawn"][1] != facts["drawn"][2]
+    found = json.loads(done.stdout)
+    assert not found["cllm"] and not found["plain"] and found["trusted"].endswith("custom_generate.generate")
+    assert all(found[name] for name in ("same1", "same4", "single1", "single4", "named", "stream", "stop"))
+    assert found["forwards1"][0] == found["forwards4"][0] < 40 and len(found["forwards4"]) == 4
+    assert found["drawn"][0] == found["drawn"][1] != found["drawn"][2]
 
 
-def test_what_is_written(checkpoint: Path, tmp_path: Path) -> None:
-    """All of the checkpoint and nothing that the training left beside it; the source stays as it is."""
+def test_files_of_an_export(checkpoint: Path, tmp_path: Path) -> None:
+    """All files of the checkpoint and none of the training run's; the source is unchanged."""
     before = files(checkpoint)
     export(str(checkpoint), tmp_path / "out")
     after = files(tmp_path / "out")
     kept = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    kept |= {"generation_config.json"}  # it has every stop token
+    kept |= {"generation_config.json"}  # with all stop tokens
     assert files(checkpoint) == before and {name for name in after if after[name] == before.get(name)} == kept
     assert after.keys() - kept == {CODE, "README.md"} and after[CODE].decode() == code()
 
 
-def test_an_earlier_export_is_overwritten_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
+def test_only_an_earlier_export_is_overwritten(checkpoint: Path, tmp_path: Path) -> None:
     export(str(checkpoint), tmp_path / "out")
     first = files(tmp_path / "out")
     (tmp_path / "out" / "model-00002-of-00002.safetensors").touch()  # would be loaded
     (tmp_path / "out" / CODE).write_text(code() + "# changed")
     export(str(checkpoint), tmp_path / "out")
     assert files(tmp_path / "out") == first
-    with pytest.raises(UsageError, match="OUTPUT must be another folder than MODEL"):
+    with pytest.raises(UsageError, match="OUTPUT must differ from the folders of MODEL"):
         export(str(tmp_path / "out"), tmp_path / "out" / ".." / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(UsageError, match="has other files in it"):
         export(str(checkpoint), tmp_path / "mine")
     assert files(tmp_path / "mine").keys() == {"notes.txt"}
-    equip(checkpoint)  # as the trainer does
+    equip(checkpoint)  # as at the end of training
     with pytest.raises(UsageError, match="has other files in it"):
         export(str(tmp_path / "out"), checkpoint)
 
 
-def test_every_stop_token_is_in_the_generation_config(checkpoint: Path, tmp_path: Path) -> None:
+def test_generation_config_has_all_stop_tokens(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": 7, "temperature": 0.7}')  # no pad, no do_sample
     export(str(checkpoint), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (written["eos_token_id"], written["pad_token_id"], written["temperature"]) == ([2, 7], 0, 0.7)
 
 
-def test_a_readme_of_others_stays(checkpoint: Path) -> None:
+def test_foreign_readme_is_kept(checkpoint: Path) -> None:
     (checkpoint / "README.md").write_text("mine")
     equip(checkpoint)
     assert (checkpoint / "README.md").read_text() == "mine" and (checkpoint / CODE).is_file()
@@ -144,8 +144,8 @@ def test_checkpoints_that_cannot_be_exported(checkpoint: Path, tmp_path: Path, d
         export(str(checkpoint), tmp_path / "out")
 
 
-def test_the_card(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Metadata that the hub reads, the recipe, and the figures of result files."""
+def test_card(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the hub's metadata, the recipe, and the figures of result files."""
     monkeypatch.setattr("cllm.serving.model_card.try_to_load_from_cache", lambda name, file: f"cache/{name}/{file}")
     data = write_rows(tmp_path / "test.jsonl", question_rows(3))
     common = ["--filename", data, "--device", "cpu"]
@@ -174,13 +174,13 @@ def test_the_card(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export(str(checkpoint), tmp_path / "out", [checkpoint / "config.json"])
 
 
-def test_a_target_that_is_not_known_to_be_on_the_hub(checkpoint: Path) -> None:
+def test_card_of_a_target_that_may_not_be_on_the_hub(checkpoint: Path) -> None:
     equip(checkpoint)
     card = ModelCard.load(checkpoint / "README.md")
     assert card.data.base_model is None and "- target model: someone/target" in card.text
 
 
-def test_the_card_of_a_model_that_says_nothing(tmp_path: Path) -> None:
+def test_card_without_a_record(tmp_path: Path) -> None:
     export(str(save_tiny_checkpoint(tmp_path / "m", chat_template=False)), tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model is None and "tokenizer('{question}'.replace(" in card.text and "Its config.json does not say." in card.text
@@ -190,23 +190,23 @@ def test_the_card_of_a_model_that_says_nothing(tmp_path: Path) -> None:
     ("origin", "shown"),
     [("{}/runs/target", "target"), ("target/", "target"), ("../x", "x"), ("someone/target", "someone/target")],
 )
-def test_no_path_of_this_machine_is_passed_on(checkpoint: Path, tmp_path: Path, monkeypatch, origin: str, shown: str) -> None:
-    """A folder is no more than its name in what is exported, and results of the original are still this model's."""
+def test_local_paths_are_not_exported(checkpoint: Path, tmp_path: Path, monkeypatch, origin: str, shown: str) -> None:
+    """Only folder names are exported, and results of the original still count as the export's."""
     (tmp_path / "target").mkdir()
     monkeypatch.chdir(tmp_path)
-    made = MADE | {"target_model": origin.format(tmp_path), "base_model": str(tmp_path / "base")}
-    write_json(checkpoint / "config.json", json.loads((checkpoint / "config.json").read_text()) | {RECORD: made})
+    record = MADE | {"target_model": origin.format(tmp_path), "base_model": str(tmp_path / "base")}
+    write_json(checkpoint / "config.json", json.loads((checkpoint / "config.json").read_text()) | {RECORD: record})
     export(str(checkpoint), tmp_path / "out")
     written = files(tmp_path / "out")
     assert json.loads(written["config.json"])[RECORD] == MADE | {"target_model": shown, "base_model": "base"}
     assert f"- target model: {shown}\n" in written["README.md"].decode()
     assert not any(str(tmp_path).encode() in content for content in written.values())
-    result = {"settings": {}, "summary": {}, "record": made}
+    result = {"settings": {}, "summary": {}, "record": record}
     write_json(tmp_path / "result.json", result)
     assert read_reports([tmp_path / "result.json"], json.loads(written["config.json"])[RECORD]) == [result]
 
 
-def test_a_published_checkpoint_says_what_is_known_of_it(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+def test_published_checkpoint_gets_its_record(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     write_json(checkpoint / "config.json", {key: value for key, value in config.items() if key != RECORD})
     monkeypatch.setattr("cllm.serving.contents.snapshot_download", lambda name, **options: str(checkpoint))

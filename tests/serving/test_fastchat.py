@@ -1,4 +1,4 @@
-"""The FastChat adapter, against the real package where it is installed."""
+"""The FastChat adapter, tested with the real package if it is installed."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def cllm(tmp_path_factory):
 
 
 def make_cllm(folder, **record):
-    """A checkpoint whose config.json says that it is a CLLM; its name would mislead a look at parts of the path."""
+    """A checkpoint with our record in config.json and a name that would mislead a match by parts of the path."""
     save_tiny_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
     write_record(config, {"block_size": 5, **record})
@@ -65,7 +65,7 @@ def greedy(prompt, count=20):
     return tokenizer.decode(result[0].token_ids, skip_special_tokens=True), result[0]
 
 
-def test_the_stream_grows_to_the_greedy_text():
+def test_stream_grows_to_the_greedy_text():
     text, result = greedy("Hello there")
     items = stream("Hello there")
     assert items[-1]["text"] == text and len(items) > 2
@@ -74,14 +74,14 @@ def test_the_stream_grows_to_the_greedy_text():
     count = len(result.token_ids)
     assert items[-1]["usage"] == {"prompt_tokens": 11, "completion_tokens": count, "total_tokens": 11 + count}
     assert items[-1]["finish_reason"] == ("stop" if result.stop == "eos" else "length")
-    json.dumps(items)  # the worker sends them
+    json.dumps(items)  # as the worker does
 
 
-def test_echo_puts_the_prompt_in_front():
+def test_echo_puts_the_prompt_first():
     assert stream("Hello", echo=True)[-1]["text"] == "Hello" + stream("Hello")[-1]["text"]
 
 
-def test_a_stop_string_ends_the_text_and_is_never_shown():
+def test_stop_string_ends_the_text_and_is_never_shown():
     text, _ = greedy("Hello there")
     stop = text[6:8]
     items = stream("Hello there", stop=stop)
@@ -98,12 +98,12 @@ def test_stop_tokens_of_the_request():
     assert items[-1]["usage"]["completion_tokens"] == result.token_ids.index(token) + 1
 
 
-def test_a_long_prompt_keeps_its_end():
+def test_long_prompt_keeps_its_end():
     items = list(ours.generate_stream(tiny_model(), tiny_tokenizer(), {"prompt": "x" * 300 + "Hello", "max_new_tokens": 20}, "cpu", 64))
     assert items[-1]["usage"]["prompt_tokens"] == 64 - 20 - 1 and items[-1]["usage"]["completion_tokens"] <= 20
 
 
-def test_what_cannot_be_had_is_said():
+def test_unsupported_requests():
     with pytest.raises(ValueError, match="log-probabilities"):
         stream("x", logprobs=1)
     with pytest.raises(ValueError, match="empty"):
@@ -131,13 +131,13 @@ def test_what_cannot_be_had_is_said():
         {"stop": 7},
     ],
 )
-def test_whatever_a_request_says_only_a_value_error_is_raised(params):
-    """Of anything else FastChat's worker would not tell the client, and keep the request's place in line for ever."""
+def test_bad_requests_raise_only_value_errors(params):
+    """On any other exception, FastChat's worker would not answer the client and would never free the request's slot."""
     with pytest.raises(ValueError):
         stream("Hello", **params)
 
 
-def test_what_a_request_may_leave_open_or_overdo():
+def test_null_and_extreme_parameters():
     text = greedy("Hello")[0]
     nothing = dict.fromkeys(("top_p", "top_k", "repetition_penalty", "stop", "stop_token_ids"))
     for params in (nothing, {"stop": ["", "never"]}):
@@ -145,7 +145,7 @@ def test_what_a_request_may_leave_open_or_overdo():
     assert stream("Hello", stop_token_ids=[10**30, -(10**30)], max_new_tokens=20)[-1]["text"] == text
 
 
-def test_a_request_is_sampled_as_it_asks():
+def test_sampling_parameters():
     assert len({stream("Hello", temperature=1.0, top_k=-1, top_p=0.95)[-1]["text"] for _ in range(4)}) > 1
     text, _ = greedy("Hello")
     for almost in ({"temperature": 1e-6}, {"temperature": 1.0, "top_p": 0.0}, {"temperature": 1.0, "top_k": 1}):
@@ -157,7 +157,7 @@ def test_a_request_is_sampled_as_it_asks():
 
 
 def rendered(parts, messages, system=None):
-    """FastChat's SeparatorStyle.NO_COLON_TWO, as its documentation has it."""
+    """FastChat's SeparatorStyle.NO_COLON_TWO, as documented."""
     text = parts["system_template"].format(system_message=parts["system_message"] if system is None else system)
     for n, message in enumerate(messages):
         text += parts["roles"][n % 2] + message["content"] + (parts["sep2"] if n % 2 else "")
@@ -165,7 +165,7 @@ def rendered(parts, messages, system=None):
 
 
 @pytest.mark.parametrize("name", ["abel", "deepseek-instruct", "Q: {question}\nA: ", "tiny", "chatml"])
-def test_dialogue_parts_write_the_templates_own_prompts(name):
+def test_dialogue_parts_render_the_templates_prompts(name):
     tokenizer = tiny_tokenizer()
     if name == "chatml":
         tokenizer.chat_template = CHATML
@@ -185,20 +185,20 @@ IN_PARTS = (
 )
 
 
-def test_a_template_that_loops_over_parts():
+def test_template_that_loops_over_parts():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = IN_PARTS
     parts = ours.dialogue_parts(PromptTemplate("chat"), tokenizer)
     assert rendered(parts, MESSAGES) == "<user>q1<assistant>a1<user>q2<assistant>"
 
 
-def test_a_template_that_refuses_a_system_message():
+def test_template_that_refuses_system_messages():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = IN_PARTS + "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}"
     assert rendered(ours.dialogue_parts(PromptTemplate("chat"), tokenizer), MESSAGES[:1]) == "<user>q1<assistant>"
 
 
-def test_a_template_that_drops_turns_is_refused():
+def test_template_that_drops_turns_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}>"
     with pytest.raises(UsageError, match="leaves out message 1, of the user"):
@@ -219,7 +219,7 @@ def test_only_cllms_match(cllm, tiny_model_dir, tmp_path):
 
 @pytest.fixture
 def fastchat(monkeypatch, tmp_path):
-    """FastChat with our adapter; everything is put back afterwards."""
+    """FastChat with our adapter, restored afterwards."""
     monkeypatch.chdir(tmp_path)  # the worker writes a log file
     from fastchat import utils
     from fastchat.model import model_adapter as adapters
@@ -236,7 +236,7 @@ def fastchat(monkeypatch, tmp_path):
 
 
 @needs_fastchat
-def test_registered_once_and_in_front(fastchat, cllm, tiny_model_dir):
+def test_registered_once_and_first(fastchat, cllm, tiny_model_dir):
     ours.register()
     assert sum(isinstance(a, ours.CllmAdapter) for a in fastchat.model_adapters) == 1
     assert isinstance(fastchat.get_model_adapter(str(cllm)), ours.CllmAdapter)
@@ -266,8 +266,8 @@ def test_conversation_of_vicuna_is_exact(fastchat, tmp_path):
 
 
 @needs_fastchat
-def test_fastchats_own_cli_chats_with_a_cllm(fastchat, cllm, monkeypatch, capsys):
-    """`cllm fastchat cli`, from its command line to the end of the conversation."""
+def test_fastchats_cli_chats_with_a_cllm(fastchat, cllm, monkeypatch, capsys):
+    """`cllm fastchat cli`, from the command line to the end of the conversation."""
     lines = iter(["Hi", "And then?", "!!exit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     decoded = []
@@ -309,7 +309,7 @@ def test_fastchats_model_worker_streams_a_cllm(fastchat, cllm):
 
 
 class Network:
-    """FastChat's controller, our worker and FastChat's OpenAI server, each a process of its own on loopback."""
+    """FastChat's controller, our worker and FastChat's OpenAI server, as separate processes on loopback."""
 
     def __init__(self, folder) -> None:
         self.folder, self.processes = folder, []
@@ -392,7 +392,7 @@ def test_fastchats_controller_worker_and_openai_server(network):
 
 @needs_fastchat
 def test_answers_and_judgments_load_in_fastchats_llm_judge(shared_data, tmp_path, monkeypatch):
-    """Its module wants clients of paid services to import; it gets empty ones, since only its readers are used."""
+    """Its module imports clients of paid services; they are empty modules here, since only its readers are used."""
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
 
@@ -415,7 +415,7 @@ def test_answers_and_judgments_load_in_fastchats_llm_judge(shared_data, tmp_path
     assert all(answers["mine"][q["question_id"]]["choices"][0]["turns"] == [f"a{n}", "b"] for n, q in enumerate(questions))
 
 
-def test_without_fastchat_the_command_says_what_to_install(monkeypatch, capsys):
+def test_command_without_fastchat_says_what_to_install(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "fastchat"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastchat", None)

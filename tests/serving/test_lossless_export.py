@@ -1,4 +1,4 @@
-"""Exported consistency adapters: with the target model, which stays as it is, or alone; what is refused; the cards."""
+"""Exported consistency adapters: with the unchanged target model, or alone; what is refused; the model cards."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from importlib.abc import MetaPathFinder
 class Block(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "cllm":
-            raise ImportError(f"{name} is not there")
+            raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Block())
 import torch
@@ -44,14 +44,14 @@ lengths = []
 model.register_forward_pre_hook(lambda model, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
 options = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "max_new_tokens": 40, "return_dict_in_generate": True}
 expected = plain.generate(**options).sequences
-facts = {}
+found = {}
 for name, more in {"with": {}, "without": {"drafts": 0}}.items():
     lengths.clear()
     output = model.generate(**options, **more)
-    facts[name] = {"same": torch.equal(output.sequences, expected), "forwards": output.forwards.tolist(), "lengths": lengths[:]}
+    found[name] = {"same": torch.equal(output.sequences, expected), "forwards": output.forwards.tolist(), "lengths": lengths[:]}
 named = plain.generate(**options, custom_generate=path, trust_remote_code=True)
-facts["named"] = torch.equal(named.sequences, expected) and named.forwards.tolist() == facts["with"]["forwards"]
-print(json.dumps(facts))
+found["named"] = torch.equal(named.sequences, expected) and named.forwards.tolist() == found["with"]["forwards"]
+print(json.dumps(found))
 """
 
 
@@ -62,7 +62,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    """What a training of an adapter leaves."""
+    """The output folder of training an adapter."""
     folder = save_tiny_adapter(tmp_path / "adapter", base, task="gsm8k", prompt_template="chat", responses=8, lora_r=4)
     (folder / "README.md").write_text("peft's")
     (folder / "trainer_state.json").write_text("{}")
@@ -74,12 +74,12 @@ def names(folder: Path) -> set[str]:
 
 
 def decoded(model: Any, **options: Any) -> tuple[list[int], int]:
-    """A text and its forwards, which a random adapter makes no fewer, but others."""
+    """A text and its number of forwards, which a random adapter changes without reducing it."""
     (result,) = JacobiDecoder(model, **options).generate(PROMPT, max_new_tokens=40)
     return result.token_ids, result.forwards
 
 
-def test_the_target_stays_as_it_is_and_its_adapter_drafts(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_target_is_unchanged_and_its_adapter_drafts(base: Path, adapter: Path, tmp_path: Path) -> None:
     export(str(adapter), tmp_path / "out")
     inside = {ADAPTER, ADAPTER_WEIGHTS, "config.json"}
     assert names(tmp_path / "out") == names(base) | {CODE, "README.md"} | {f"adapter/{name}" for name in inside}
@@ -97,19 +97,19 @@ def test_the_target_stays_as_it_is_and_its_adapter_drafts(base: Path, adapter: P
     assert (again.sequences[0, 4:].tolist(), again.forwards.item()) == (text, forwards)
 
 
-def test_a_process_that_has_only_transformers(adapter: Path, tmp_path: Path) -> None:
+def test_decodes_without_the_toolkit_installed(adapter: Path, tmp_path: Path) -> None:
     export(str(adapter), tmp_path / "out")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-I", "-c", ALONE, str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    assert facts["with"]["same"] and facts["without"]["same"] and facts["named"]
-    assert max(facts["with"]["lengths"][1:]) == 4 + 3 and max(facts["without"]["lengths"][1:]) == 4
-    assert facts["with"]["forwards"] == [decoded(load_model(str(adapter), device="cpu"))[1]] != facts["without"]["forwards"]
+    found = json.loads(done.stdout)
+    assert found["with"]["same"] and found["without"]["same"] and found["named"]
+    assert max(found["with"]["lengths"][1:]) == 4 + 3 and max(found["without"]["lengths"][1:]) == 4
+    assert found["with"]["forwards"] == [decoded(load_model(str(adapter), device="cpu"))[1]] != found["without"]["forwards"]
 
 
-def test_the_exported_code_refuses_an_adapter_of_another_model(adapter: Path, tmp_path: Path) -> None:
+def test_exported_code_refuses_an_adapter_of_another_model(adapter: Path, tmp_path: Path) -> None:
     export(str(adapter), tmp_path / "out")
     save_tiny_checkpoint(tmp_path / "other", seed=5)
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "out" / "model.safetensors")
@@ -120,7 +120,7 @@ def test_the_exported_code_refuses_an_adapter_of_another_model(adapter: Path, tm
         cllm.custom_generate.generate(torch.tensor(PROMPT), model=model)
 
 
-def test_without_its_adapter_it_is_the_target(base: Path, adapter: Path, tmp_path: Path, caplog) -> None:
+def test_export_without_its_adapter_is_the_target(base: Path, adapter: Path, tmp_path: Path, caplog) -> None:
     export(str(adapter), tmp_path / "out")
     (tmp_path / "out" / "adapter" / ADAPTER_WEIGHTS).unlink()
     model = load_model(str(tmp_path / "out"), device="cpu")
@@ -128,7 +128,7 @@ def test_without_its_adapter_it_is_the_target(base: Path, adapter: Path, tmp_pat
     assert decoded(model)[0] == decoded(load_model(str(base), device="cpu"))[0]
 
 
-def test_the_adapter_alone(adapter: Path, tmp_path: Path) -> None:
+def test_adapter_alone(adapter: Path, tmp_path: Path) -> None:
     export(str(adapter), tmp_path / "out", adapter_only=True)
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert names(tmp_path / "out") == {ADAPTER, ADAPTER_WEIGHTS, "config.json", "README.md", *tokenizer}
@@ -137,12 +137,12 @@ def test_the_adapter_alone(adapter: Path, tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "cllm" and "trust_remote_code" not in card.text
     assert "Do not load this folder with peft" in card.text and "edit its `base_model_name_or_path`" in card.text
-    with pytest.raises(UsageError, match="an adapter alone; `cllm export`"):
+    with pytest.raises(UsageError, match="holds only an adapter; for FastChat, `cllm export` it"):
         CllmAdapter().load_model(str(tmp_path / "out"), {})
 
 
-def test_one_export_over_another(adapter: Path, tmp_path: Path) -> None:
-    """Nothing stays that would be loaded with the new one; an export of an export has its adapter, too."""
+def test_export_over_another(adapter: Path, tmp_path: Path) -> None:
+    """No old file remains that would be loaded with the new ones; an export of an export keeps the adapter."""
     out = tmp_path / "out"
     export(str(adapter), out)
     whole = names(out)
@@ -155,7 +155,7 @@ def test_one_export_over_another(adapter: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "again") == whole and attached(load_model(str(tmp_path / "again"), device="cpu")) is not None
 
 
-def test_an_interrupted_export_can_be_run_again(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_export_can_be_rerun(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for alone in (False, True):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("cllm.serving.export.copy_file", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -165,16 +165,16 @@ def test_an_interrupted_export_can_be_run_again(adapter: Path, tmp_path: Path, m
         assert attached(load_model(str(tmp_path / f"{alone}"), device="cpu")) is not None
 
 
-def test_no_path_of_this_machine_is_passed_on(adapter: Path, tmp_path: Path) -> None:
-    """And the adapter in its folder is never taken for one to be merged."""
+def test_local_paths_are_not_exported(adapter: Path, tmp_path: Path) -> None:
+    """And the adapter in its folder is not mistaken for one to be merged."""
     export(str(adapter), tmp_path / "out")
     assert not any(str(tmp_path).encode() in (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out"))
     with pytest.raises(UsageError, match="must be a checkpoint folder or a hub name, got None"):
         load_model(str(tmp_path / "out" / "adapter"), device="cpu")
 
 
-def test_a_target_model_of_the_hub(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights come from the revision that the adapter was trained for, which both exports name."""
+def test_target_model_on_the_hub(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights come from the revision that the adapter was trained for, which both kinds of export name."""
     asked = []
 
     def download(name: str, revision: str, allow_patterns: list[str]) -> Path:
@@ -196,22 +196,22 @@ def test_a_target_model_of_the_hub(base: Path, adapter: Path, tmp_path: Path, mo
     assert "`someone/target`, at revision `abc` on the hub" in card and "edit its" not in card
 
 
-def test_an_adapter_on_the_hub(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is attached, where transformers with peft would switch it on."""
+def test_adapter_on_the_hub(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is attached, whereas transformers with peft would switch it on."""
     monkeypatch.setattr("cllm.models.cached_file", lambda name, file, **where: str(adapter / file))
     monkeypatch.setattr("cllm.models.snapshot_download", lambda name, allow_patterns: str(adapter))
     model = load_model("someone/adapter", device="cpu")
     assert attached(model) is not None and model.name_or_path == "someone/adapter"
 
 
-def test_the_card(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_card(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export(str(adapter), tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     record = json.loads((tmp_path / "out" / "config.json").read_text())[RECORD]
     assert {"cllm", "lossless"} <= set(card.data.tags) and card.data.datasets == ["openai/gsm8k"]
     assert all(digest in card.text for digest in record["base_weights"].values())
     assert "Window: 4 tokens, 3 of them drafted" in card.text and "- rank of the adapter: 4" in card.text
-    assert "Without it the model is the plain target model" in card.text and "cllm serve PATH" in card.text
+    assert "Without it, the model is the plain target model" in card.text and "cllm serve PATH" in card.text
     blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert len(blocks) == 2 and "trust_remote_code=True" in blocks[0]
     exec(blocks[1].replace("PATH", str(tmp_path / "out")).replace("=256", "=8"), {})
@@ -230,11 +230,11 @@ def other_tokenizer(adapter: Path) -> None:
         (lambda adapter: save_tiny_checkpoint(adapter.parent / "base", seed=5), "trained for other weights"),
         (lambda adapter: (adapter.parent / "base").rename(adapter.parent / "moved"), "must be a checkpoint folder or a hub"),
         (lambda adapter: (adapter.parent / "base" / "model.safetensors").unlink(), "no file named model.safetensors"),
-        (other_tokenizer, "has another vocabulary than that of its target model"),
+        (other_tokenizer, "has a different vocabulary from its target model"),
         (lambda adapter: write_json(adapter / ADAPTER, json.loads((adapter / ADAPTER).read_text()) | {"r": 0}), "has rank 0"),
         (lambda adapter: (adapter / ADAPTER_WEIGHTS).write_bytes(b"torn"), "cannot load the adapter in"),
         (lambda adapter: (adapter / "config.json").write_text("{"), "not a valid JSON file"),
-        (lambda adapter: (adapter / "config.json").unlink(), "belongs into its model's weights; merge it first"),
+        (lambda adapter: (adapter / "config.json").unlink(), "must be merged into its model's weights first"),
     ],
 )
 def test_adapters_that_cannot_be_exported(adapter: Path, tmp_path: Path, damage: Any, message: str) -> None:
@@ -244,7 +244,7 @@ def test_adapters_that_cannot_be_exported(adapter: Path, tmp_path: Path, damage:
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_adapter_and_where_it_must_not_go(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_exported_or_overwritten(base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="adapter_only needs a folder that `cllm train --lossless` wrote"):
         export(str(base), tmp_path / "out", adapter_only=True)
     export(str(adapter), tmp_path / "out")
@@ -257,7 +257,7 @@ def test_what_is_no_adapter_and_where_it_must_not_go(base: Path, adapter: Path, 
         assert names(folder) == before
 
 
-def test_the_stamp_of_an_export_changes_with_its_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_weights_stamp_changes_with_the_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
     export(str(adapter), tmp_path / "out")
     stamp = weights_stamp(tmp_path / "out")
     save_tiny_adapter(tmp_path / "second", base, seed=1)

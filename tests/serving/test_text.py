@@ -1,4 +1,4 @@
-"""Text comes out piece by piece as it does at once."""
+"""Incremental decoding gives the same text as decoding at once."""
 
 import random
 
@@ -11,7 +11,7 @@ from cllm.serving.text import TextStream
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, so that most characters beyond ASCII take several."""
+    """One token per byte, so that most non-ASCII characters take several."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,7 +32,7 @@ TEXTS = ["plain", "naïve Grüße, 日本語 und 🙂🙃!", "  spaces \n and\te
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_make_the_text(text: str) -> None:
+def test_pieces_add_up_to_the_text(text: str) -> None:
     tokenizer = byte_tokenizer()
     for seed in range(20):
         found = pieces(TextStream(tokenizer), tokenizer(text).input_ids, random.Random(seed))
@@ -40,15 +40,15 @@ def test_pieces_make_the_text(text: str) -> None:
         assert not any(piece.endswith("\ufffd") for piece in found[:-1])
 
 
-def test_an_unfinished_character_at_the_end_is_shown() -> None:
+def test_incomplete_character_at_the_end_is_shown() -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer("a🙂").input_ids[:-1]
     assert "".join(pieces(TextStream(tokenizer), ids, random.Random(0))) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("stops", [["END"], ["ND", "D x"], ["never", "EN"], ["E"], ["two EN three", "N t"]])
-def test_nothing_from_a_stop_string_on(stops: list[str]) -> None:
-    """The one that is completed first counts, however the tokens come."""
+def test_text_ends_before_a_stop_string(stops: list[str]) -> None:
+    """The stop string completed first counts, however the tokens are split."""
     tokenizer, text = tiny_tokenizer(), "one E two EN three END x END"
     end, first = min((at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0)
     for seed in range(20):
@@ -57,21 +57,21 @@ def test_nothing_from_a_stop_string_on(stops: list[str]) -> None:
         assert stream.stopped and "".join(found) == text[:first] and stream.tokens == end
 
 
-def test_half_a_stop_string_is_text_after_all() -> None:
+def test_partial_stop_string_is_text() -> None:
     tokenizer = tiny_tokenizer()
     stream = TextStream(tokenizer, ["END"])
     assert stream.put(tokenizer("the EN").input_ids) == "the "
     assert stream.end() == "EN" and not stream.stopped
 
 
-def test_special_tokens_are_no_text() -> None:
+def test_special_tokens_are_skipped() -> None:
     tokenizer = tiny_tokenizer()
     stream = TextStream(tokenizer)
     assert stream.put([*tokenizer("ab").input_ids, tokenizer.eos_token_id]) + stream.end() == "ab"
 
 
-def test_a_special_token_within_the_text_takes_no_space_away() -> None:
-    """Tokenizers like Llama 2's leave out the space in front of the first word that they are given."""
+def test_special_token_within_the_text_removes_no_space() -> None:
+    """Tokenizers like Llama 2's drop the space before the first word of their input."""
     words = {"\u2581one": 0, "\u2581two": 1, "<x>": 2, "<unk>": 3}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.decoder = decoders.Metaspace()

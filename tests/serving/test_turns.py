@@ -1,4 +1,4 @@
-"""Lines cut into turns."""
+"""Splitting typed lines into turns."""
 
 import pytest
 

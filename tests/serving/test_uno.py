@@ -1,4 +1,4 @@
-"""UNO's form of an adapter, and its two-pass layout: the text is the base model's own."""
+"""UNO's adapter format, and its two-pass layout, whose text is the base model's."""
 
 import json
 import random
@@ -26,8 +26,8 @@ def uniform(seed: int):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_two_passes_write_the_base_models_text(kind: str, seed: int) -> None:
-    """Whatever the adapter says; and two forwards give two tokens at least."""
+def test_two_passes_give_the_base_models_text(kind: str, seed: int) -> None:
+    """For any adapter; and each pair of forwards gives at least two tokens."""
     draw = random.Random(f"{kind} {seed}")
     model = tiny_model(kind, seed, vocab_size=97, eos_token_id=None)
     prompt = [draw.randrange(1, 97) for _ in range(draw.randint(1, 12))]
@@ -39,8 +39,8 @@ def test_two_passes_write_the_base_models_text(kind: str, seed: int) -> None:
         assert found == text and forwards <= 1 + 2 * -(-(len(text) - 1) // 2)
 
 
-def test_an_adapter_that_knows_the_text_is_believed() -> None:
-    """With an adapter that does nothing, right guesses are drafted right: all of a block is taken at once."""
+def test_right_drafts_are_accepted() -> None:
+    """An adapter of zeros drafts right guesses from right ones, so that whole blocks are accepted."""
     model, prompt = tiny_model(vocab_size=97, eos_token_id=None), [5, 9, 13]
     text = prompt + generate(model, prompt, 31, [])
     nothing = random_adapter(model, size=0.0)
@@ -48,7 +48,7 @@ def test_an_adapter_that_knows_the_text_is_believed() -> None:
     assert found == text[3:] and forwards == 1 + 2 * 5  # 6 tokens at a time: the block of 5, and one more
 
 
-def test_drafting_is_on_for_the_last_tokens_alone() -> None:
+def test_drafting_changes_only_the_last_tokens() -> None:
     import torch
 
     model = tiny_model(vocab_size=97)
@@ -66,7 +66,7 @@ def adapter(tmp_path: Path) -> Path:
     return save_tiny_adapter(tmp_path / "adapter", base, guess="uniform", prompt_template="chat")
 
 
-def test_the_export_is_an_ordinary_adapter(adapter: Path, tmp_path: Path) -> None:
+def test_export_is_an_ordinary_adapter(adapter: Path, tmp_path: Path) -> None:
     export(str(adapter), tmp_path / "out", form="uno")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {ADAPTER, ADAPTER_WEIGHTS, "config.json", "README.md"}
     config = json.loads((tmp_path / "out" / ADAPTER).read_text())
@@ -77,7 +77,7 @@ def test_the_export_is_an_ordinary_adapter(adapter: Path, tmp_path: Path) -> Non
     assert "--speculative-algorithm UNO --uno-lora-path PATH" in text and "not run on it" in text
 
 
-def test_what_is_refused(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_adapters(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     cold = save_tiny_adapter(tmp_path / "cold", base, guess="context")
     for model, form, message in (
@@ -92,8 +92,8 @@ def test_what_is_refused(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit) as exit_:
         command.main([str(adapter), str(tmp_path / "out"), "--format", "merged"])
-    assert exit_.value.code == 2 and "is not merged" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "cannot be merged" in capsys.readouterr().err
 
 
-def test_the_commands_forms_are_the_librarys() -> None:
+def test_command_offers_the_librarys_forms() -> None:
     assert command.FORMS == FORMS

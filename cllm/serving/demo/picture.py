@@ -1,4 +1,4 @@
-"""A race as an animated SVG: needs no script, and moves in a README too."""
+"""A race as an animated SVG without scripts, so that it also plays in a README."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from html import escape
 
 from cllm.serving.demo.race import Kind, Method, Step
 
-COLUMNS, LINES = 46, 16  # characters and lines of one panel; the last lines are shown where the text is longer
-CHARACTER, LINE, MARGIN, HEAD = 8.43, 20, 16, 92  # pixels; a monospaced font of 14 pixels
-LONGEST, REST = 12.0, 3.0  # seconds that the slower one takes at most, and that the end is shown
+COLUMNS, LINES = 46, 16  # characters per line and lines of a panel; of a longer text, the last lines are shown
+CHARACTER, LINE, MARGIN, HEAD = 8.43, 20, 16, 92  # pixels, for a 14-pixel monospaced font
+LONGEST, REST = 12.0, 3.0  # the longest animation in seconds, and how long its end is shown
 TITLES: dict[Method, str] = {"ar": "AR: one token per forward", "jacobi": "Jacobi: the same text"}
 STYLE = """
   text { font: 14px ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace; fill: #1b1f24; white-space: pre }
@@ -25,7 +25,7 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Fragment:
-    """A piece of a line: where it stands, and which step of its method brought it."""
+    """A piece of a line, its place, and the index of the step that verified it."""
 
     line: int
     column: int
@@ -35,7 +35,7 @@ class Fragment:
 
 
 def animate(steps: Sequence[Step], prompt: str, model: str) -> str:
-    """The SVG of a finished race. Both methods run at their own speed, or both equally slowed or sped up."""
+    """The SVG of a finished race. Both methods play at their own speed, or sped up by the same factor."""
     slowest = max(step.seconds for step in steps)
     shown = min(slowest, LONGEST)
     clock = Clock(shown / slowest if slowest else 1.0, shown + REST)
@@ -44,10 +44,10 @@ def animate(steps: Sequence[Step], prompt: str, model: str) -> str:
     width, height = 3 * MARGIN + 2 * _panel_width(), HEAD + lines * LINE + 2 * MARGIN + 28
     body = [f'<rect class="page" width="{width:.0f}" height="{height}"/>', _text(MARGIN, 26, model, "title")]
     question = " ".join(prompt.split())
-    most = int((width - 2 * MARGIN) / CHARACTER)
-    body.append(_text(MARGIN, 50, question if len(question) <= most else "…" + question[1 - most :]))
-    for place, (method, each) in enumerate(own.items()):
-        body += _panel(TITLES[method], each, MARGIN + place * (_panel_width() + MARGIN), lines, clock)
+    fitting = int((width - 2 * MARGIN) / CHARACTER)
+    body.append(_text(MARGIN, 50, question if len(question) <= fitting else "…" + question[1 - fitting :]))
+    for index, (method, each) in enumerate(own.items()):
+        body += _panel(TITLES[method], each, MARGIN + index * (_panel_width() + MARGIN), lines, clock)
     body.append(_text(MARGIN, height - 12, _legend(clock.scale, {token.kind for step in steps for token in step.gained})))
     size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
     label = escape(f"AR and Jacobi decoding by {model}, side by side")
@@ -58,26 +58,26 @@ def animate(steps: Sequence[Step], prompt: str, model: str) -> str:
 
 @dataclass(frozen=True)
 class Clock:
-    """Turns seconds of decoding into the animation's, which starts again every ``cycle`` seconds."""
+    """Converts seconds of decoding to those of the animation, which repeats every ``cycle`` seconds."""
 
     scale: float
     cycle: float
 
     def visible(self, start: float, end: float | None = None) -> str:
-        """Show the element that this stands in from ``start``, up to ``end`` or to the end of the cycle."""
+        """An SVG element that shows its parent from ``start`` to ``end``, by default the end of the cycle."""
         begin = max(1e-4, start * self.scale / self.cycle)
         times, values = [0.0, begin], [0, 1]
         if end is not None:
             times, values = [*times, max(begin, end * self.scale / self.cycle)], [*values, 0]
-        said = ";".join(f"{time:.4f}" for time in times), ";".join(map(str, values))
+        key_times, key_values = ";".join(f"{time:.4f}" for time in times), ";".join(map(str, values))
         return (
             f'<animate attributeName="opacity" calcMode="discrete" dur="{self.cycle:.2f}s" repeatCount="indefinite" '
-            f'keyTimes="{said[0]}" values="{said[1]}"/>'
+            f'keyTimes="{key_times}" values="{key_values}"/>'
         )
 
 
 def fragments(steps: Sequence[Step]) -> list[Fragment]:
-    """The text in lines of COLUMNS characters, of which the last LINES are kept."""
+    """The text wrapped to COLUMNS characters, of which the last LINES lines are kept."""
     found: list[Fragment] = []
     line = column = 0
     for number, step in enumerate(steps):

@@ -1,4 +1,4 @@
-"""AR and Jacobi decoding of the same prompt, in turns on the same device."""
+"""AR and Jacobi decoding of the same prompt, interleaved on one device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Kind = Literal["plain", "fast", "stationary"]
 
 @dataclass(frozen=True)
 class Token:
-    """One token and its text, which may be empty where a character takes several tokens."""
+    """One token and its text, which may be empty if a character spans several tokens."""
 
     id: int
     text: str
@@ -26,49 +26,49 @@ class Token:
 
 @dataclass(frozen=True)
 class Gained(Token):
-    """A token that a forward pass fixed: ``fast`` if it had been guessed, ``stationary`` if one forward earlier already."""
+    """A token that a forward pass verified: ``fast`` if it had been guessed, ``stationary`` if already one forward earlier."""
 
     kind: Kind
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass of one of the two."""
+    """One forward pass of one method."""
 
     method: Method
     forward: int  # its number, from 1
-    seconds: float  # that the method has taken so far
-    state: list[Token]  # the window that went in; its first token is verified
+    seconds: float  # the method's time so far
+    state: list[Token]  # the window before the pass; its first token is verified
     gained: list[Gained]
-    generated: int  # tokens of the text so far
+    generated: int  # tokens generated so far
     ended: bool
 
 
 class Racer:
-    """One method's way through a prompt, with its own clock."""
+    """One method's decoding of the prompt, with its own clock."""
 
     def __init__(
         self, method: Method, decoder: JacobiDecoder, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], length: int
     ) -> None:
         self.method, self.tokenizer = method, tokenizer
-        self.iterations = decoder.iterate([prompt], max_new_tokens=length, scope=None)  # both compute all of the prompt
-        self.most = length if decoder.context is None else min(length, decoder.context - len(prompt))
+        self.iterations = decoder.iterate([prompt], max_new_tokens=length, scope=None)  # without reusing the other's prefill
+        self.limit = length if decoder.context is None else min(length, decoder.context - len(prompt))
         self.eos = set(decoder.eos_ids.tolist())
         self.text = TextStream(tokenizer)
         self.seconds, self.forwards, self.generated = 0.0, 0, 0
         self.ended = False
-        self._choices: list[int] = []  # of the iteration before, and what it had been given
+        self._choices: list[int] = []  # of the previous iteration, as are the window and the emitted tokens
         self._window: list[int] = []
         self._emitted = 0
 
     def step(self) -> Step:
-        """The next forward pass."""
+        """Run the next forward pass."""
         start = time.perf_counter()
         window, choices, emitted = _host(next(self.iterations))
         self.seconds += time.perf_counter() - start
         self.forwards += 1
         self.generated += emitted
-        self.ended = self.generated >= self.most or choices[emitted - 1] in self.eos
+        self.ended = self.generated >= self.limit or choices[emitted - 1] in self.eos
         gained = [
             Gained(token, self.text.put([token]), self._kind(window, choices, index)) for index, token in enumerate(choices[:emitted])
         ]
@@ -79,30 +79,30 @@ class Racer:
         return Step(self.method, self.forwards, self.seconds, state, gained, self.generated, self.ended)
 
     def _kind(self, window: list[int], choices: list[int], index: int) -> Kind:
-        """How the token ``choices[index]`` came about; as a guess it stood one place further on in the window."""
-        place = index + 1
-        if place >= len(window) or window[place] != choices[index]:
+        """The kind of the token ``choices[index]``, whose guess was at ``index + 1`` in the window."""
+        at = index + 1
+        if at >= len(window) or window[at] != choices[index]:
             return "plain"
-        before = place + self._emitted
-        stood = before < len(self._window) and self._window[before] == self._choices[before - 1] == window[place]
-        return "stationary" if stood else "fast"
+        before = at + self._emitted  # its index in the previous window
+        was_right = before < len(self._window) and self._window[before] == self._choices[before - 1] == window[at]
+        return "stationary" if was_right else "fast"
 
     def _alone(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
 
 
-def token_by_token(decoder: JacobiDecoder) -> JacobiDecoder:
-    """What a decoder races against: the same model, one token a forward."""
+def ar_decoder(decoder: JacobiDecoder) -> JacobiDecoder:
+    """A decoder of the same model that decodes one token per forward."""
     return JacobiDecoder(decoder.model, 1, eos_token_ids=decoder.eos_ids.tolist())
 
 
 def race(
     ar: JacobiDecoder, jacobi: JacobiDecoder, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], max_new_tokens: int
 ) -> Iterator[Step]:
-    """Decode ``prompt`` twice, greedily.
+    """Decode ``prompt`` greedily with both decoders, yielding each forward pass.
 
-    The next forward pass is always that of the method whose clock is behind, so both are seen at their own speed. Raises
-    UsageError where the prompt cannot be decoded.
+    The method with less time on its clock always goes next, so both progress at their own speed. Raises UsageError if the
+    prompt cannot be decoded.
     """
     racers = [
         Racer("ar", ar, tokenizer, prompt, max_new_tokens),
@@ -113,5 +113,5 @@ def race(
 
 
 def _host(iteration: Iteration) -> tuple[list[int], list[int], int]:
-    """Window, choices and emitted tokens of a batch of one."""
+    """The window, the choices and the number of emitted tokens of a batch of one, on the host."""
     return iteration.window_BW[0].tolist(), iteration.choices_BW[0].tolist(), int(iteration.emitted_B[0])

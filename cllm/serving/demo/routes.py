@@ -1,4 +1,4 @@
-"""The page, and the race that it shows, as routes of the server."""
+"""The server's routes for the demo page and its race."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cllm import decoding
 from cllm.errors import UsageError
-from cllm.serving.demo.race import race, token_by_token
+from cllm.serving.demo.race import ar_decoder, race
 from cllm.serving.server.app import ApiError, EventStream, api_errors, read_body
 from cllm.serving.server.protocol import Positive
 from cllm.serving.server.service import Service
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-PATIENCE = 60.0  # seconds to wait until nobody else uses the model
+PATIENCE = 60.0  # seconds to wait for other requests to release the model
 
 
 class RaceRequest(BaseModel):
@@ -34,8 +34,8 @@ class RaceRequest(BaseModel):
 
 
 def add_demo(app: FastAPI, service: Service, question: str, asks_key: bool = False) -> None:
-    """Add the page at ``/``; ``question`` stands in it at first. ``asks_key``: it has a field for the server's API key."""
-    ar = token_by_token(service.queue.decoder)  # kept, like the other one: what either captured serves the next race
+    """Add the page at ``/``, with ``question`` as the initial prompt. ``asks_key``: show a field for the server's API key."""
+    ar = ar_decoder(service.queue.decoder)  # kept between races, so that captured steps are reused
     page = files("cllm.serving.demo").joinpath("page.html").read_text(encoding="utf-8")
     settings = {"model": service.name, "question": question, "most": service.limits.new_tokens, "key": asks_key}
     page = page.replace("{{settings}}", json.dumps(settings).replace("<", "\\u003c"))
@@ -57,9 +57,9 @@ def add_demo(app: FastAPI, service: Service, question: str, asks_key: bool = Fal
 
 
 def _events(service: Service, ar: decoding.JacobiDecoder, prompt: Sequence[int], max_tokens: int) -> Iterator[str]:
-    """One server-sent event per forward pass; meanwhile the model is nobody else's."""
+    """One server-sent event per forward pass, with exclusive use of the model."""
     if not service.worker.device.acquire(timeout=PATIENCE):
-        yield 'data: {"error": "others are using the model; try again"}\n\n'
+        yield 'data: {"error": "the model is busy; try again"}\n\n'
         return
     try:
         with api_errors():

@@ -67,7 +67,7 @@ class Service:
         encoded = await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, body)
         requests = []
         for number, ids in enumerate(encoded):
-            draws = [sampling, *(sampling.of(f"choice {choice}") for choice in range(1, copies))]
+            draws = [sampling, *(sampling.derive(f"choice {choice}") for choice in range(1, copies))]
             requests += [Request(ids, length, draw, client) for draw in draws]
             self.queue.check(requests[-1], "the prompt" if len(encoded) == 1 else f"prompt {number}")
         texts = [TextStream(self.tokenizer, body.stops) for _ in requests]

@@ -51,7 +51,7 @@ class Job:
 
     def update(self, result: RowResult, stop: Stop | None = None) -> None:
         """Report what is new in ``result``, if anything is."""
-        new, self.reported = result.behind(self.reported), max(self.reported, len(result.token_ids))
+        new, self.reported = result.steps_after(self.reported), max(self.reported, len(result.token_ids))
         if not self.cancelled and (new or stop):
             self.report(Progress(new, stop, reused=result.reused))
 

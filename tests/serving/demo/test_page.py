@@ -1,4 +1,4 @@
-"""The page in a real browser: headless Chromium, driven by Playwright. Skipped where there is none."""
+"""The page in a real browser: headless Chromium, driven by Playwright. Skipped if there is none."""
 
 import shutil
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def browser():
 
 @pytest.fixture(params=[(360, "light"), (1440, "dark")], ids=["phone", "desk"])
 def page(browser, url: str, request):
-    """The page in two sizes and colour schemes; at the end there must be no error in the console."""
+    """The page in two sizes and colour schemes; fails if the console shows an error at the end."""
     width, scheme = request.param
     errors: list[str] = []
     opened = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -49,7 +49,7 @@ def text(page, selector: str) -> str:
 
 
 def run_by_keyboard(page) -> None:
-    """From the question to the end of both columns, without a mouse."""
+    """Ask the question and wait for the end of both columns, without a mouse."""
     page.focus("#prompt")
     page.keyboard.press("Tab")
     page.keyboard.press("Control+A")
@@ -59,7 +59,7 @@ def run_by_keyboard(page) -> None:
     page.locator("#message").filter(has_text="Done").wait_for(timeout=60_000)
 
 
-def test_a_race(page) -> None:
+def test_race(page) -> None:
     assert page.input_value("#prompt") == "What is 1 </script> + 1?"
     run_by_keyboard(page)
     assert text(page, "#message") == "Done: both texts are the same."
@@ -72,7 +72,7 @@ def test_a_race(page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the window"
 
 
-def test_the_trajectory_by_keyboard(page) -> None:
+def test_trajectory_by_keyboard(page) -> None:
     run_by_keyboard(page)
     forwards, gained, fast = int(text(page, "#jacobi .forwards")), 0, 0
     page.focus("#place")
@@ -88,7 +88,7 @@ def test_the_trajectory_by_keyboard(page) -> None:
     assert text(page, "#what").startswith(f"Forward {forwards - 1} of")
 
 
-def test_errors_are_said(page) -> None:
+def test_errors_are_shown(page) -> None:
     page.evaluate("document.getElementById('most').max = ''")
     page.fill("#most", "1000")
     page.route("**/demo/race", lambda route: route.fulfill(status=200, body='data: {"error": "busy"}\n\n'))
@@ -97,7 +97,7 @@ def test_errors_are_said(page) -> None:
     assert page.locator("#run").is_enabled()
 
 
-def test_a_page_that_asks_for_the_key(browser) -> None:
+def test_page_asks_for_the_api_key(browser) -> None:
     with run_server(Limits(new_tokens=8), eos=[EOS_ID], question="1 + 1?", api_keys=["sesame"]) as running:
         page = browser.new_page()
         page.goto(running.url)

@@ -1,4 +1,4 @@
-"""The demo's routes without a browser: who may use them."""
+"""Who may use the demo's routes, tested without a browser."""
 
 import httpx
 import pytest
@@ -20,7 +20,7 @@ def test_with_a_key() -> None:
         assert answer.status_code == 200 and answer.text.count('"ended": true') == 2
 
 
-def test_without_a_key_it_is_for_pages_of_its_own() -> None:
+def test_without_a_key_only_its_own_page_may_call_it() -> None:
     with run_server(Limits(), question="1 + 1?") as running:
         race, other = running.url + "/demo/race", {"host": "evil.example"}
         assert '"key": false' in httpx.get(running.url).text
@@ -30,7 +30,7 @@ def test_without_a_key_it_is_for_pages_of_its_own() -> None:
         assert httpx.post(race, json=ASKED, timeout=60).status_code == 200
 
 
-def test_where_the_key_comes_from(monkeypatch) -> None:
+def test_sources_of_the_key(monkeypatch) -> None:
     for command in (serve, demo):
         monkeypatch.setenv(serve.KEY, "environment")
         assert serve.api_keys(command.options().parse_args(["m"])) == ["environment"]
@@ -42,8 +42,8 @@ def test_where_the_key_comes_from(monkeypatch) -> None:
 @pytest.mark.parametrize("command", [serve, demo])
 @pytest.mark.parametrize("key", ["", " ", "secret ", "\tsecret", "secret\r"])
 @pytest.mark.parametrize("given", ["option", "environment"])
-def test_an_empty_key_does_not_open_the_server(tiny_model_dir, monkeypatch, capsys, command, key: str, given: str) -> None:
-    """``--api_key "$KEY"`` where no such variable is set, or a file's line end came with the key."""
+def test_empty_key_does_not_open_the_server(tiny_model_dir, monkeypatch, capsys, command, key: str, given: str) -> None:
+    """As with ``--api_key "$KEY"`` if the variable is unset, or if the key is only a file's newline."""
     monkeypatch.setenv(serve.KEY, key if given == "environment" else "right")
     words = ["--port", "0", *(["--api_key", key] if given == "option" else [])]
     message = refused(capsys, command.main, tiny_model_dir, *words)

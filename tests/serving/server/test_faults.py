@@ -22,7 +22,7 @@ from cllm.decoding import JacobiDecoder, Queue, Request, RowResult, Sampling
 from cllm.decoding.batch import Batch
 from cllm.decoding.engine import Chooser
 from cllm.decoding.prefill import Prefill
-from cllm.decoding.prefixes import Prefixes
+from cllm.decoding.prefix_cache import PrefixCache
 from cllm.decoding.result import Tally
 from cllm.decoding.step import Step
 from cllm.prompts import PromptTemplate
@@ -65,7 +65,7 @@ POINTS: dict[str, tuple[type, str, Callable[..., bool]]] = {
     "can it be decoded": (JacobiDecoder, "check", lambda self, request, *_: bad(request)),
     "its tensors": (JacobiDecoder, "_start", lambda self, requests, first: any(map(bad, requests))),
     "its prefill": (Prefill, "__call__", lambda self, new, requests, *_: any(map(bad, requests))),
-    "keeping its keys": (Prefixes, "store", lambda self, cache, row, scope, ids: list(ids)[: len(PROMPT)] == PROMPT),
+    "keeping its keys": (PrefixCache, "store", lambda self, cache, row, scope, ids: list(ids)[: len(PROMPT)] == PROMPT),
     "joining": (Batch, "put", lambda self, other, *_: BAD in other.rows.noise_seed_B),
     "how tokens are chosen": (Chooser, "__init__", lambda self, samplings, *_: any(s.seed == BAD for s in samplings)),
     "its first forward in company": (Step, "__call__", lambda self, rows, *_: at(rows, 0)),

@@ -1,4 +1,4 @@
-"""A few random tokens through a model that no test covers: does it compute what Jacobi decoding relies on?
+"""A self-test for model families that no test covers: do windows give the logits that plain forwards give?
 
 Shapes: B = 2 rows, T tokens of a forward, S tokens of the texts, W window width, V vocabulary.
 """
@@ -17,8 +17,8 @@ from cllm.errors import UnsupportedModelError, out_of_memory
 from cllm.models import embedding_device, first_line
 from cllm.modes import evaluating
 
-TOLERANCE, TOLERANCE_16 = 0.01, 1.0  # in standard deviations of the logits; in 16 bits an expert may be chosen by rounding
-FAMILIES = frozenset(  # whose texts tests/decoding/test_families.py has compared with AR decoding's
+TOLERANCE, TOLERANCE_16 = 0.01, 1.0  # in standard deviations of the logits; in 16 bits, rounding may select another expert
+FAMILIES = frozenset(  # tests/decoding/test_families.py compares their texts with those of AR decoding
     """
     afmoe apertus arcee aria_text axk1 beam bert bert-generation biogpt bitnet camembert codegen cohere cohere2
     cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 electra ernie
@@ -35,36 +35,36 @@ FAMILIES = frozenset(  # whose texts tests/decoding/test_families.py has compare
 _tried: WeakSet[PreTrainedModel] = WeakSet()
 
 
-def try_out(step: Step) -> None:
-    """Raise UnsupportedModelError where the logits of windows in a ragged batch are not those of plain forwards.
+def self_test(step: Step) -> None:
+    """Raise UnsupportedModelError if the logits of windows in a ragged batch differ from those of plain forwards.
 
-    Costs two short forwards, and two plain ones, once for each model; none for families in FAMILIES. Texts are too short to
-    reach beyond a sliding window.
+    Runs four short forwards, once per model; none for the families in FAMILIES. The texts are too short to test sliding
+    windows.
     """
     name = step.model.config.model_type
     if name in FAMILIES or step.model in _tried:
         return
     try:
-        off = largest_difference(step)
+        difference = largest_logit_error(step)
     except Exception as error:
         if out_of_memory(error):
             raise
         raise UnsupportedModelError(f"{name} fails with the masks and positions of Jacobi decoding: {first_line(error)}") from error
-    most = TOLERANCE_16 if step.model.dtype.itemsize <= 2 else TOLERANCE
-    if not off <= most:
+    tolerance = TOLERANCE_16 if step.model.dtype.itemsize <= 2 else TOLERANCE
+    if not difference <= tolerance:
         raise UnsupportedModelError(
-            f"{name} does not compute AR decoding's logits under the masks and positions of Jacobi decoding: they are off by "
-            f"{off:.2g} standard deviations, where {most} may be rounding"
+            f"{name} does not compute AR decoding's logits under the masks and positions of Jacobi decoding: they differ by "
+            f"{difference:.2g} standard deviations; rounding explains at most {tolerance}"
         )
     _tried.add(step.model)
 
 
 @torch.inference_mode()
-def largest_difference(step: Step, longest: int = 8, width: int = 4) -> float:
-    """Between logits by windows of ``width`` tokens and by plain forwards, in standard deviations of the latter.
+def largest_logit_error(step: Step, longest: int = 8, width: int = 4) -> float:
+    """The largest difference between logits of windows of ``width`` tokens and of plain forwards, in standard deviations.
 
-    Two rows of random tokens: prompts of a third of ``longest`` tokens and of all of them go through the model with a window
-    of wrong guesses, then the right ones go over what those left in the cache.
+    Two rows of random tokens: prompts of ``longest // 3`` + 1 and of ``longest`` tokens are computed with a window of wrong
+    guesses, then the right tokens overwrite those in the cache.
     """
     model, device = step.model, embedding_device(step.model)
     ids_BS = torch.randint(step.vocabulary, (2, longest + width), generator=torch.Generator().manual_seed(0)).to(device)
@@ -86,5 +86,5 @@ def largest_difference(step: Step, longest: int = 8, width: int = 4) -> float:
 
 
 def _positions(text_1S: torch.Tensor) -> torch.Tensor:
-    """As ``generate`` gives them; some models count from another number by themselves."""
+    """Positions from 0, as ``generate`` passes them; some models start from another number if they get none."""
     return torch.arange(text_1S.shape[1], device=text_1S.device)[None]

@@ -1,4 +1,4 @@
-"""Prefix reuse: what is known is not computed again, the texts stay the same, and the memory stays within its budget."""
+"""Prefix reuse: known prefixes are not recomputed, texts do not change, and memory stays within the budget."""
 
 import copy
 import random
@@ -14,11 +14,11 @@ from tiny import KINDS, random_adapter, tiny_model
 from cllm.cli import command
 from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling, linear
 from cllm.decoding.cache import RowCache
-from cllm.decoding.prefixes import DEFAULT_BYTES, Prefixes
+from cllm.decoding.prefix_cache import DEFAULT_BYTES, PrefixCache
 from cllm.decoding.runner import CapturingRunner
 from cllm.errors import UsageError
 
-TOKEN = 2 * 2 * 3 * 4  # bytes of a token in the caches below: keys and values, 2 layers, 3 float32 numbers
+TOKEN = 2 * 2 * 3 * 4  # bytes per token in the caches below: keys and values, 2 layers, 3 float32 numbers
 
 
 def a_model(kind: str = "llama", **changes: Any) -> Any:
@@ -26,7 +26,7 @@ def a_model(kind: str = "llama", **changes: Any) -> Any:
 
 
 def states(text: list[int]) -> torch.Tensor:
-    """What stands for the keys, and negated for the values, of a text [T, 1, 3]: each depends on all tokens up to its own."""
+    """Fake keys [T, 1, 3] of a text, whose negatives are its values; each depends on all tokens up to its own."""
     values = [float(random.Random(str(text[: at + 1])).randrange(1 << 20)) for at in range(len(text))]
     return torch.tensor(values)[:, None, None] + torch.arange(3)
 
@@ -46,8 +46,8 @@ def held(cache: RowCache, count: int) -> list[torch.Tensor]:
     return [store[1, 1 : 1 + count] for layer in cache.row_layers for store in layer.stores]
 
 
-def load(prefixes: Prefixes, text: list[int], scope: str | None = "") -> int:
-    """How many tokens of the text are known; they must be the right ones."""
+def load(prefixes: PrefixCache, text: list[int], scope: str | None = "") -> int:
+    """How many tokens of the text are known; checks that their keys and values are right."""
     cache = RowCache()
     cache.reserve(2, len(text))
     count = prefixes.load(cache, 1, scope, text)
@@ -64,20 +64,20 @@ def draw_text(draw: random.Random) -> list[int]:
     return [draw.randrange(3) for _ in range(draw.randint(1, 12))]
 
 
-def test_the_longest_common_beginning_is_found() -> None:
-    draw, prefixes, texts = random.Random(1), Prefixes(), [[]]
+def test_longest_common_prefix_is_found() -> None:
+    draw, prefixes, texts = random.Random(1), PrefixCache(), [[]]
     for _ in range(300):
         text = draw_text(draw)
         assert load(prefixes, text) == max(shared(text, other) for other in texts)
         prefixes.store(holding(text), 1, "", text)
         texts.append(text)
-    beginnings = {tuple(text[: at + 1]) for text in texts for at in range(len(text))}
-    assert prefixes.bytes == TOKEN * len(beginnings)  # none is kept twice
+    prefixes_seen = {tuple(text[: at + 1]) for text in texts for at in range(len(text))}
+    assert prefixes.bytes == TOKEN * len(prefixes_seen)  # none is stored twice
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 13, 40])
-def test_the_budget_holds_and_what_is_found_is_right(tokens: int) -> None:
-    draw, prefixes, found = random.Random(tokens), Prefixes(tokens * TOKEN + 1), 0
+def test_budget_is_kept_and_results_are_right(tokens: int) -> None:
+    draw, prefixes, found = random.Random(tokens), PrefixCache(tokens * TOKEN + 1), 0
     for _ in range(300):
         text = draw_text(draw)
         found += load(prefixes, text)
@@ -89,8 +89,8 @@ def test_the_budget_holds_and_what_is_found_is_right(tokens: int) -> None:
     assert prefixes.bytes == load(prefixes, text) == 0
 
 
-def test_what_was_used_least_recently_goes_first() -> None:
-    prefixes, texts = Prefixes(6 * TOKEN), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+def test_least_recently_used_is_dropped_first() -> None:
+    prefixes, texts = PrefixCache(6 * TOKEN), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     for text in texts[:2]:
         prefixes.store(holding(text), 1, "", text)
     assert load(prefixes, texts[0]) == 3
@@ -98,8 +98,8 @@ def test_what_was_used_least_recently_goes_first() -> None:
     assert [load(prefixes, text) for text in texts] == [3, 0, 3]
 
 
-def test_scopes_never_meet() -> None:
-    prefixes, text = Prefixes(), [1, 2, 3]
+def test_scopes_are_separate() -> None:
+    prefixes, text = PrefixCache(), [1, 2, 3]
     prefixes.store(holding(text), 1, "a", text)
     prefixes.store(holding(text), 1, None, text)
     assert [load(prefixes, text, scope) for scope in ("a", "b", "", None)] == [3, 0, 0, 0]
@@ -109,7 +109,7 @@ def test_scopes_never_meet() -> None:
 
 @contextmanager
 def forwarded(model: Any) -> Iterator[list[int]]:
-    """The numbers of tokens, padding included, that go through the model in each forward."""
+    """The number of tokens in each forward of the model, padding included."""
     counts: list[int] = []
     hook = model.register_forward_pre_hook(lambda _, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True)
     try:
@@ -125,21 +125,21 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("interval", [1, 8])
 @pytest.mark.parametrize("window", ["sliding", "block"])
-def test_a_next_turn_begins_where_the_last_one_ended(window: str, interval: int) -> None:
+def test_next_turn_starts_where_the_last_one_ended(window: str, interval: int) -> None:
     model, first, more = a_model(), prompt(60), prompt(9, 1)
     decoder = JacobiDecoder(model, 4, window=window)
     decoder.sync_interval = interval
     (answer,) = decoder.generate([first], max_new_tokens=21)
     with forwarded(model) as counts:
         (result,) = decoder.generate([[*first, *answer.token_ids, *more]], max_new_tokens=5)
-    assert result.reused == 60 + 21 - 1  # nobody has seen the last token
+    assert result.reused == 60 + 21 - 1  # no forward has computed the last token
     assert counts[0] == 1 + 8 + decoder.width
     with forwarded(model) as counts:
         assert decoder.generate([first], max_new_tokens=21) == [answer]
     assert counts[0] == decoder.width
 
 
-def test_prompts_of_one_batch_compute_a_common_beginning_once() -> None:
+def test_batch_computes_a_common_prefix_once() -> None:
     model, start = a_model(), prompt(100)
     rests = [prompt(count, count) for count in (3, 9, 5)]
     decoder = JacobiDecoder(model, 4)
@@ -152,7 +152,7 @@ def test_prompts_of_one_batch_compute_a_common_beginning_once() -> None:
     assert counts == [79, 8 * 4] and sum(result.reused for result in samples) == 7 * 79
 
 
-def test_a_new_prompt_beside_known_ones_goes_through_the_model_alone() -> None:
+def test_new_prompt_among_known_ones_is_computed_alone() -> None:
     model, known = a_model(), prompt(100)
     decoder = JacobiDecoder(model, 4)
     decoder.generate([known], max_new_tokens=1)
@@ -164,7 +164,7 @@ def test_a_new_prompt_beside_known_ones_goes_through_the_model_alone() -> None:
     assert results == JacobiDecoder(model, 4, prefix_cache=0).generate(batch, max_new_tokens=9)
 
 
-def test_prompts_that_share_nothing_are_computed_as_ever() -> None:
+def test_prompts_without_a_common_prefix() -> None:
     model = a_model()
     batch = [[at, *prompt(60 + at, at)] for at in range(1, 5)]
     with forwarded(model) as counts:
@@ -184,8 +184,8 @@ def test_off() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_stay_those_of_generate(kind: str) -> None:
-    """Beginnings of every length, rows that join and leave, texts that are forgotten. A few of exactness.py's cases."""
+def test_texts_equal_generate(kind: str) -> None:
+    """Prefixes of every length, rows that join and leave, dropped texts. Runs a few of exactness.py's cases."""
     for number in (1, 3):
         first = draw_case(f"{kind} {number}", kind=kind)
         decoder, texts = reusing(first, number), []
@@ -198,8 +198,8 @@ def test_texts_stay_those_of_generate(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_with_an_adapter_only_verify_tokens_are_kept(kind: str) -> None:
-    """Anything else would change the texts that follow."""
+def test_only_keys_of_verify_tokens_are_stored(kind: str) -> None:
+    """Keys computed with the adapter would change later texts."""
     model = a_model(kind)
     drafting = JacobiDecoder(model, 5, adapter=random_adapter(model), drafts=7)
     plain = JacobiDecoder(model, 1, prefix_cache=0)
@@ -212,7 +212,7 @@ def test_with_an_adapter_only_verify_tokens_are_kept(kind: str) -> None:
 
 
 def test_captured_steps() -> None:
-    """Rows that ended long ago leave their numbers in the buffers; a new row of that number is another one."""
+    """The numbers of finished rows stay in the buffers; a new row with such a number is a different one."""
     model, draw = a_model(), random.Random(3)
     decoder, plain = JacobiDecoder(model, 3), JacobiDecoder(model, 3, prefix_cache=0)
     decoder.runner, decoder.sync_interval = CapturingRunner(decoder.step, lambda step: step), 8
@@ -229,7 +229,7 @@ def test_captured_steps() -> None:
     assert decoder.prefixes.bytes
 
 
-def test_other_weights_and_copies_start_anew() -> None:
+def test_new_weights_and_copies_start_empty() -> None:
     model, text = a_model(), prompt(30)
     decoder = JacobiDecoder(model, 4)
     decoder.generate([text], max_new_tokens=3)
@@ -242,7 +242,7 @@ def test_other_weights_and_copies_start_anew() -> None:
 
 
 @pytest.mark.skipif(not linear._supported(), reason="no x86 CPU, or a torch without oneDNN")
-def test_an_edit_past_the_version_counters() -> None:
+def test_edit_that_bypasses_version_counters() -> None:
     model, text = a_model(), prompt(30)
     decoder = JacobiDecoder(model, 4)
     decoder.generate([text], max_new_tokens=3)
@@ -251,14 +251,14 @@ def test_an_edit_past_the_version_counters() -> None:
     assert decoder.generate([text], max_new_tokens=3) == JacobiDecoder(model, 4).generate([text], max_new_tokens=3)
 
 
-def test_out_of_memory_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_clears_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     queue = Queue(JacobiDecoder(a_model(), 4), 2)
     queue.decoder.generate([prompt(30)], max_new_tokens=3)
     assert queue.decoder.prefixes.bytes and queue.shrink(torch.OutOfMemoryError("no more"))
     assert queue.decoder.prefixes.bytes == 0
 
 
-def test_samples_of_a_known_prompt_are_the_same() -> None:
+def test_sampled_text_of_a_known_prompt_is_the_same() -> None:
     model, text = a_model(), prompt(50)
     samplings = [GREEDY, *(Sampling(0.9, top_p=0.95, seed=seed) for seed in range(4))]
     decoder = JacobiDecoder(model, 4)
