@@ -41,7 +41,7 @@ from cllm.prompts import PromptTemplate
 from cllm.tasks import get_task
 from cllm.tasks.base import Task
 from cllm.tasks.source import load_examples
-from cllm.training.arguments import OBJECTIVE
+from cllm.training.arguments import OBJECTIVE_FIELDS
 from cllm.trajectory.hygiene import repetition
 from cllm.trajectory.store import TrajectoryDataset
 
@@ -160,7 +160,7 @@ class Study:
     def objective(self, flags: Sequence[str]) -> dict[str, Any]:
         """What such a run is trained on, whether its flags say so or are silent: a default may change."""
         args = arguments([*self.inputs, "--output_dir", str(self.folder), *flags], "study.py")[-1]
-        return {name: getattr(args, name) for name in OBJECTIVE}
+        return {name: getattr(args, name) for name in OBJECTIVE_FIELDS}
 
     def measure_target(self) -> dict[str, Any]:
         return {"prompts": self.measure(self.target, self.settings.get("guess", DEFAULT_GUESS))}

@@ -62,9 +62,9 @@ def main() -> None:
 
 def start_guess(collector: Collector, row_id: str) -> reference.StartGuess:
     """The starting guesses that the collector draws for this row."""
-    from cllm.trajectory.collect import draw
+    from cllm.trajectory.collect import derived_seed
 
-    seed = torch.tensor([draw(collector.settings.seed, row_id, "guess")])
+    seed = torch.tensor([derived_seed(collector.settings.seed, row_id, "guess")])
 
     def guess(prefix, size):
         positions = torch.arange(len(prefix), len(prefix) + size)[None]

@@ -225,12 +225,6 @@ def collect(collector: Collector, prompts: list[list[int]]) -> tuple[list[Trajec
     return collector.rows(responses)
 
 
-class Rows(list):
-    """Trajectories at hand, in the place of stored ones."""
-
-    settings = None
-
-
 def cllm_trainer(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer, rows: list[TrajectoryRow], folder: str, **options: Any
 ) -> CllmTrainer:
@@ -238,7 +232,7 @@ def cllm_trainer(
     training = CllmTrainingArguments(output_dir=folder, use_cpu=model.device.type == "cpu", report_to="none", **options)
     target = load_model(args.model, dtype=args.dtype, device=args.device) if training.needs_target else None
     collator = Collator(tokenizer.pad_token_id, training.distance_decay, training.max_row_tokens)
-    dataset = ExampleDataset(Rows(rows), training.sampling)
+    dataset = ExampleDataset(rows, training.state_sampling)
     return CllmTrainer(model=model, args=training, train_dataset=dataset, data_collator=collator, target_model=target)
 
 
