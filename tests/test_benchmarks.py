@@ -1,4 +1,4 @@
-"""The benchmarks run and write what they measured; figures come from the real model, not from here."""
+"""The benchmarks run and write their results. On tiny models the figures mean nothing."""
 
 import json
 import subprocess
