@@ -41,4 +41,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "Why?" in output.read_text() and "amber" not in output.read_text()
     assert "no prompt 'two'" in refused(capsys, main, *words, "two")
     file.write_text(json.dumps(result(batch_size=4)))
-    assert "batch_size must be 1, since seconds are measured by batch, got 4" in refused(capsys, main, *words, "one")
+    assert "batch_size must be 1, since times are measured per batch, got 4" in refused(capsys, main, *words, "one")

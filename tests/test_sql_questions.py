@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from commands import refused
 from sql_databases import ALL, SHARED, Database
-from sql_questions import main, places, questions
+from sql_questions import main, placeholders, questions
 
 from cllm.tasks import get_task
 from cllm.tasks.base import Task
@@ -44,9 +44,9 @@ def test_there_are_many_kinds() -> None:
 
 @pytest.mark.parametrize(("database", "sql"), KINDS, ids=str)
 def test_a_question_mentions_every_value_of_its_query(database: Database, sql: str) -> None:
-    needed = places(sql) - database.joins.keys()
+    needed = placeholders(sql) - database.joins.keys()
     assert {name.removesuffix("2") for name in needed} <= SHARED.keys() | database.values.keys()
-    assert all(places(wording) == needed for wording in database.kinds[sql])
+    assert all(placeholders(wording) == needed for wording in database.kinds[sql])
 
 
 def test_questions_and_queries_are_distinct() -> None:
