@@ -136,7 +136,7 @@ def test_stopping_criteria_are_called_as_in_generate(model: PreTrainedModel) -> 
 
 
 def test_stop_strings_and_streamer(model: PreTrainedModel) -> None:
-    """Through the function of exported checkpoints; transformers passes neither to a plain callable."""
+    """Exported checkpoints take both; transformers passes neither to a plain callable."""
     tokenizer = tiny_tokenizer()
     inputs = padded(PROMPTS[:1]) | {"max_new_tokens": 30}
     text = tokenizer.decode(model.generate(**inputs)[0, 3:])

@@ -65,7 +65,7 @@ def completion(reply: str, prompt: str, entry_point: str) -> str:
     readings = _readings(reply)
     program = _first_program(readings, entry_point, prompt)
     if program is not None:
-        return _after(prompt) + _without_future(program) + "\n"
+        return _stub_body(prompt) + _without_future(program) + "\n"
     bodies = (_body(found, prompt, entry_point) for found in readings)
     return next((body for body in bodies if body is not None), reply)
 
@@ -126,7 +126,7 @@ def _program(found: list[Segment], name: str, prompt: str) -> str | None:
         program = _defining(segment.lines, name)
         if program is not None:
             program = "\n".join([*before, program])
-            later = _needed(prompt + _after(prompt) + _without_future(program), found[at + 1 :], name)
+            later = _needed(prompt + _stub_body(prompt) + _without_future(program), found[at + 1 :], name)
             return "\n\n".join([*later, _without_future(program)]) if later else program
         before.extend(_definitions(segment.lines, name))
     return None
@@ -270,8 +270,8 @@ def _indent(prompt: str) -> str:
     return found[-1] if found else "    "
 
 
-def _after(prompt: str) -> str:
-    """The text that completes the prompt's unfinished function, if any: nothing if it has a docstring, else ``pass``."""
+def _stub_body(prompt: str) -> str:
+    """The text between a prompt and a new definition: ``pass`` if the prompt's function has no body yet, not even a docstring."""
     start = "" if prompt.endswith("\n") else "\n"
     return start if _parse(prompt) is not None else f"{start}{_indent(prompt)}pass\n\n"
 

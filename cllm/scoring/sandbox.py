@@ -6,8 +6,8 @@ There are two kinds of protection. :func:`protection` picks the first that works
     libraries read-only, a small empty folder, a few devices, and none of your files. It sees no network and no processes but
     its own. When it ends, the kernel kills everything it has started, ``setsid`` and double forks included. Total memory and
     the size of the folder are bounded.
-``limits`` (Linux; as root, or on a kernel with Landlock). The program runs as a user that owns nothing (as root) or may write
-    only to its own temporary folder (Landlock). Leftover processes are found by descent, by that user, or by a marker in the
+``limits`` (Linux; as root, or on a kernel with Landlock). The program runs as a user that owns nothing (if started as root) and
+    may write only to its own temporary folder (if the kernel has Landlock). Leftover processes are found by descent, by that user, or by a marker in the
     environment, and killed. World-readable files are readable. TCP is blocked from Landlock 4 on. Signals to your other
     processes are blocked by the other user or from Landlock 6 on. Where that user cannot enter Python's folder, as in root's
     home, programs run in a copy that has the standard library only.
@@ -138,6 +138,7 @@ def run_all(programs: Sequence[Program], limits: Limits | None = None, workers: 
 
 
 def cores() -> int:
+    """The number of usable processor cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

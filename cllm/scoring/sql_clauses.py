@@ -177,7 +177,7 @@ class Scope:
     nested: dict[str, str] = field(default_factory=dict)
 
     def column(self, name: str, alias: str, quoted: bool) -> str:
-        """The full name of a column's representative among those tied to it. An unknown name in double quotes is a value."""
+        """The full name of a column. Columns tied by foreign keys share one name; an unknown name in double quotes is a value."""
         name, alias = name.lower(), alias.lower()
         scope: Scope | None = self
         while scope:
@@ -238,7 +238,7 @@ def _table(table: Node, scope: Scope) -> str:
 
 
 def _condition(condition: Condition, scope: Scope) -> str:
-    """A condition as text; of its operands after the first, only nested queries count."""
+    """A condition as text: its operator, its first operand, and the nested queries among the others."""
     tree = condition.tree
     nested = [_digest(query, scope.schema, scope) for query in condition.nested]
     first = "" if isinstance(tree, sqlglot().exp.Exists) else _text(tree.args.get("this"), scope)

@@ -152,7 +152,7 @@ def remove_adapter(folder: str) -> None:
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
-    """The last name components of all linear layers except the output layer, which the frozen target shares."""
+    """The last components of the names of all linear layers except the output layer, which the frozen target shares."""
     head = model.get_output_embeddings()
     layers = model.named_modules()
     return sorted({name.split(".")[-1] for name, layer in layers if isinstance(layer, torch.nn.Linear) and layer is not head})

@@ -23,7 +23,7 @@ class Meter:
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """End a step. The clock is the host's: synchronize the device before the last step of a reading."""
+        """End a step. The clock is the host's, so synchronize the device before ending the last step of a reading."""
         self._seconds += time.perf_counter() - self._started
 
     def count(self, tokens: int, useful: torch.Tensor) -> None:

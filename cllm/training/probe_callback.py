@@ -118,9 +118,9 @@ class ProbeCallback(TrainerCallback):
         return "collapse, training stops" if self.stop else "collapse"
 
     def _shared(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns in the first process, in all of them."""
-        made = [make() if self.trainer.is_world_process_zero() else None]
-        return broadcast_object_list(made)[0]
+        """Call ``make`` in the first process only; returns its result in all processes."""
+        result = [make() if self.trainer.is_world_process_zero() else None]
+        return broadcast_object_list(result)[0]
 
     def _metrics(self, model: Any) -> ProbeMetrics:
         with state_preserved(model), self.trainer.accelerator.autocast():
@@ -160,7 +160,7 @@ class ProbeCallback(TrainerCallback):
         self.best = best
 
     def _remove(self, step: int) -> None:
-        """Remove ``best-STEP``, hiding it first; :meth:`_stored_best` removes what a kill leaves of it."""
+        """Remove ``best-STEP``. It is renamed first, and :meth:`_stored_best` removes the remains if a kill interrupts this."""
         hidden = self.folder / f"{OLD}-{step}"
         (self.folder / f"{BEST}-{step}").rename(hidden)
         shutil.rmtree(hidden)

@@ -122,7 +122,7 @@ class Collector:
     ) -> Iterator[int]:
         """Collect this process's share of ``examples`` and store rows as responses finish.
 
-        Yields the number of examples that each step has covered, dropped and already stored ones included.
+        Yields, step by step, the number of examples done, including dropped and already stored ones.
         """
         dropped: list[Dropped] = []
         done = 0

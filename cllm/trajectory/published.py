@@ -199,7 +199,7 @@ class _Response:
 
 
 def _rows(responses: dict[str, _Response], eos_ids: Collection[int], path: str | Path) -> Iterator[TrajectoryRow]:
-    """The rows of ``responses``, which is emptied on the way. Logs what was dropped."""
+    """The rows of ``responses``, removing each response as it is read. Logs what was dropped."""
     ended = unlabelled = gaps = 0
     for data_id in list(responses):
         response = responses.pop(data_id)

@@ -40,7 +40,7 @@ class _Blocks:
 
 
 def block_starts(response_length: int, block_size: int, first: int = 0) -> list[int]:
-    """Block offsets of a response: 0, then ``first`` and every ``block_size`` tokens after it."""
+    """Block offsets of a response: 0, then ``first``, then every ``block_size`` tokens."""
     return sorted({0, *range(first, response_length, block_size)})
 
 

@@ -205,7 +205,7 @@ def test_training_lowers_the_loss(tmp_path) -> None:
 
 
 def bare(row: TrajectoryRow) -> TrajectoryRow:
-    """As ``cllm collect --responses_only`` stores it."""
+    """The row as ``cllm collect --responses_only`` stores it: without states other than fixed points."""
     return replace(row, trajectories=[states[-1:] for states in row.trajectories])
 
 

@@ -125,7 +125,7 @@ def test_a_collection_older_than_an_option_resumes() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_resumed_equals_uninterrupted(model: Any, whole: dict[str, TrajectoryRow], tmp_path: Path, seed: int) -> None:
-    """Stopped several times after a few batches, and resumed with other batch sizes."""
+    """The run is stopped several times after a few batches and resumed with other batch sizes."""
     rng = random.Random(seed)
     for _ in range(4):
         with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:

@@ -379,7 +379,7 @@ def test_interrupted_reading_is_not_damage(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_too_many_open_files(folder: Path) -> None:
-    """The system's real error, through pyarrow."""
+    """The real error of the system, raised through pyarrow."""
     code = f"""
 import os, resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
