@@ -7,10 +7,10 @@ There are two kinds of protection. :func:`protection` picks the first that works
     its own. When it ends, the kernel kills everything it has started, ``setsid`` and double forks included. Total memory and
     the size of the folder are bounded.
 ``limits`` (Linux; as root, or on a kernel with Landlock). The program runs as a user that owns nothing (if started as root) and
-    may write only to its own temporary folder (if the kernel has Landlock). Leftover processes are found by descent, by that user, or by a marker in the
-    environment, and killed. World-readable files are readable. TCP is blocked from Landlock 4 on. Signals to your other
-    processes are blocked by the other user or from Landlock 6 on. Where that user cannot enter Python's folder, as in root's
-    home, programs run in a copy that has the standard library only.
+    may write only to its own temporary folder (if the kernel has Landlock). Leftover processes are found by descent, by that
+    user, or by a marker in the environment, and killed. World-readable files are readable. TCP is blocked from Landlock 4 on.
+    Signals to your other processes are blocked by the other user or from Landlock 6 on. Where that user cannot enter Python's
+    folder, as in root's home, programs run in a copy that has the standard library only.
 
 Both drop your environment variables, start a new session without standard input, limit CPU time, wall time, address space,
 file size, processes, open files and output, and drop all capabilities for good (``no_new_privs``). Where neither works (other
