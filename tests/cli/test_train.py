@@ -370,7 +370,7 @@ def test_a_rate_far_too_high_stops_the_training(run, held_out: Path, capsys) -> 
     with pytest.raises(SystemExit):
         run(**PROBE, probe_file=held_out, learning_rate=1.0, on_collapse="stop")
     message = capsys.readouterr().err
-    assert "training collapsed by step" in message and "nothing saved" in message
+    assert "training collapsed by step" in message and "nothing was saved" in message
 
 
 @pytest.mark.parametrize(

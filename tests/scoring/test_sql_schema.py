@@ -43,7 +43,7 @@ def test_both_sources_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", '[{"db_id": "a"}]', '{"a": 1}', "[1]", '["a"]'])
 def test_malformed_tables_json(tmp_path: Path, content: str) -> None:
     (tmp_path / "tables.json").write_text(content)
-    with pytest.raises(UsageError, match=r"not a tables\.json of Spider: "):
+    with pytest.raises(UsageError, match=r"not a Spider tables\.json: "):
         schemas_of_json(tmp_path / "tables.json")
 
 

@@ -519,7 +519,7 @@ def test_a_file_system_without_locks(folder: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(fcntl, "flock", flock)
     append(folder, make_row(6))
-    assert "cannot be locked (No locks available); let nothing else write there" in caplog.text and len(rows_of(folder)) == 7
+    assert "cannot be locked (No locks available); make sure that nothing else writes there" in caplog.text and len(rows_of(folder)) == 7
 
 
 # ---- killed ----
