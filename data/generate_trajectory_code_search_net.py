@@ -1,4 +1,4 @@
-"""Jacobi trajectories of a target model on CodeSearchNet-Python; see ``--help``."""
+"""Collect a target model's Jacobi trajectories on CodeSearchNet-Python; see ``--help``."""
 
 from cllm.cli import collect
 

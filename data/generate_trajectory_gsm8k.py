@@ -1,4 +1,4 @@
-"""Jacobi trajectories of a target model on GSM8K; see ``--help``."""
+"""Collect a target model's Jacobi trajectories on GSM8K; see ``--help``."""
 
 from cllm.cli import collect
 

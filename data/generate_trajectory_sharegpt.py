@@ -1,4 +1,4 @@
-"""Jacobi trajectories of a target model on ShareGPT; see ``--help``."""
+"""Collect a target model's Jacobi trajectories on ShareGPT; see ``--help``."""
 
 from cllm.cli import collect
 

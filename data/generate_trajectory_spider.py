@@ -1,4 +1,4 @@
-"""Jacobi trajectories of a target model on Spider; see ``--help``."""
+"""Collect a target model's Jacobi trajectories on Spider; see ``--help``."""
 
 from cllm.cli import collect
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Talk to a model:  bash scripts/chat.sh MODEL [CLLM_TYPE] [more flags of `cllm chat`]
+# Chat with a model:  bash scripts/chat.sh MODEL [CLLM_TYPE] [more flags of `cllm chat`]
 set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: bash scripts/chat.sh MODEL [CLLM_TYPE] [more flags]" >&2; exit 2; }
 model=$1 type=gsm8k

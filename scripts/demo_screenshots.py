@@ -1,4 +1,4 @@
-"""Pictures of the demo's page in headless Chromium: narrow and wide, light and dark.
+"""Screenshots of the demo page in headless Chromium: narrow and wide, light and dark.
 
 pip install playwright && apt-get install chromium
 python scripts/demo_screenshots.py --model MODEL --output docs/images/demo
@@ -21,7 +21,7 @@ QUESTION = "Pavel's book has 180 pages. He reads 19 pages every evening. How man
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--model", required=True)
-    options.add_argument("--output", required=True, help="the pictures are called OUTPUT-WIDTH-SCHEME.png")
+    options.add_argument("--output", required=True, help="prefix of the files: OUTPUT-WIDTH-SCHEME.png")
     options.add_argument("--prompt", default=QUESTION)
     options.add_argument("--tokens", type=int, default=96)
     options.add_argument("--forward", type=int, default=5, help="the step of the trajectory to show")
@@ -35,12 +35,12 @@ def main() -> None:
             browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=QUIET)
             for width in (360, 1440):
                 for scheme in ("light", "dark"):
-                    picture(browser, url, args, width, scheme)
+                    screenshot(browser, url, args, width, scheme)
     finally:
         server.terminate()
 
 
-def picture(browser: Browser, url: str, args: argparse.Namespace, width: int, scheme) -> None:
+def screenshot(browser: Browser, url: str, args: argparse.Namespace, width: int, scheme) -> None:
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.goto(url)
     page.fill("#most", str(args.tokens))

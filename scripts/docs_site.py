@@ -1,7 +1,7 @@
-"""What the documentation site adds to MkDocs: help texts from the commands themselves, equations, docstrings without roles.
+"""MkDocs hooks of the documentation site: output of commands, equations, docstrings without roles.
 
-A page holds ``<!-- output: cllm tasks gsm8k -->`` where a command's output belongs, and ``<!-- commands -->`` where the help
-texts of all commands do. Equations are fenced as ``math`` and become MathML, which browsers show without scripts.
+In a page, ``<!-- output: cllm tasks gsm8k -->`` is replaced by that command's output, and ``<!-- commands -->`` by the help
+texts of all commands. Blocks fenced as ``math`` become MathML, which browsers render without scripts.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ WIDTH = "88"  # characters of a help text
 
 
 def on_config(config: Any) -> Any:
-    """Called by MkDocs: fences called ``math`` are equations."""
+    """Called by MkDocs: register fenced ``math`` blocks."""
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
     fences.append({"name": "math", "class": "math", "format": _equation})
     return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by MkDocs with the text of each page."""
+    """Called by MkDocs for each page: insert the output of commands."""
     markdown = re.sub(r"<!-- output: cllm (.+?) -->", lambda match: _block(match[1].split()), markdown)
     return markdown.replace("<!-- commands -->", "".join(map(_section, COMMANDS)))
 
 
 class PlainRoles(Extension):
-    """Called by mkdocstrings: shows ``:func:`name``` in docstrings as plain code."""
+    """Called by mkdocstrings: turns roles such as ``:func:`name``` in docstrings into plain code."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring:
@@ -53,12 +53,12 @@ def _section(name: str) -> str:
 
 
 def _block(words: list[str]) -> str:
-    """A command's output, as a block of text."""
-    shown = io.StringIO()
-    with patch.dict(os.environ, COLUMNS=WIDTH), redirect_stdout(shown):
+    """A command's output as a fenced block of text."""
+    output = io.StringIO()
+    with patch.dict(os.environ, COLUMNS=WIDTH), redirect_stdout(output):
         try:
             main(words)
         except SystemExit as end:
             if end.code:
                 raise RuntimeError(f"cllm {' '.join(words)} ended with exit status {end.code}") from end
-    return f"```text\n{shown.getvalue().rstrip()}\n```"
+    return f"```text\n{output.getvalue().rstrip()}\n```"

@@ -1,11 +1,11 @@
 # Sourced by the other scripts.
-#   use_environment REQUIREMENTS_FILE    go to the project's root, use the active virtual environment or make .venv, install
-#   timed FILE NAME TEXT COMMAND...      run one stage of a script
+#   use_environment REQUIREMENTS_FILE    change to the project's root, activate .venv unless an environment is active, install
+#   timed FILE NAME TEXT COMMAND...      run one stage of a script and record its time
 use_environment() {
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   if [ -z "${VIRTUAL_ENV:-}" ]; then
     if [ ! -x .venv/bin/python ]; then
-      echo "==> making a virtual environment in .venv"
+      echo "==> creating a virtual environment in .venv"
       "$(find_python)" -m venv .venv
     fi
     # shellcheck disable=SC1091
@@ -20,7 +20,7 @@ use_environment() {
   fi
 }
 
-timed() { # FILE NAME TEXT COMMAND...: say TEXT, run the command, and note in the file how many seconds it took
+timed() { # FILE NAME TEXT COMMAND...: print TEXT, run the command, and append "NAME: SECONDS" to FILE
   local file=$1 name=$2 text=$3 start
   shift 3
   start=$(date +%s)

@@ -1,4 +1,4 @@
-"""Compares an exported checkpoint's own decoding with AR decoding; see export_check.sh. Needs torch and transformers alone."""
+"""Compares an exported checkpoint's decoding with AR decoding, with torch and transformers only; see export_check.sh."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main() -> None:
     path = sys.argv[1]
     packages = {found.metadata["Name"].lower(): found.version for found in distributions()}
     assert find_spec("cllm") is None
-    print(f"{len(packages)} packages: torch {packages['torch']}, transformers {packages['transformers']}, and what these need")
+    print(f"{len(packages)} packages: torch {packages['torch']}, transformers {packages['transformers']}, and their dependencies")
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def check_adapter(model, inputs) -> None:
-    """Decode with the consistency adapter and without: the same text, in other numbers of forwards."""
+    """Check that decoding with and without the consistency adapter gives the same text; print the numbers of forwards."""
     options = {"max_new_tokens": LENGTH, "do_sample": False, "return_dict_in_generate": True}
     drafted, plain = model.generate(**inputs, **options), model.generate(**inputs, **options, drafts=0)
     shown = f"{int(drafted.forwards)} forwards with the adapter, {int(plain.forwards)} without"
@@ -60,21 +60,22 @@ def check_adapter(model, inputs) -> None:
 
 
 def encode(tokenizer, questions: list[str]):
-    """The conversations as a batch padded on the left."""
-    talks = [[{"role": "user", "content": question}] for question in questions]
+    """The questions as a left-padded batch."""
+    conversations = [[{"role": "user", "content": question}] for question in questions]
     if not tokenizer.chat_template:
         return tokenizer(questions, return_tensors="pt", padding=True)
-    return tokenizer.apply_chat_template(talks, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True)
+    return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True)
 
 
 def tokens(model, ids: list[int]) -> int:
-    """Length of a response up to the token that ends it, which counts."""
+    """The length of a response including the token that ends it."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return min(len(list(takewhile(lambda token: token not in ends, ids))) + 1, len(ids))
 
 
 def compare(what: str, same: bool, other: str) -> None:
+    """Print the outcome of a comparison, and remember a failure for the exit status."""
     global failed
     failed = failed or not same
     print(f"{what}, {'equal to' if same else 'DIFFERENT FROM'} {other}", flush=True)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Try an exported checkpoint where nothing but torch and transformers is installed: in a new virtual environment, outside of the
-# project, which is removed again. Exit status 1 where a text differs from AR's.
+# Check an exported checkpoint with nothing but torch and transformers, in a temporary virtual environment outside the project.
+# Exit status 1 if a text differs from AR decoding's.
 #
-#   bash scripts/export_check.sh CHECKPOINT   # what `cllm export`, also of a consistency adapter, or `cllm train` wrote
+#   bash scripts/export_check.sh CHECKPOINT   # a folder that `cllm export` or `cllm train` of all weights wrote
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: bash scripts/export_check.sh CHECKPOINT" >&2; exit 2; }
-[ -f "$1/custom_generate/generate.py" ] || { echo "error: $1 is no exported checkpoint; run cllm export" >&2; exit 2; }
+[ -f "$1/custom_generate/generate.py" ] || { echo "error: $1 is not an exported checkpoint; run cllm export" >&2; exit 2; }
 checkpoint=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh

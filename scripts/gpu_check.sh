@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Check and measure decoding on a CUDA device: the tests marked gpu, captured and compiled steps against plain ones, waits of
-# the host, speed. One JSON with the device's name in docs/results.
+# Check and measure decoding on a CUDA device: the tests marked gpu, captured and compiled steps against plain ones, host
+# synchronizations, speed. Writes one JSON named after the device to docs/results.
 #
 #   bash scripts/gpu_check.sh [--model MODEL] [--output FILE]     # default: the small real model
 #   bash scripts/gpu_check.sh --device cpu --model MODEL          # the same functions without a GPU; the figures mean nothing

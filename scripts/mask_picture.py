@@ -1,4 +1,4 @@
-"""The picture of the packed layout's mask, from the function that collection and training take it from.
+"""The picture of the packed layout's mask, drawn from the function that collection and training use.
 
 python scripts/mask_picture.py docs/images/mask.svg
 """
@@ -33,7 +33,7 @@ def main(path: Path) -> None:
 
 
 def picture() -> str:
-    """The mask of one prompt, its response and the response's blocks as an SVG."""
+    """An SVG of the mask for one prompt, its response and the response's blocks."""
     starts = range(PROMPT, PROMPT + RESPONSE, SIZE)
     row = PackedRow([0] * (PROMPT + RESPONSE), [Block(start, [0] * SIZE) for start in starts])
     _, layout = pack([row], pad_token_id=0)
@@ -53,25 +53,25 @@ def picture() -> str:
 
 
 def _cells(layout: Layout) -> Iterator[str]:
-    """A square for each pair of a query (row) and a key (column)."""
+    """A square for each query (row) and key (column)."""
     blocks, seen = layout.block_BT[0], visibility(layout, layout)[0]
     for query, key in torch.cartesian_prod(*(torch.arange(len(blocks)),) * 2).tolist():
         kind = "hidden"
         if seen[query, key]:
             kind = "clean" if blocks[query] == CLEAN else "prefix" if blocks[key] == CLEAN else "block"
-        place = f'x="{LEFT + key * CELL}" y="{TOP + query * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
-        yield f'<rect class="{kind}" {place} rx="3" fill="{COLOURS[kind]}"/>'
+        box = f'x="{LEFT + key * CELL}" y="{TOP + query * CELL}" width="{CELL - 2}" height="{CELL - 2}"'
+        yield f'<rect class="{kind}" {box} rx="3" fill="{COLOURS[kind]}"/>'
 
 
 def _names(names: list[str]) -> Iterator[str]:
-    """Each token beside its row and above its column."""
+    """The name of each token beside its row and above its column."""
     for at, name in enumerate(names):
         yield f'<text x="{LEFT + at * CELL + 12}" y="{TOP - 8}" text-anchor="middle">{name}</text>'
         yield f'<text x="{LEFT - 8}" y="{TOP + at * CELL + 17}" text-anchor="end">{name}</text>'
 
 
 def _groups(groups: list[tuple[str, int]]) -> Iterator[str]:
-    """The parts of the row, above the columns and beside the rows."""
+    """The name of each part of the packed row above its columns and beside its rows."""
     at = 0
     for name, count in groups:
         middle = (at + count / 2) * CELL

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# The main job end to end on a small real model, on a CPU: SmolLM2-135M-Instruct first learns to answer questions about two small
-# SQLite databases, which makes it a target model; then a consistency adapter learns to draft for it, so that it decodes several
+# The whole chain on a small real model, on a CPU. SmolLM2-135M-Instruct first learns to answer questions about two small SQLite
+# databases, which makes it the target model. Then a consistency adapter learns to draft for it, so that it decodes several
 # tokens per forward pass and still writes its own text, token for token.
-# 14 to 25 minutes on two cores; memory up to 10 GB.
+# Takes 14 to 25 minutes on two cores and up to 10 GB of memory.
 #
 #   bash scripts/quickstart.sh            # results in quickstart/
-#   bash scripts/quickstart.sh --paper    # and beside it the paper's way: all weights trained on Jacobi trajectories
+#   bash scripts/quickstart.sh --paper    # also train all weights on Jacobi trajectories, as in the paper
 #
-# The full-size recipe is the same commands with GSM8K, a 7B target, block 16 and 8 GPUs; see the end of the output.
+# The full-size recipe uses the same commands with GSM8K, a 7B target, block 16 and 8 GPUs; the end of the output shows it.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "$0")/environment.sh"
 case "$*" in
   "") paper= ;;
   --paper) paper=yes ;;
-  *) echo "error: unknown arguments $*; the only one is --paper" >&2; exit 2 ;;
+  *) echo "error: unknown arguments $*; the only option is --paper" >&2; exit 2 ;;
 esac
 use_environment requirements.txt
 
@@ -22,7 +22,7 @@ BLOCK=8 LENGTH=80 TRAIN=640 TEST=32
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
-# Large tensors come and go in every step; without these, glibc hands their memory back to the system each time.
+# Every step allocates and frees large tensors; without these settings, glibc returns their memory to the system each time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 export TOKENIZERS_PARALLELISM=false
 
@@ -39,15 +39,15 @@ measure() { # RESULT FLAGS...
 
 training=(--train_sampling_strategy group_by_length --logging_steps 8 --save_strategy no --use_cpu --report_to none)
 mixed=() dtype=()
-if grep -q amx_bf16 /proc/cpuinfo 2> /dev/null; then # matrix units for bfloat16: training and wide windows are faster
+if grep -q amx_bf16 /proc/cpuinfo 2> /dev/null; then # matrix units for bfloat16 speed up training and wide windows
   mixed=(--bf16) dtype=(--dtype bfloat16)
 fi
 
 get_model() { model=$(python scripts/small_model.py); }
-stage model "the small model (once; kept in the user's cache)" get_model
-stage questions "writing two databases, $TRAIN questions to learn from and $TEST held out" \
+stage model "fetching the small model (once; kept in the user's cache)" get_model
+stage questions "writing two databases, $TRAIN training questions and $TEST held-out ones" \
   python scripts/sql_questions.py "$out/data" "$TRAIN" "$TEST"
-stage target "fine-tuning the small model on their answers: the target model" \
+stage target "fine-tuning the small model on the answers, which makes the target model" \
   cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" --num_train_epochs 1 \
   --per_device_train_batch_size 8 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
 collect() { # OUTPUT FLAGS...
@@ -58,18 +58,18 @@ stage collect "collecting the target model's own responses" collect "$out/respon
 stage train "training the consistency adapter" \
   bash cllm/train_cllm.sh "$out/target" "$out/responses" "$out/cllm" $BLOCK --lossless \
   --num_train_epochs 1 --per_device_train_batch_size 4 "${training[@]}" "${mixed[@]}" "${dtype[@]}"
-stage tune "finding the window that is fastest on this machine, on questions to learn from" \
+stage tune "finding the fastest window on this machine, on training questions" \
   cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
   --widths 6 8 --drafts 9 15 --output "$out/tune.json" --save "${dtype[@]}"
 stage measure "measuring target model and CLLM on the held-out questions" \
   measure "$out/cllm.json" --test_model "$out/cllm"
 if [ "$paper" ]; then
-  stage collect_states "the paper's way: collecting the Jacobi trajectories of these responses" collect "$out/trajectories"
+  stage collect_states "as in the paper: collecting the Jacobi trajectories of these responses" collect "$out/trajectories"
   stage train_all "training all weights on them" \
     bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/paper" $BLOCK --num_train_epochs 1 \
     --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 --lr_scheduler_type cosine \
     --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
-  stage measure_all "measuring it on the same questions" \
+  stage measure_all "measuring the result on the same questions" \
     measure "$out/paper.json" --test_model "$out/paper" --target_model "$out/target"
 else
   rm -f "$out/paper.json"

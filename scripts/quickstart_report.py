@@ -1,4 +1,4 @@
-"""The quick start's last page: one table, one picture.  python quickstart_report.py FOLDER"""
+"""The quick start's report: one table and one picture.  python quickstart_report.py FOLDER"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from cllm.evaluation import plot
 from cllm.evaluation.table import format_table, number, percent, with_interval
 
-FULL_SIZE = """The full-size recipe (paper: GSM8K, Abel-7B, which is a target model already; 8 GPUs; not run by this script):
+FULL_SIZE = """The full-size recipe (the paper's GSM8K with Abel-7B, which is already a target model, on 8 GPUs; not run by this script):
   cd data && accelerate launch generate_trajectory_gsm8k.py --model GAIR/Abel-7B-001 --max_new_tokens 16 --max_new_seq_len 512
   cd ../cllm && NUM_PROCESSES=8 bash train_cllm.sh GAIR/Abel-7B-001 ../data/collected_jacobi_trajectory/FOLDER OUTPUT 16 \\
       --lossless --bf16
@@ -21,12 +21,12 @@ FULL_SIZE = """The full-size recipe (paper: GSM8K, Abel-7B, which is a target mo
 
 @dataclass(frozen=True)
 class Column:
-    """One model's figures: a method of a result file, and the quality of its text."""
+    """One model's figures: a method in a result file, and the quality of its text."""
 
     title: str
     method: dict[str, Any]
     score: float
-    same_text: float  # as the target's AR decoding
+    same_text: float  # share of prompts with the text of the target's AR decoding
 
 
 def main(folder: Path) -> None:
@@ -40,13 +40,13 @@ def main(folder: Path) -> None:
     print("\nseconds per stage: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     picture = folder / "accepted.png"
     draw(lossless, paper, picture)
-    print(f"picture of where tokens were accepted: {picture}")
-    print(f"details: {folder}/cllm.txt, {folder}/tune.json; talk to it: bash scripts/chat.sh {folder}/cllm spider\n")
+    print(f"picture of accepted tokens: {picture}")
+    print(f"details: {folder}/cllm.txt, {folder}/tune.json; to chat: bash scripts/chat.sh {folder}/cllm spider\n")
     print(FULL_SIZE)
 
 
 def columns(lossless: dict, paper: dict | None) -> list[Column]:
-    """Target model, decoded token by token, and CLLM."""
+    """The columns of the table: the target model by AR decoding, the CLLM, and the model with all weights trained, if any."""
     methods, score = lossless["methods"], lossless["quality"]["jacobi"]["score"]
     found = [
         Column("target model", methods["ar"], score, 1.0),
@@ -75,12 +75,12 @@ def tpf(jacobi: dict) -> str:
 
 
 def speedup(jacobi: dict) -> str:
-    """Over AR decoding of the same model in the same run."""
+    """The speedup over AR decoding of the same model in the same run, with its interval."""
     return with_interval(jacobi["speedup"], jacobi["speedup_interval"])
 
 
 def draw(lossless: dict, paper: dict | None, path: Path) -> None:
-    """Above: how far each response had come after each forward. Below: how many tokens the forwards gained."""
+    """Draw the progress of each response by forward (top), and a histogram of tokens gained per forward (bottom)."""
     runs = {"target model": (lossless, "ar"), "CLLM": (lossless, "jacobi")}
     if paper:
         runs["all weights (paper)"] = (paper, "jacobi")

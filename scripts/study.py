@@ -1,13 +1,13 @@
-"""What every option of the training does to speed and quality: one change at a time, equal training tokens, the same prompts.
+"""The effect of every training option on speed and quality: one change at a time, equal training tokens, the same prompts.
 
     python scripts/study.py --model TARGET --trajectories TRAJECTORIES --task spider --filename QUESTIONS \\
         --runs default paper --seeds 0 1 2 --output FOLDER -- --num_train_epochs 2 --learning_rate 1.5e-4 --use_cpu
     python scripts/study.py --table FOLDER
 
-What stands behind ``--`` are flags of ``cllm train`` for every run; those of the run itself come after them. Nothing else
-differs: all runs see the same responses as often as the others (states drawn and packed may be more or fewer; both are
-counted). Every run and seed gives one JSON, and what is there already is passed over, so a study can be stopped and gone on
-with, and several processes may share a folder, each with other ``--runs``. The target model is measured in the same way.
+Flags after ``--`` go to ``cllm train`` in every run, followed by the run's own flags. Nothing else differs: all runs see the
+same responses equally often (they may draw and pack more or fewer states; both are counted). Each run and seed writes one JSON.
+Existing results are skipped, so a study can be interrupted and resumed, and several processes may share a folder with different
+``--runs``. The target model is measured in the same way.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from cllm.prompts import PromptTemplate
 from cllm.tasks import get_task
 from cllm.tasks.base import Task
 from cllm.tasks.source import load_examples
-from cllm.training.arguments import OBJECTIVE
+from cllm.training.arguments import OBJECTIVE_FIELDS
 from cllm.trajectory.hygiene import repetition
 from cllm.trajectory.store import TrajectoryDataset
 
 BASE, TARGET = "default", "target"
-GUESS = "guess_"  # such a run takes TRAJECTORIES_NAME: the same, collected with `--guess NAME`
+GUESS = "guess_"  # run guess_NAME reads the folder TRAJECTORIES_NAME, collected with `--guess NAME`
 RUNS = {  # name -> flags of `cllm train`
     BASE: "",
     "paper": "--teacher self --ar_loss fixed_point --ar_weight 10 --distance_decay 1 --states_per_block 1 --label_smoothing_factor 0.1",
@@ -69,7 +69,7 @@ RUNS = {  # name -> flags of `cllm train`
     "ar_weight_6": "--ar_weight 6",
     "bold": "--ar_weight 2 --distance_decay 0.8",
 }
-METRICS = {  # title -> what is summed over prompts above and below the line, decimals
+METRICS = {  # title -> (numerator and denominator, both summed over prompts, decimals)
     "TPF": ("tokens", "forwards", 2),
     "accuracy": ("score", "responses", 3),
     "repetition": ("repeated", "tokens", 3),
@@ -77,8 +77,8 @@ METRICS = {  # title -> what is summed over prompts above and below the line, de
     "entropy": ("entropy", "tokens", 3),
     "length": ("tokens", "responses", 1),
 } | {f"TPF, quarter {n}": (f"tokens_{n}", f"forwards_{n}", 2) for n in (1, 2, 3, 4)}
-BATCH = 16  # prompts decoded together; changes no figure
-Row = dict[str, float]  # what was counted of one response
+BATCH = 16  # prompts decoded together; does not affect the figures
+Row = dict[str, float]  # the counts of one response
 
 
 @command
@@ -108,19 +108,19 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--filename", help="held-out examples; default: the hub dataset")
     options.add_argument("--prompts", type=int, default=64)
     options.add_argument("--length", type=int, default=128, help="new tokens per response")
-    options.add_argument("--device", help="of the measurement; default: cuda where there is a GPU, else cpu")
+    options.add_argument("--device", help="device of the measurement; default: cuda if available, else cpu")
     options.add_argument("--runs", nargs="+", default=[BASE, "paper"], metavar="NAME[=FLAGS]", help=", ".join(RUNS))
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--output", help="folder of the results")
-    options.add_argument("--keep_weights", action="store_true", help="as FOLDER/NAME-SEED/")
-    options.add_argument("--table", metavar="FOLDER", help="print what such a folder holds, as Markdown")
+    options.add_argument("--keep_weights", action="store_true", help="keep the weights of each run in OUTPUT/NAME-SEED/")
+    options.add_argument("--table", metavar="FOLDER", help="print the results in a folder as a Markdown table")
     return options
 
 
 def _named(text: str) -> tuple[str, str]:
     name, given, flags = text.partition("=")
     if not given and name not in RUNS:
-        raise UsageError(f"unknown run {name!r}; choose from {', '.join(RUNS)}, or say what it is: NAME='FLAGS'")
+        raise UsageError(f"unknown run {name!r}; choose from {', '.join(RUNS)}, or define it: NAME='FLAGS'")
     return name, flags if given else RUNS[name]
 
 
@@ -132,20 +132,20 @@ class Study:
         self.inputs = ["--model", args.model, "--trajectories", args.trajectories]
         self.settings = TrajectoryDataset(args.trajectories).settings
         if "block_size" not in self.settings:
-            raise UsageError(f"{args.trajectories} is no folder that `cllm collect` wrote")
+            raise UsageError(f"{args.trajectories} was not written by `cllm collect`")
         self.task: Task = configured_task(get_task(args.task), args.filename, "speedup")
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
         self.target = load_model(args.model, dtype="float32", device=args.device)
         template = PromptTemplate(self.settings["prompt_template"])
         self.stops = stop_token_ids(self.target, self.tokenizer, template)
         examples = load_examples(self.task, args.filename, "test", args.prompts)
-        self.asked, _ = encode(islice(examples, args.prompts), template, self.tokenizer, None)
+        self.prompts, _ = encode(islice(examples, args.prompts), template, self.tokenizer, None)
 
     def once(self, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
-        """Write NAME.json with the figures, unless it is there. Raises UsageError if that one was made in another way."""
+        """Write NAME.json with the figures unless it exists. Raises UsageError if it was made with other settings."""
         settings = settings | {key: getattr(self.args, key) for key in ("task", "length")}
         settings |= {key: Path(getattr(self.args, key) or "").name for key in ("model", "trajectories", "filename")}
-        settings |= {"prompts": len(self.asked), "weights": weights_stamp(self.args.model)}
+        settings |= {"prompts": len(self.prompts), "weights": weights_stamp(self.args.model)}
         path = self.folder / f"{name}.json"
         if path.exists():
             if (there := json.loads(path.read_text(encoding="utf-8"))["settings"]) != settings:
@@ -155,18 +155,19 @@ class Study:
         figures = {title: figure(result["prompts"], title) for title in METRICS}
         content = {"run": name, "settings": settings, "figures": figures}
         write_json(path, content | result | {"environment": environment(self.target.device)})
-        print(f"{name}: " + ", ".join(f"{title} {of['value']:.3f}" for title, of in figures.items() if of), flush=True)
+        shown = (f"{title} {entry['value']:.3f}" for title, entry in figures.items() if entry)
+        print(f"{name}: {', '.join(shown)}", flush=True)
 
     def objective(self, flags: Sequence[str]) -> dict[str, Any]:
-        """What such a run is trained on, whether its flags say so or are silent: a default may change."""
+        """The full objective of a run with these flags, defaults included, since a default may change."""
         args = arguments([*self.inputs, "--output_dir", str(self.folder), *flags], "study.py")[-1]
-        return {name: getattr(args, name) for name in OBJECTIVE}
+        return {name: getattr(args, name) for name in OBJECTIVE_FIELDS}
 
     def measure_target(self) -> dict[str, Any]:
         return {"prompts": self.measure(self.target, self.settings.get("guess", DEFAULT_GUESS))}
 
     def run(self, name: str, seed: int, flags: list[str]) -> dict[str, Any]:
-        """Train one CLLM and measure it; its weights are gone afterwards unless they are to be kept."""
+        """Train one CLLM and measure it. Its weights are removed unless ``--keep_weights`` is given."""
         other = ["--trajectories", f"{self.args.trajectories}_{name.removeprefix(GUESS)}"] if name.startswith(GUESS) else []
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.folder / f"{name}-{seed}" if self.args.keep_weights else Path(scratch)
@@ -186,9 +187,9 @@ class Study:
 
     @torch.inference_mode()
     def measure(self, model: PreTrainedModel, guess: str) -> list[Row]:
-        """Decode the held-out prompts greedily, by Jacobi iteration, and count."""
+        """The counts of the model's greedy Jacobi responses to the held-out prompts."""
         decoder = JacobiDecoder(model, self.settings["block_size"], eos_token_ids=self.stops, guess=guess)
-        prompts, results = [asked.ids for asked in self.asked], []
+        prompts, results = [prompt.ids for prompt in self.prompts], []
         for at in range(0, len(prompts), BATCH):
             results += decoder.generate(prompts[at : at + BATCH], max_new_tokens=self.args.length)
         texts = [result.token_ids for result in results]
@@ -205,14 +206,14 @@ class Study:
             | quarters(result.accepted)
             for result, nll, entropy in zip(results, nlls, response_entropies(model, prompts, texts), strict=True)
         ]
-        scores = score_replies(self.task, [asked.example for asked in self.asked], texts, self.tokenizer)
+        scores = score_replies(self.task, [prompt.example for prompt in self.prompts], texts, self.tokenizer)
         if scores is not None and len(scores) == len(rows):
             rows = [row | {"score": float(score)} for row, score in zip(rows, scores)]
         return rows
 
 
 def tokens_seen(trainer: Any) -> dict[str, int]:
-    """Response tokens that were trained on, repeats counted; and packed tokens, by the states of one epoch."""
+    """Response tokens trained on, counting repetitions, and packed tokens, estimated from one epoch's states."""
     data, epochs = trainer.train_dataset, trainer.state.epoch
     response = sum(len(row.response_ids) for row in data.rows)
     packed = sum(len(data[index].row) for index in range(len(data)))
@@ -220,7 +221,7 @@ def tokens_seen(trainer: Any) -> dict[str, int]:
 
 
 def quarters(accepted: Sequence[int]) -> Row:
-    """Tokens gained and forwards spent in each quarter of a response, by where the first token that a forward gained stands."""
+    """Tokens gained and forwards spent in each quarter of a response; a forward belongs to the quarter of its first token."""
     counts: Row = {f"{what}_{n}": 0 for what in ("tokens", "forwards") for n in (1, 2, 3, 4)}
     at, length = 0, sum(accepted)
     for gained in accepted:
@@ -232,17 +233,17 @@ def quarters(accepted: Sequence[int]) -> Row:
 
 
 def figure(rows: Sequence[Row], title: str) -> dict[str, Any] | None:
-    """A metric over all prompts with its 95% bootstrap interval; None where it was not measured."""
-    above, below, _ = METRICS[title]
-    if above not in rows[0]:
+    """A metric over all prompts with its 95% bootstrap interval; None if it was not measured."""
+    numerator, denominator, _ = METRICS[title]
+    if numerator not in rows[0]:
         return None
-    columns = [[row[above] for row in rows], [row[below] for row in rows]]
+    columns = [[row[numerator] for row in rows], [row[denominator] for row in rows]]
     total = sum(columns[1])
     return {"value": sum(columns[0]) / total if total else None, "interval": ratio_interval(*columns)}
 
 
 def table(folder: Path) -> str:
-    """Markdown: of every run the mean over seeds (lowest to highest), and the difference to the default with its interval."""
+    """A Markdown table: each run's mean over seeds (lowest to highest), and its difference from the default with an interval."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not results:
         raise UsageError(f"{folder} holds no results")
@@ -263,7 +264,8 @@ def table(folder: Path) -> str:
 
 def _cell(seeds: dict[str, dict], base: dict[str, dict], title: str) -> str:
     digits = METRICS[title][2]
-    values = [of["value"] for result in seeds.values() if (of := result["figures"][title]) and of["value"] is not None]
+    entries = [result["figures"][title] for result in seeds.values()]
+    values = [entry["value"] for entry in entries if entry and entry["value"] is not None]
     if not values:
         return "-"
     text = f"{sum(values) / len(values):.{digits}f}"
@@ -278,13 +280,15 @@ def _cell(seeds: dict[str, dict], base: dict[str, dict], title: str) -> str:
 
 
 def difference(runs: Sequence[Sequence[Row]], bases: Sequence[Sequence[Row]], title: str) -> tuple[float, tuple[float, float] | None]:
-    """How much a metric of some runs is above that of others with the same seeds, prompt by prompt the same: 95% bootstrap.
+    """The difference of a metric between runs and base runs with the same seeds, paired by prompt, with a 95% interval.
 
-    Seeds are taken together, prompts are drawn again.
+    The bootstrap resamples prompts and pools seeds.
     """
-    above, below, _ = METRICS[title]
+    numerator, denominator, _ = METRICS[title]
     columns = [
-        [sum(rows[prompt][key] for rows in side) for prompt in range(len(side[0]))] for side in (runs, bases) for key in (above, below)
+        [sum(rows[prompt][key] for rows in side) for prompt in range(len(side[0]))]
+        for side in (runs, bases)
+        for key in (numerator, denominator)
     ]
     sums = [sum(column) for column in columns]
     return sums[0] / sums[1] - sums[2] / sums[3], bootstrap(columns, lambda s: s[0] / s[1] - s[2] / s[3])

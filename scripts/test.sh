@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them: linter, formatter, type checker, tests. About twenty minutes on two cores.
+# Set up the environment and run linter, formatter check, type checker and tests. Takes about twenty minutes on two cores.
 #
 #   bash scripts/test.sh                  # everything
 #   bash scripts/test.sh -m "not slow"    # arguments go to pytest
@@ -12,9 +12,9 @@ echo "==> linter, formatter and type checker"
 ruff check .
 ruff format --check .
 mypy cllm
-echo "==> the small real model (once; kept in the user's cache)"
+echo "==> fetching the small real model (once; kept in the user's cache)"
 CLLM_TEST_MODEL=$(python scripts/small_model.py)
-workers=$(nproc)  # each with one thread, a file of tests at a time; counted first, because nproc minds OMP_NUM_THREADS
+workers=$(nproc)  # one thread and one test file at a time each; counted before setting OMP_NUM_THREADS, which nproc obeys
 export CLLM_TEST_MODEL HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 echo "==> tests"
 exec python -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder --durations 25 "$@"

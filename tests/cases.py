@@ -1,4 +1,4 @@
-"""Random cases of exactness: a tiny model, a ragged set of requests, and a way to decode them, all drawn from one name.
+"""Random exactness cases: a tiny model, a ragged set of requests and decoding options, all drawn from one name.
 
 ``scripts/benchmarks/exactness.py`` runs a thousand, the tests a few.
 """
@@ -18,15 +18,15 @@ from cllm.decoding import JacobiDecoder, Queue, Request, RowResult
 
 PARTIAL, FILLING = ("prompt_lookup", "pool"), ("context", "uniform", "filler")
 FRONTS = ["+".join(order) for count in (1, 2) for order in permutations(PARTIAL, count)]
-GUESSES = (*FILLING, *FRONTS, *(f"{front}+{last}" for front in FRONTS for last in FILLING))  # all that can be named
+GUESSES = (*FILLING, *FRONTS, *(f"{front}+{last}" for front in FRONTS for last in FILLING))  # every valid name
 VOCABULARY, MODELS = 97, 6  # tokens; random models of each kind
-LONGEST = 100  # tokens that a prompt shares with an earlier text
-BUDGETS = (0, 3_000, 20_000, 100_000, 1 << 30)  # bytes for keys and values, 384 a token
+LONGEST = 100  # tokens that a prompt may share with an earlier text
+BUDGETS = (0, 3_000, 20_000, 100_000, 1 << 30)  # bytes of the prefix cache; a token takes 384
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of requests and how it is decoded; ``rows`` at a time where ``queued``, so that rows join and leave."""
+    """A set of requests and how to decode it: in one batch, or ``rows`` at a time in a queue, so that rows join and leave."""
 
     kind: str
     seed: int
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What a decoder is made from."""
+        """The values that determine a decoder."""
         names = ("kind", "seed", "width", "window", "guess", "eos", "drafts")
         return {name: getattr(self, name) for name in names}
 
@@ -62,23 +62,23 @@ class Case:
         )
 
     def decode(self, decoder: JacobiDecoder | None = None) -> list[list[int]]:
-        """Our texts, in the order of the requests, by one of :meth:`decoder`."""
+        """Our texts in the order of the requests, by ``decoder`` or a new one."""
         return [result.token_ids for result in self.results(decoder or self.decoder())]
 
     def results(self, decoder: JacobiDecoder) -> list[RowResult]:
-        """The same with what they cost."""
+        """Our results in the order of the requests."""
         if self.queued:
             found = dict(Queue(decoder, self.rows).run(iter(self.requests)))
             return [found[number] for number in range(len(self.requests))]
         return decoder.generate([r.prompt for r in self.requests], max_new_tokens=self.requests[0].max_new_tokens)
 
     def expected(self) -> list[list[int]]:
-        """What Hugging Face's greedy ``generate`` writes, prompt by prompt."""
+        """The texts of Hugging Face's greedy ``generate``, prompt by prompt."""
         return [generate(self.model, list(r.prompt), r.max_new_tokens, self.eos) for r in self.requests]
 
 
 def draw_case(name: Any, **fixed: Any) -> Case:
-    """The case of that name; the same name gives the same case. ``fixed`` replaces what would be drawn."""
+    """The case of a name, always the same. ``fixed`` replaces drawn values."""
     draw = random.Random(f"exactness {name}")
     drawn: dict[str, Any] = {
         "kind": draw.choice(KINDS),
@@ -98,9 +98,9 @@ def draw_case(name: Any, **fixed: Any) -> Case:
 
 
 def reusing(case: Case, number: int, **options: Any) -> JacobiDecoder:
-    """A decoder of the case that keeps keys and values within one of the budgets.
+    """A decoder for the case with prefix reuse within one of the budgets.
 
-    It computes what a few rows share, or lack, apart from the others even where it is a single token.
+    It prefills shared and missing parts of prompts separately even where they are a single token.
     """
     decoder = case.decoder(prefix_cache=BUDGETS[number % len(BUDGETS)], **options)
     decoder.prefill.forward_tokens = 1
@@ -108,9 +108,9 @@ def reusing(case: Case, number: int, **options: Any) -> JacobiDecoder:
 
 
 def follow(case: Case, texts: list[list[int]], name: Any) -> Case:
-    """The case with prompts that start like earlier ``texts``, or like each other, drawn from ``name``.
+    """The case with prompts that share prefixes with earlier ``texts`` or with each other, drawn from ``name``.
 
-    What they have in common is nothing, one token, a part of any length or of a multiple of 16, or all of a text.
+    The shared prefix is empty, one token, of any length, of a multiple of 16, or a whole text.
     """
     draw = random.Random(f"follow {name}")
     known, requests = list(texts), []
@@ -125,7 +125,7 @@ def follow(case: Case, texts: list[list[int]], name: Any) -> Case:
 
 
 def draw_drafts(name: Any) -> dict[str, Any]:
-    """What to fix in :func:`draw_case` for a case with an adapter."""
+    """Fixed values for :func:`draw_case` that give a case with an adapter."""
     return {"window": "sliding", "drafts": random.Random(f"drafts {name}").randint(1, 24)}
 
 

@@ -12,24 +12,24 @@ import pytest
 
 
 def question_rows(count: int) -> list[dict[str, str]]:
-    """Short questions in GSM8K's form, all different."""
+    """Short distinct questions in GSM8K's format."""
     return [{"question": f"{n} + {n * n}?", "answer": f"Add.\n#### {n + n * n}"} for n in range(1, count + 1)]
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:
-    """One line per row; texts go in as they are."""
+    """Write one line per row: JSON, or texts unchanged."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
 def refused(capsys: pytest.CaptureFixture[str], main: Callable[..., None], *words: Any) -> str:
-    """The error of a command that must be refused: exit status 2 and one line that starts with ``error: ``."""
+    """The error of a command that must fail with exit status 2 and one line that starts with ``error: ``."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main([str(word) for word in words])
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if not line.startswith(("WARNING", "INFO"))]
-    errors = [line for line in lines if line and "examples/s]" not in line]  # a bar of `datasets`, hidden in a real process
+    errors = [line for line in lines if line and "examples/s]" not in line]  # a progress bar of `datasets`, hidden in a real process
     assert exit_.value.code == 2, captured.err
     assert len(errors) == 1 and errors[0].startswith("error: "), captured.err
     return errors[0].removeprefix("error: ")

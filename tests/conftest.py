@@ -1,4 +1,4 @@
-"""Fixtures that all tests share."""
+"""Fixtures shared by all tests."""
 
 import os
 import subprocess
@@ -12,13 +12,13 @@ from tiny import tiny_model_dir  # noqa: F401  (a fixture)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests go first, lest one worker is left with one of them in the end."""
+    """Run files with slow tests first, so that no worker starts one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A table of what was skipped: how many and why, and the tests by name."""
+    """Print the skipped tests by reason, with counts and names."""
     skipped = defaultdict(list)
     for report in terminalreporter.getreports("skipped"):
         skipped[report.longrepr[2].removeprefix("Skipped: ")].append(report.nodeid)
@@ -50,7 +50,7 @@ def shared_cases(shared_data: Path) -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Torch with one thread, which is faster than several where models are tiny."""
+    """Run torch with one thread, which is faster than several for tiny models."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,7 +59,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system of the size that ``@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)`` says."""
+    """A file system of the size given by ``@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)``."""
     point = tmp_path / "small"
     point.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(point)]
@@ -68,4 +68,4 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     try:
         yield point
     finally:
-        subprocess.run(["umount", "-l", str(point)], check=True)  # also when a failed test holds a file open
+        subprocess.run(["umount", "-l", str(point)], check=True)  # lazily, since a failed test may hold a file open

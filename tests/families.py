@@ -1,8 +1,9 @@
-"""Every decoder-only family that transformers has, as a tiny random model.
+"""Every decoder-only family of transformers as a tiny random model.
 
     from families import build, longrope, text_families
 
-Sizes are given by the names that most configurations share; WITH has what single families need besides. Windows are 12 tokens.
+SIZES has the settings by the names that most configurations share, WITH what single families need in addition. Attention
+windows are 12 tokens.
 """
 
 import dataclasses
@@ -92,7 +93,7 @@ WITH: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "roc_bert": {"pronunciation_vocab_size": 9, "shape_vocab_size": 9, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "hrm_text": {"initializer_range": 0.1},  # its many rounds let rounding grow
+    "hrm_text": {"initializer_range": 0.1},  # its many rounds amplify rounding errors
 }
 SWITCH = 32
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -108,7 +109,7 @@ LONGROPE = DEFAULT_ROPE | {
 
 
 def text_families() -> list[str]:
-    """Names of the families whose models decode text alone, without an encoder and without parts for images or sound."""
+    """Names of the families that decode text only, without an encoder or parts for images or sound."""
     configs = {name: CONFIG_MAPPING[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     return [
         name
@@ -120,7 +121,7 @@ def text_families() -> list[str]:
 def build(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 model of the family in evaluation mode; the same seed gives the same weights.
 
-    ``changes`` replace single settings. Raises whatever the family raises where it cannot be built so.
+    ``changes`` replace single settings. Raises whatever the family raises if it cannot be built with these settings.
     """
     model_config = config(name, **changes)
     with torch.device("meta"):
@@ -130,7 +131,7 @@ def build(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(model_config).eval()
-    model.generation_config = GenerationConfig(pad_token_id=PAD_ID)  # texts do not end by themselves
+    model.generation_config = GenerationConfig(pad_token_id=PAD_ID)  # no EOS: texts run to their full length
     return model
 
 
@@ -138,20 +139,20 @@ def config(name: str, **changes: Any) -> PretrainedConfig:
     kind: Any = CONFIG_MAPPING[name]
     taken = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     sizes = {key: value for key, value in SIZES.items() if key in taken}
-    if "kv_lora_rank" in taken:  # every head has keys of its own
+    if "kv_lora_rank" in taken:  # latent attention has keys for every head
         sizes["num_key_value_heads"] = 4
     return kind(**sizes | WITH.get(name, {}) | changes)
 
 
 def longrope(name: str) -> PreTrainedModel:
-    """One whose rotary frequencies change after SWITCH tokens, in a context of 128."""
+    """A model with a context of 128 whose rotary frequencies change after SWITCH tokens."""
     rope = {"sliding_attention": DEFAULT_ROPE, "full_attention": LONGROPE} if name == "gemma3_text" else LONGROPE
     changes = {"original_max_position_embeddings": SWITCH} if name.startswith("phi") else {}
     return build(name, max_position_embeddings=128, rope_parameters=rope, **changes)
 
 
 def drawn(length: int) -> list[int]:
-    """A prompt of so many tokens."""
+    """A prompt of ``length`` tokens."""
     return [(7 * index + length) % (VOCABULARY - 3) + 3 for index in range(length)]
 
 

@@ -1,4 +1,4 @@
-"""The pages people read, README included, and the fenced blocks in them.
+"""The documentation pages, README included, and their fenced blocks.
 
     from pages import PAGES, blocks, runs
 

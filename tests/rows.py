@@ -1,4 +1,4 @@
-"""Rows of datasets, as their files have them."""
+"""Rows of datasets in the format of their files."""
 
 HUMAN_EVAL = {
     "task_id": "HumanEval/0",

@@ -48,7 +48,7 @@ class Running:
 
 
 def until_empty(running: Running, seconds: float = 10.0) -> None:
-    """All rows are gone soon."""
+    """Wait until all rows are gone; fails after ``seconds``."""
     end = time.monotonic() + seconds
     while running.service.worker.running or running.service.worker.waiting:
         assert time.monotonic() < end, "rows are left over"
@@ -68,9 +68,9 @@ def run_server(
     question: str | None = None,
     send_buffer: int | None = None,
 ) -> Iterator[Running]:
-    """Without ``eos`` all answers are as long as they may be. ``model``: another one than the tiny one with this ``context``.
+    """Run a server of ``model``, by default a tiny one with this ``context``. Without ``eos`` all answers reach their limit.
 
-    ``question``: of the demo, which is there too. ``send_buffer``: bytes that the system keeps for a client that does not read.
+    ``question`` adds the demo with this default question. ``send_buffer`` is the socket's send buffer in bytes.
     """
     decoder = JacobiDecoder(model or tiny_model(max_position_embeddings=context), 4, eos_token_ids=eos)
     tokenizer = tiny_tokenizer()
@@ -91,7 +91,7 @@ def run_server(
 
 
 def answer_of(reports: "queues.Queue[Progress]") -> tuple[list[list[int]], Progress]:
-    """The token ids that each forward brought, and the last report."""
+    """The token ids of each forward, and the last report."""
     steps: list[list[int]] = []
     while True:
         progress = reports.get(timeout=300)

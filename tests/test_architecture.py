@@ -1,4 +1,4 @@
-"""The rules of the source: imports run one way, tasks know no tensors, only commands print."""
+"""Rules of the source: imports run one way, tasks know no tensors, only commands print."""
 
 import ast
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ LAYERS = (  # from the bottom; a module may import its own layer and those below
     {"attention", "chat_template", "prompts", "models"},
     {"packing", "decoding", "reference", "custom_generate"},
     {"trajectory", "training", "evaluation", "serving"},
-    {"cli", "making"},  # `make` runs other commands' inner functions
-    {"inference", "__main__"},  # other ways to call cli
+    {"cli", "making"},  # `make` calls functions of other commands
+    {"inference", "__main__"},  # other entry points to cli
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {"torch", "transformers", "accelerate", "safetensors"}
@@ -31,7 +31,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names of all modules that a file imports, wherever in it, but for those that only type checkers see."""
+    """Dotted names of all modules that a file imports anywhere, except those imported only for type checking."""
     yield from _imports(tree(path), path)
 
 
@@ -50,7 +50,7 @@ def _imports(node: ast.AST, path: Path) -> Iterator[str]:
 
 
 def part(path: Path) -> str:
-    """The package or module right below ``cllm`` that a file belongs to; "" for ``cllm/__init__.py``."""
+    """The package or module directly below ``cllm`` that a file belongs to; "" for ``cllm/__init__.py``."""
     return path.parts[0] if len(path.parts) > 1 else path.stem.removeprefix("__init__")
 
 
@@ -69,7 +69,7 @@ def test_imports_run_one_way(path: Path) -> None:
     assert not upwards, f"{path} imports {upwards} from above it"
 
 
-def test_modules_form_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     names = {".".join(("cllm", *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in FILES}
     left = {name: set(imports(path)) & names.keys() - {name} for name, path in names.items()}
     while free := {name for name, needs in left.items() if not needs & left.keys()}:

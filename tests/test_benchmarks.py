@@ -1,4 +1,4 @@
-"""The benchmarks run and write what they measured; figures come from the real model, not from here."""
+"""The benchmarks run and write their results. On tiny models the figures mean nothing."""
 
 import json
 import subprocess
@@ -46,14 +46,14 @@ def test_collection(tiny_model_dir, problems, tmp_path):
 @pytest.mark.slow
 def test_linear(tiny_model_dir, problems, tmp_path):
     result = run("linear", tiny_model_dir, problems, tmp_path / "result.json", "--widths", "1", "4", "--batches", "2")
-    assert set(result) == {"batch 2, width 1", "batch 2, width 4"} and all(of["times faster"] > 0 for of in result.values())
+    assert set(result) == {"batch 2, width 1", "batch 2, width 4"} and all(figures["times faster"] > 0 for figures in result.values())
 
 
 @pytest.mark.slow
 def test_attention(tiny_model_dir, problems, tmp_path):
     sizes = ["--widths", "1", "4", "--batches", "2", "--context", "40", "--rounds", "2"]
     result = run("attention", tiny_model_dir, problems, tmp_path / "result.json", *sizes)
-    assert set(result) == {"batch 2, width 1", "batch 2, width 4"} and all(of["times faster"] > 0 for of in result.values())
+    assert set(result) == {"batch 2, width 1", "batch 2, width 4"} and all(figures["times faster"] > 0 for figures in result.values())
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_decode(tiny_model_dir, problems, tmp_path, task):
     alone, pair = (cell["methods"] for cell in result["cells"])
     assert set(pair) == {"ar", "generate", "generate:onednn", "jacobi:4:context", "jacobi:4:pool"}
     assert set(alone) == {*pair, "prompt_lookup:4", "prompt_lookup:4:onednn", "paper:4"}
-    assert all(of["same_as_ar"] == 1 and of["tokens_per_second"] > 0 for of in [*alone.values(), *pair.values()])
+    assert all(figures["same_as_ar"] == 1 and figures["tokens_per_second"] > 0 for figures in [*alone.values(), *pair.values()])
     assert pair["jacobi:4:pool"]["iteration_over_bare"] > 0 and "iteration_over_bare" not in pair["generate"]
     assert (tmp_path / "result.png").stat().st_size > 1000
 

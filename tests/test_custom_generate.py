@@ -1,4 +1,4 @@
-"""Jacobi decoding inside transformers' ``generate``: the same tensors as without it, and what it refuses."""
+"""Jacobi decoding inside transformers' ``generate``: the same outputs as without it, and what it refuses."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def model() -> PreTrainedModel:
 
 
 class Counting(LogitsProcessor):
-    """Keeps state: after its fifth call it wants another token."""
+    """A stateful processor: it prefers another token after its fifth call."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -54,8 +54,8 @@ class Counting(LogitsProcessor):
         return scores
 
 
-class Sees(StoppingCriteria):
-    """Stops each row at a token of its own, and keeps what it was called with."""
+class RecordingCriteria(StoppingCriteria):
+    """Stops each row at a token of its own, and records its arguments."""
 
     def __init__(self, *tokens: int) -> None:
         self.tokens, self.seen = torch.tensor(tokens), []
@@ -65,8 +65,8 @@ class Sees(StoppingCriteria):
         return input_ids[:, -1] == self.tokens
 
 
-class Collecting:
-    """A streamer."""
+class RecordingStreamer:
+    """A streamer that records what it gets."""
 
     def __init__(self) -> None:
         self.values: list[torch.Tensor] = []
@@ -80,7 +80,7 @@ class Collecting:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_sequences_are_those_of_generate(kind: str) -> None:
+def test_greedy_sequences_equal_those_of_generate(kind: str) -> None:
     model = ready(kind, seed=4)
     for prompts in (PROMPTS, PROMPTS[:1]):
         inputs = padded(prompts)
@@ -100,18 +100,18 @@ def test_greedy_sequences_are_those_of_generate(kind: str) -> None:
         {"exponential_decay_length_penalty": (5, 1.5)},
         {"prefix_allowed_tokens_fn": lambda row, text: [row + 10, row + 11, int(text[-1]), int(text.sum()) % 90 + 3]},
         {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=5)]},
-        {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.5)]},  # looks at padding, too
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.5)]},  # reads padding as well
         {"eos_token_id": [30, 31, 60]},
     ],
     ids=lambda options: "+".join(options),
 )
-def test_logits_processors_work_as_ever(model: PreTrainedModel, options: dict[str, Any]) -> None:
+def test_logits_processors_work_unchanged(model: PreTrainedModel, options: dict[str, Any]) -> None:
     inputs = padded() | {"max_new_tokens": 24} | options
     assert torch.equal(model.generate(**inputs, custom_generate=cllm.jacobi), model.generate(**inputs))
 
 
-def test_processors_that_keep_state(model: PreTrainedModel) -> None:
-    """A single row asks once for every token, in order, so even these work. In a batch the order is not AR's."""
+def test_stateful_processors(model: PreTrainedModel) -> None:
+    """With a single row they are called once per token in order, so they work. In a batch the order differs from AR's."""
     outputs = []
     for more in ({}, {"custom_generate": cllm.jacobi}):
         counting = Counting()
@@ -124,19 +124,19 @@ def test_processors_that_keep_state(model: PreTrainedModel) -> None:
         model.generate(**padded(), max_new_tokens=24, logits_processor=processors, custom_generate=cllm.jacobi)
 
 
-def test_stopping_criteria_are_called_as_ever(model: PreTrainedModel) -> None:
+def test_stopping_criteria_are_called_as_in_generate(model: PreTrainedModel) -> None:
     plain = model.generate(**padded(), max_new_tokens=30)
     tokens = [int(row[5 + at]) for row, at in zip(plain, (3, 9, 1, 20))]
     seen = []
     for more in ({}, {"custom_generate": cllm.jacobi}):
-        criterion = Sees(*tokens)
+        criterion = RecordingCriteria(*tokens)
         output = model.generate(**padded(), max_new_tokens=30, stopping_criteria=[criterion], **more)
         seen.append((criterion.seen, output.tolist()))
     assert seen[0] == seen[1]
 
 
 def test_stop_strings_and_streamer(model: PreTrainedModel) -> None:
-    """Through the function that exported checkpoints have; transformers keeps both from a plain callable."""
+    """Exported checkpoints take both; transformers passes neither to a plain callable."""
     tokenizer = tiny_tokenizer()
     inputs = padded(PROMPTS[:1]) | {"max_new_tokens": 30}
     text = tokenizer.decode(model.generate(**inputs)[0, 3:])
@@ -153,9 +153,9 @@ def test_stop_strings_and_streamer(model: PreTrainedModel) -> None:
         generate(**inputs, assistant_model=model, model=model)
 
 
-def test_what_a_streamer_gets(model: PreTrainedModel) -> None:
+def test_streaming(model: PreTrainedModel) -> None:
     for prompts in (PROMPTS, PROMPTS[:1]):
-        streamer = Collecting()
+        streamer = RecordingStreamer()
         output = generate(**padded(prompts), max_new_tokens=20, model=model, streamer=streamer)
         prompt, *steps = streamer.values
         assert torch.equal(prompt, padded(prompts)["input_ids"]) and streamer.ended
@@ -163,8 +163,8 @@ def test_what_a_streamer_gets(model: PreTrainedModel) -> None:
         assert torch.equal(torch.cat([prompt, new], dim=1), output)
 
 
-def test_sampling_is_the_engines_own(model: PreTrainedModel) -> None:
-    """Each row draws with a seed made of the given one, in any batch; processors do not change which noise."""
+def test_sampling_equals_the_engines(model: PreTrainedModel) -> None:
+    """Each row draws with a seed derived from the given one, in any batch and with any processors."""
     options = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
     inputs = padded() | {"max_new_tokens": 20, "custom_generate": cllm.jacobi, "seed": 3} | options
     output = model.generate(**inputs)
@@ -186,7 +186,7 @@ def test_the_seed_comes_from_torch(model: PreTrainedModel) -> None:
     assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
 
 
-def test_the_dictionary_and_the_width(model: PreTrainedModel) -> None:
+def test_the_output_dictionary_and_the_width(model: PreTrainedModel) -> None:
     inputs = padded() | {"max_new_tokens": 20, "custom_generate": cllm.jacobi, "return_dict_in_generate": True}
     output, single = model.generate(**inputs), model.generate(**inputs, block_size=1)
     assert isinstance(output, JacobiOutput) and torch.equal(output.sequences, single.sequences)
@@ -195,7 +195,7 @@ def test_the_dictionary_and_the_width(model: PreTrainedModel) -> None:
 
 
 def test_an_attached_adapter_drafts() -> None:
-    """By default with all guesses of the window, and without a change of the text."""
+    """By default on all guesses of the window, and without changing the text."""
     model = ready(seed=4)
     lengths: list[int] = []
     hook = {"with_kwargs": True}
@@ -219,7 +219,7 @@ def test_a_row_ends_at_the_end_of_the_context() -> None:
         assert not any(row[16 - len(prompt) :]) and len(row) == 15
 
 
-def test_prompts_in_their_place_as_an_argument(model: PreTrainedModel) -> None:
+def test_prompts_as_a_positional_argument(model: PreTrainedModel) -> None:
     inputs = padded(PROMPTS[:1])["input_ids"]
     assert torch.equal(generate(inputs, model=model, max_new_tokens=8), model.generate(inputs, max_new_tokens=8))
     assert torch.equal(

@@ -1,4 +1,4 @@
-"""cllm.files: what can be wrong with a file, and what a kill or a full disk leaves behind."""
+"""cllm.files: faults of files, and what a kill or a full disk leaves behind."""
 
 import errno
 import gzip
@@ -39,7 +39,7 @@ def lines_of(rows: list[dict]) -> str:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("text", [lines_of(ROWS), json.dumps(ROWS), json.dumps(ROWS, indent=2), lines_of(ROWS)[:-1]])
 @pytest.mark.parametrize("lead", ["", "\ufeff", "\n\n  "])
-def test_rows_of_all_forms(tmp_path: Path, text: str, lead: str, packed: bool) -> None:
+def test_rows_in_all_formats(tmp_path: Path, text: str, lead: str, packed: bool) -> None:
     path = tmp_path / ("rows.jsonl.gz" if packed else "rows.json")
     data = (lead + text).encode()
     path.write_bytes(gzip.compress(data, mtime=0) if packed else data)
@@ -58,7 +58,7 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     assert [row.line for row in bad] == [2, 4, 5, 6, 7]
 
 
-def test_items_of_a_list_that_are_no_objects(tmp_path: Path) -> None:
+def test_list_items_that_are_not_objects(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1}, 3, {"a": 2}]')
     assert list(read_rows(path)) == [(1, {"a": 1}), (2, BadRow(2, "not a JSON object", "got int")), (3, {"a": 2})]
@@ -110,19 +110,19 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes | None, mess
     assert name in str(error.value)
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="got a folder"), open_text(tmp_path):
         pass
 
 
-def test_errors_of_the_reader_are_its_own(tmp_path: Path) -> None:
+def test_errors_of_the_caller_pass_through(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x")
     with pytest.raises(FileNotFoundError), open_text(path):
         raise FileNotFoundError("another file")
 
 
-def test_write_replaces_and_makes_folders(tmp_path: Path) -> None:
+def test_write_replaces_and_creates_folders(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "value.json"
     write_json(path, {"x": float("nan"), "y": [float("inf"), 1.5], "z": "ü", "lone": "\ud800"})
     write_text(path.with_name("t.txt"), "old")
@@ -143,7 +143,7 @@ def test_write_through_a_link_keeps_the_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_not_over_a_device_or_folder(tmp_path: Path) -> None:
+def test_devices_and_folders_are_not_overwritten(tmp_path: Path) -> None:
     for path in (Path("/dev/null"), tmp_path):
         with pytest.raises(UsageError, match="not a regular file"):
             write_text(path, "x")
@@ -164,7 +164,7 @@ def test_not_over_a_device_or_folder(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "below", "x")
 
 
-def test_an_append_that_fails_half_way_leaves_the_rows(tmp_path: Path) -> None:
+def test_a_failed_append_keeps_the_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, ROWS)
     before = path.read_bytes()
@@ -182,7 +182,7 @@ json_rows = st.lists(st.dictionaries(st.text(max_size=3), st.text() | st.integer
 
 
 @given(first=json_rows, second=json_rows, cut=st.integers(0, 400))
-def test_a_torn_tail_costs_only_its_row(first: list[dict], second: list[dict], cut: int) -> None:
+def test_a_truncated_last_line_costs_only_its_row(first: list[dict], second: list[dict], cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         append_jsonl(path, first)
@@ -197,7 +197,7 @@ def test_a_torn_tail_costs_only_its_row(first: list[dict], second: list[dict], c
         assert read_jsonl_tolerant(path) == kept + second
 
 
-def test_a_long_torn_line_is_cut_off(tmp_path: Path) -> None:
+def test_a_long_truncated_line_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"b": "' + "x" * 200_000)
     append_jsonl(path, [{"c": 2}])

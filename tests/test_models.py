@@ -1,4 +1,4 @@
-"""Loading: what a checkpoint's folder may lack, and what is said about it."""
+"""Loading checkpoints: faults of folders, and the messages about them."""
 
 import json
 import shutil
@@ -79,13 +79,13 @@ def test_defaults(tiny_model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "no/such/folder", "a b", "../x", ""])
-def test_no_path_and_no_hub_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_a_path_nor_a_hub_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for load in (load_model, load_tokenizer):
         assert "must be a checkpoint folder or a hub name" in message_of(load, path)
 
 
-def test_a_file_is_no_folder(tiny_model_dir: Path) -> None:
+def test_a_file_instead_of_a_folder(tiny_model_dir: Path) -> None:
     path = str(tiny_model_dir / "model.safetensors")
     assert "must be a checkpoint folder" in message_of(load_model, path)
 
@@ -113,7 +113,7 @@ def test_damaged_models(broken: Callable[[Change], str], change: Change, message
     assert message in message_of(load_model, broken(change))
 
 
-def test_torn_weights(broken: Callable[[Change], str], tiny_model_dir: Path) -> None:
+def test_truncated_weights(broken: Callable[[Change], str], tiny_model_dir: Path) -> None:
     head = (tiny_model_dir / "model.safetensors").read_bytes()[:5000]
     assert "incomplete" in message_of(load_model, broken(holding("model.safetensors", head)))
 
@@ -140,7 +140,7 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_loading_shows_no_bar_and_leaves_others_alone(tiny_model_dir: Path) -> None:
+def test_loading_shows_no_progress_bar_and_leaves_others_alone(tiny_model_dir: Path) -> None:
     code = (
         "from transformers.utils import logging as l; from huggingface_hub.utils import are_progress_bars_disabled;"
         "from cllm.models import load_model; load_model({!r}, device='cpu');"
@@ -170,7 +170,7 @@ def test_a_pad_token_is_kept(tiny_model_dir: Path) -> None:
     assert load_tokenizer(str(tiny_model_dir)).pad_token_id == PAD_ID
 
 
-def test_a_missing_pad_token_is_the_end_token(broken: Callable[[Change], str]) -> None:
+def test_a_missing_pad_token_defaults_to_eos(broken: Callable[[Change], str]) -> None:
     assert load_tokenizer(broken(setting("tokenizer_config.json", pad_token=None))).pad_token_id == EOS_ID
 
 
@@ -206,12 +206,12 @@ def test_the_stamp_changes_with_the_weights(tmp_path: Path) -> None:
     assert weights_stamp("someone/on-the-hub") is None
 
 
-def test_the_commands_offer_what_the_library_takes() -> None:
+def test_commands_offer_the_dtypes_of_the_library() -> None:
     assert tuple(DTYPES) == command.DTYPES and tuple(MASKABLE) == command.MASKABLE
     assert tuple(STRATEGIES) == command.GUESSES
 
 
-def test_an_adapter_that_was_moved_together_with_its_target(tmp_path: Path) -> None:
+def test_an_adapter_moved_together_with_its_target(tmp_path: Path) -> None:
     save_tiny_adapter(tmp_path / "a" / "cllm", save_tiny_checkpoint(tmp_path / "a" / "target"))
     (tmp_path / "a").rename(tmp_path / "b")
     assert attached(load_model(str(tmp_path / "b" / "cllm"))) is not None

@@ -1,4 +1,4 @@
-"""Evaluation mode for callers that overlap, and every module's own mode afterwards."""
+"""Evaluation mode for overlapping callers, and every module's own mode afterwards."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -15,7 +15,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 3, 4, 9, 3]]
 
 
 def partly_frozen() -> nn.Module:
-    """A model in training but for one layer, of which again one part trains, with much dropout."""
+    """A model with much dropout in training mode, except for one layer, except for one part of that."""
     model = tiny_model(attention_dropout=0.9).train()
     model.model.layers[1].eval()
     model.model.layers[1].mlp.train()
@@ -43,7 +43,7 @@ def test_every_module_gets_its_own_mode_back() -> None:
     assert modes(model) == before
 
 
-def test_also_after_an_error() -> None:
+def test_modes_are_restored_after_an_error() -> None:
     model = partly_frozen()
     before = modes(model)
     with pytest.raises(ZeroDivisionError), evaluating(model):
@@ -52,7 +52,7 @@ def test_also_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("first_to_end", [0, 1])
-def test_flows_that_overlap_decode_without_dropout(first_to_end: int) -> None:
+def test_overlapping_callers_decode_without_dropout(first_to_end: int) -> None:
     model = partly_frozen()
     before, expected = modes(model), texts(tiny_model(attention_dropout=0.9))
     flows = [JacobiDecoder(model, 4).iterate([prompt], max_new_tokens=20) for prompt in PROMPTS]
@@ -67,14 +67,14 @@ def test_flows_that_overlap_decode_without_dropout(first_to_end: int) -> None:
     advance(0), advance(1)
     while advance(first_to_end):
         assert not any(modes(model))
-    assert not any(modes(model))  # the other one goes on
+    assert not any(modes(model))  # the other one is still decoding
     while advance(1 - first_to_end):
         pass
     assert found == expected
     assert modes(model) == before
 
 
-def test_a_measurement_within_a_flow() -> None:
+def test_a_nested_caller() -> None:
     model = partly_frozen()
     before, expected = modes(model), response_nll(tiny_model(attention_dropout=0.9), *PROMPTS)
     flow = JacobiDecoder(model, 4).iterate(PROMPTS[:1], max_new_tokens=20)
@@ -85,8 +85,8 @@ def test_a_measurement_within_a_flow() -> None:
     assert modes(model) == before
 
 
-def test_a_part_and_its_whole() -> None:
-    """An adapter's model has the target model inside; whoever leaves first must not take the other's mode away."""
+def test_a_model_and_its_submodel() -> None:
+    """A model with an adapter contains the target model; the first caller to leave must not end the other's mode."""
     model = partly_frozen()
     before, part, whole = modes(model), evaluating(model.model.layers), evaluating(model)
     part.__enter__()

@@ -32,7 +32,7 @@ def test_logits_equal_plain_forwards(kind, seed):
         position_ids=layout.position_BT,
         use_cache=False,
     ).logits
-    assert torch.isfinite(logits).all()  # padding included: a query that sees nothing would give NaN
+    assert torch.isfinite(logits).all()  # padding included: a query that sees no key would give NaN
     for b, row in enumerate(rows):
         plain = model(torch.tensor([row.clean])).logits[0]
         torch.testing.assert_close(logits[b, : len(row.clean)], plain, atol=1e-4, rtol=1e-4)
@@ -50,8 +50,8 @@ def hidden(model, ids: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_in_one_row_see_nothing_of_each_other(kind):
-    """Hidden states and gradients are those of each text alone."""
+def test_texts_in_one_row_do_not_see_each_other(kind):
+    """Hidden states and gradients equal those of each text alone."""
     draw, model = random.Random(kind), tiny_model(kind)
     texts = [random_row(draw) for _ in range(5)]
     places = arrange(texts, budget=150)
@@ -70,7 +70,7 @@ def test_texts_in_one_row_see_nothing_of_each_other(kind):
 
 
 @pytest.mark.parametrize("budget", [0, 1, 60, 150, 10_000])
-def test_every_text_has_a_place_of_its_own_within_the_budget(budget):
+def test_texts_get_disjoint_places_within_the_budget(budget):
     draw = random.Random(budget)
     texts = [random_row(draw) for _ in range(12)]
     places = arrange(texts, budget)
@@ -88,8 +88,8 @@ def test_every_text_has_a_place_of_its_own_within_the_budget(budget):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flex_attention_is_given_the_same_visibility(kind):
-    """The blocks that it computes, and the function that it asks within them, against the mask that SDPA gets."""
+def test_flex_attention_gets_the_same_visibility(kind):
+    """The computed blocks and the mask function within them give the mask that SDPA gets."""
     draw = random.Random(kind)
     texts = [random_row(draw) for _ in range(9)]
     _, layout = pack(texts, 0, arrange(texts, budget=300))
@@ -112,7 +112,7 @@ def test_flex_attention_is_given_the_same_visibility(kind):
 @pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_gives_the_hidden_states_of_sdpa():
-    """On the CPU it runs forward only."""
+    """Forward only, since FlexAttention has no backward pass on a CPU."""
     draw, model = random.Random(0), tiny_model()
     texts = [random_row(draw) for _ in range(6)]
     ids, layout = pack(texts, 0, arrange(texts, budget=150))

@@ -1,6 +1,6 @@
-"""README and pages: their commands and snippets run in a reduced form, their quotes are the code, their links lead somewhere.
+"""README and pages: commands and snippets run in a reduced form, quoted code is the code, and links resolve.
 
-Commands run as they stand, in a folder that holds what the pages speak of, with :data:`REDUCED` appended.
+Commands run unchanged, with :data:`REDUCED` appended, in a folder that holds the files that the pages mention.
 """
 
 import io
@@ -43,11 +43,11 @@ REDUCED = {
     "serve": "--port 0 --device cpu",
     "demo": "--port 0 --device cpu --no-browser --record_tokens 6",
 }
-OUTPUTS = ("--output_dir", "--output")  # what the command makes anew
+OUTPUTS = ("--output_dir", "--output")  # folders that a command writes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ------------------------------------------------------------ a folder with what pages speak of
+# ------------------------------------------------------------ a folder with the files that pages mention
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +80,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reader:
-    """Does what a page says, in a folder of its own."""
+    """Follows a page in a folder of its own."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.monkeypatch = folder, monkeypatch
@@ -115,13 +115,13 @@ class Reader:
             case ["cllm", "serve", *_] | ["cllm", "demo", _]:
                 self.serve(words)
             case ["cllm", command, *_]:
-                self.renew(words)
+                self.remove_outputs(words)
                 self.finish(lambda: cllm_main(words[1:] + REDUCED.get(command, "").split()))
             case ["python", "-m", module, *rest]:
                 self.script(module, rest + REDUCED["chat"].split(), runpy.run_module)
             case ["python", script, *rest]:
                 command = "collect" if "trajectory" in script else Path(script).stem
-                self.renew(words)
+                self.remove_outputs(words)
                 self.script(script, rest + REDUCED[command].split(), runpy.run_path)
             case ["bash", script, *rest]:
                 environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -129,8 +129,8 @@ class Reader:
             case _:
                 pytest.fail(f"do not know how to run {shlex.join(words)}")
 
-    def renew(self, words: list[str]) -> None:
-        """Remove the folder that a command is about to write."""
+    def remove_outputs(self, words: list[str]) -> None:
+        """Remove the folders that a command is about to write."""
         written = [words[words.index(option) + 1] for option in OUTPUTS if option in words]
         for folder in [*written, *words[-1:]] if words[1] == "make" else written:
             shutil.rmtree(folder, ignore_errors=True)
@@ -177,12 +177,12 @@ def reader(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs, blocks(page)))], ids=name)
-def test_what_a_page_says_works(page: Path, reader: Reader) -> None:
+def test_a_page_can_be_followed(page: Path, reader: Reader) -> None:
     for block in filter(runs, blocks(page)):
         reader.do(block)
 
 
-# ------------------------------------------------------------ what is written
+# ------------------------------------------------------------ static checks
 
 
 def test_blocks_that_are_not_run_say_why() -> None:
@@ -203,7 +203,7 @@ def test_commands_that_are_not_run_exist() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_quote, blocks(page)))], ids=name)
-def test_quotes_are_the_code(page: Path) -> None:
+def test_quoted_code_is_the_code(page: Path) -> None:
     for block in filter(is_quote, blocks(page)):
         code = [line.strip() for line in (ROOT / block.title).read_text().splitlines()]
         quote = [line.strip() for line in block.text.splitlines()]
@@ -212,13 +212,13 @@ def test_quotes_are_the_code(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The fragments that a page's headings can be linked by."""
+    """The link fragments of a page's headings."""
     heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith("https://"):
@@ -229,7 +229,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.is_relative_to(ROOT / "docs")], ids=name)
-def test_a_page_begins_with_what_it_is_for(page: Path) -> None:
+def test_a_page_begins_with_its_purpose(page: Path) -> None:
     if page.name not in ("changelog.md", "index.md"):
         title, _, first = page.read_text().split("\n", 3)[:3]
         assert title.startswith("# ") and first.startswith("This page ")
@@ -239,5 +239,5 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
-def test_the_picture_of_the_mask_is_that_of_the_function() -> None:
+def test_the_mask_picture_is_up_to_date() -> None:
     assert (ROOT / "docs" / "images" / "mask.svg").read_text(encoding="utf-8") == picture()

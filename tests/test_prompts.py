@@ -1,4 +1,4 @@
-"""Templates: which is chosen, what it says, and which tokens end a reply in it."""
+"""Prompt templates: which is chosen, what it writes, and which tokens end a reply."""
 
 import os
 
@@ -47,12 +47,12 @@ def test_dialogues(name, one, two):
 
 
 @pytest.mark.parametrize("name", DIALOGUES)
-def test_a_text_that_equals_a_dialogue_is_one(name):
-    """A task's plain template may be such a text: further turns are then written as the dialogue has it."""
+def test_a_template_text_equal_to_a_dialogue_is_one(name):
+    """A task's plain template may be such a text; further turns are then written as in the dialogue."""
     assert PromptTemplate(DIALOGUES[name].text).render(TALK) == PromptTemplate(name).render(TALK)
 
 
-def test_places_in_a_question_stay():
+def test_placeholders_in_a_question_are_kept():
     assert (
         PromptTemplate("vicuna").render([{"role": "user", "content": "{question} {reply}"}]).endswith("USER: {question} {reply} ASSISTANT:")
     )
@@ -74,11 +74,11 @@ def test_unknown_names_are_refused():
         ("A\\n{question}", {}, True, "A\n{question}"),
     ],
 )
-def test_which_is_chosen(option, record, chat, expected):
+def test_choice_of_template(option, record, chat, expected):
     assert choose_template(option, "P {question}", tiny_tokenizer(chat), record).text == expected
 
 
-def test_published_checkpoints_go_by_their_whole_name(tmp_path):
+def test_published_checkpoints_match_by_full_name(tmp_path):
     assert len(PUBLISHED) == 8 and len({c.name for c in PUBLISHED}) == 8
     assert {c.prompt_template for c in PUBLISHED} <= set(DIALOGUES)
     names = {c.name for c in PUBLISHED}
@@ -92,14 +92,14 @@ def test_published_checkpoints_go_by_their_whole_name(tmp_path):
         assert read_record(config) == published_record(other) == {}
 
 
-def test_a_record_of_its_own_is_stronger():
+def test_the_checkpoints_record_takes_precedence():
     config = tiny_config()
     config._name_or_path = "GAIR/Abel-7B-001"
     write_record(config, {"prompt_template": "chat"})
     assert read_record(config) == {"prompt_template": "chat"}
 
 
-def test_a_folder_named_after_a_model_is_no_such_model(tmp_path):
+def test_a_folder_named_like_a_published_model_does_not_match(tmp_path):
     folder = save_tiny_checkpoint(tmp_path / "cllm" / "consistency-llm-7b-math")
     assert read_record(load_model(str(folder), device="cpu").config) == {}
 
@@ -128,7 +128,7 @@ def test_the_chat_templates_end_of_turn_stops_a_reply():
     assert stop_token_ids(model, tokenizer) == [EOS_ID]
 
 
-def test_ordinary_text_behind_a_reply_is_no_stop():
+def test_ordinary_text_after_a_reply_does_not_stop_it():
     assert PromptTemplate("chat").stop_ids(tiny_tokenizer()) == []
     assert PromptTemplate("chat").end_id(tiny_tokenizer()) == EOS_ID
     assert PromptTemplate("chat").stop_ids(chatml_tokenizer(special=False)) == []
@@ -165,7 +165,7 @@ def test_a_chat_template_without_system_messages():
 
 
 def template_of(user: str, system: str | None = None) -> str:
-    """A chat template that writes contents by one piece of Jinja, those of system messages maybe by another one."""
+    """A chat template that writes contents with one Jinja snippet, optionally those of system messages with another."""
     content = user if system is None else f"{{% if m.role == 'system' %}}{system}{{% else %}}{user}{{% endif %}}"
     return f"{{% for m in messages %}}<{{{{ m.role }}}}>{content}{{% endfor %}}<reply>"
 
@@ -175,7 +175,7 @@ LOOP = "{% for part in m.content %}{% if part.type == 'text' %}({{ part.text | t
 EITHER = f"{{% if m.content is string %}}{TEXT}{{% else %}}{LOOP}{{% endif %}}"
 FIRST = "{{ m.content[0]['text'] }}"
 FILTER = "{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') }}"
-STRICT = "{{ 'says: ' + m.content[0].text }}"  # an error on a text
+STRICT = "{{ 'says: ' + m.content[0].text }}"  # fails on a plain text
 SHOUT = "{{ m.content | upper }}"
 JSON = "{{ m.content | tojson }}"
 ASKED = [{"role": "system", "content": "be Kind"}, {"role": "user", "content": "how are you?"}]
@@ -198,12 +198,12 @@ IN_PARTS = [
         (template_of(STRICT), "<system>says: be Kind<user>says: how are you?", None),
         (template_of(SHOUT), "<system>BE KIND<user>HOW ARE YOU?", None),
         (template_of(JSON), '<system>"be Kind"<user>"how are you?"', None),
-        (template_of(LOOP, system=""), "<user>(be Kind\n\nhow are you?)", None),  # it writes nothing of a system message
+        (template_of(LOOP, system=""), "<user>(be Kind\n\nhow are you?)", None),  # it drops system messages
         (template_of(TEXT, system=""), "<user>be Kind\n\nhow are you?", None),
     ],
 )
-def test_a_chat_template_gets_contents_as_it_writes_them(template, texts, parts):
-    """Nothing is lost, whether the template writes texts, loops over parts, or does both; parts are kept apart if it can."""
+def test_a_chat_template_gets_contents_in_the_form_it_supports(template, texts, parts):
+    """Nothing is lost, whether the template writes texts, loops over parts, or both; parts stay separate where it can."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     encoded = {name: PromptTemplate("chat").encode(talk, tokenizer) for name, talk in (("texts", ASKED), ("parts", IN_PARTS))}
@@ -229,7 +229,7 @@ def test_a_system_message_alone_is_not_lost():
 
 
 @pytest.mark.parametrize("name", ["vicuna", "abel", "Q: {question}"])
-def test_parts_in_templates_without_them(name):
+def test_parts_in_templates_that_take_texts_only(name):
     assert PromptTemplate(name).render(IN_PARTS) == PromptTemplate(name).render(ASKED)
 
 
@@ -247,8 +247,8 @@ def test_the_turn_end_of_a_template_that_loops_over_parts():
         ("<pad> $A <eos>", "hi", "<pad>hi"),
         ("<pad> $A <eos> <unk>", "hi", "<pad>hi"),
         ("<pad> $A", "hi", "<pad>hi"),
-        ("$A <eos>", "a<eos>b<eos>", "a<eos>b<eos>"),  # an end that the text has stays
-        ("<pad> $A <eos>", "<pad>hi", "<pad>hi"),  # a beginning that the text has is not doubled
+        ("$A <eos>", "a<eos>b<eos>", "a<eos>b<eos>"),  # an end token in the text is kept
+        ("<pad> $A <eos>", "<pad>hi", "<pad>hi"),  # a start token in the text is not doubled
         ("<pad> $A <eos>", "", "<pad>"),
     ],
 )

@@ -1,4 +1,4 @@
-"""scripts/race_picture.py: what a result file says of one prompt, drawn forward by forward."""
+"""scripts/race_picture.py: a result file's record of one prompt, drawn forward by forward."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def result(**settings: Any) -> dict[str, Any]:
     return {"settings": {"batch_size": 1, "eos_token_ids": [EOS_ID]} | settings, "batches": [TIMED], "prompts": [prompt]}
 
 
-def test_both_write_the_reply_in_the_time_they_took() -> None:
+def test_both_methods_write_the_reply_in_their_measured_time() -> None:
     found = steps(result(), "one", tiny_tokenizer())
     for method, accepted in ACCEPTED.items():
         own = [step for step in found if step.method == method]
@@ -41,4 +41,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "Why?" in output.read_text() and "amber" not in output.read_text()
     assert "no prompt 'two'" in refused(capsys, main, *words, "two")
     file.write_text(json.dumps(result(batch_size=4)))
-    assert "batch_size must be 1, since seconds are measured by batch, got 4" in refused(capsys, main, *words, "one")
+    assert "batch_size must be 1, since times are measured per batch, got 4" in refused(capsys, main, *words, "one")

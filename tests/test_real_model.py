@@ -1,4 +1,4 @@
-"""What is claimed works on a real model: SmolLM2-135M-Instruct, in float32."""
+"""The claims hold on a real model: SmolLM2-135M-Instruct in float32."""
 
 import os
 
@@ -26,7 +26,7 @@ def smol():
 
 
 def questions(request, count: int) -> list[str]:
-    """GSM8K's test questions where they are, generated ones elsewhere."""
+    """GSM8K's test questions where available, else generated ones."""
     try:
         folder = request.getfixturevalue("shared_data")
     except pytest.skip.Exception:
@@ -37,7 +37,7 @@ def questions(request, count: int) -> list[str]:
 
 @torch.inference_mode()
 def test_fifty_prompts_equal_generate(request, smol):
-    """Ragged batches of the engine, without and with an adapter, against Hugging Face's ``generate`` of each prompt alone."""
+    """Ragged batches, without and with an adapter, give the text of Hugging Face's ``generate`` on each prompt alone."""
     model, tokenizer = smol
     eos = stop_token_ids(model, tokenizer)
     template = PromptTemplate("chat")

@@ -1,4 +1,4 @@
-"""The recipes under scripts/recipes: the whole chain on tiny data, and what each says of itself."""
+"""The recipes under scripts/recipes: the whole chain on tiny data, and the header of each."""
 
 import json
 import os
@@ -16,7 +16,7 @@ STAGES = ["target", "trajectories", "cllm", "speedup of target", "accuracy of ta
 
 
 def run(name: str, *files: Path, **environment: object) -> subprocess.CompletedProcess[str]:
-    """A recipe in an environment that counts as installed."""
+    """Run a recipe in an environment marked as installed."""
     venv = Path(str(environment["OUT"])).parent / "venv"
     venv.mkdir(exist_ok=True)
     what = "cat requirements*.txt pyproject.toml | cksum; pwd"
@@ -30,14 +30,14 @@ def run(name: str, *files: Path, **environment: object) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_each_says_what_it_takes_and_gave(path: Path) -> None:
+def test_each_header_states_data_time_memory_and_result(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     head = path.read_text().partition("set -euo pipefail")[0]
     for fact in ("data", "tokens", "time", "memory", "result"):
         assert f"\n# {fact:<10}" in head, fact
 
 
-def test_there_are_the_five() -> None:
+def test_there_are_five_recipes() -> None:
     assert [path.stem for path in RECIPES] == ["code_search_net", "gsm8k_7b", "gsm8k_smollm2", "sharegpt", "spider_smollm2"]
 
 
@@ -55,10 +55,10 @@ def test_gsm8k_from_the_general_model_to_the_report(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "out" / "cllm" / "trainer_state.json").read_text())
     assert any("probe_tpf" in entry for entry in state["log_history"])
     again = run("gsm8k_smollm2", data, test, **where, BLOCK=4, LENGTH=12)
-    assert again.returncode == 0 and again.stdout.count("done before") == len(STAGES) + 1
+    assert again.returncode == 0 and again.stdout.count("already done") == len(STAGES) + 1
 
 
 @pytest.mark.parametrize("name", ["spider_smollm2", "sharegpt"])
-def test_what_a_recipe_needs(name: str, tmp_path: Path) -> None:
+def test_missing_arguments_are_named(name: str, tmp_path: Path) -> None:
     done = run(name, OUT=tmp_path / "out")
     assert done.returncode == 2 and done.stderr.startswith("usage: bash") and not (tmp_path / "out").exists()

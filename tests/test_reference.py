@@ -1,4 +1,4 @@
-"""The paper's decoder, written out plainly, writes what AR decoding writes."""
+"""The plain form of the paper's decoder writes what AR decoding writes."""
 
 import pytest
 from cases import generate
@@ -18,7 +18,7 @@ def test_cached_jacobi_decoding_is_ar_decoding(block: int) -> None:
         assert forwards == len(text) if block == 1 else forwards <= len(text)
 
 
-def test_right_guesses_are_taken_a_block_at_a_time() -> None:
+def test_right_guesses_are_accepted_a_block_at_a_time() -> None:
     model, prompt = tiny_model(vocab_size=97, eos_token_id=None), [5, 9, 13]
     text = prompt + generate(model, prompt, 31, [])
     found, forwards = reference.decode(model, prompt, 5, 31, lambda prefix, size: text[len(prefix) :][:size])

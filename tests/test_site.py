@@ -1,4 +1,4 @@
-"""The documentation site: it builds without a warning, and its pages need nothing from outside."""
+"""The documentation site builds without warnings, and its pages load nothing external."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def test_every_page_is_there(site: Path) -> None:
 
 
 @pytest.mark.slow
-def test_references_are_made_from_the_code(site: Path) -> None:
+def test_references_are_generated_from_the_code(site: Path) -> None:
     commands = (site / "reference" / "cli.html").read_text()
     assert all(f"usage: cllm {name}" in commands for name in COMMANDS)
     python = (site / "reference" / "python.html").read_text()
@@ -45,7 +45,7 @@ def test_equations_need_no_script(site: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_loaded_from_outside(site: Path) -> None:
+def test_nothing_external_is_loaded(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(r"<(?:script|img|link)\b[^>]*(?:src|href)=\"?(https?:[^\"\s>]+)", page.read_text())
         assert not loaded, page

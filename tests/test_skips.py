@@ -1,4 +1,4 @@
-"""What the end of a test run says of the tests that did not run."""
+"""The summary of skipped tests at the end of a test run."""
 
 from types import SimpleNamespace
 
@@ -6,14 +6,14 @@ from conftest import pytest_terminal_summary
 
 
 def summary(*skipped: tuple[str, str]) -> list[str]:
-    """The lines written for (name, reason) of each skipped test."""
+    """The lines written for skipped tests, given as (name, reason)."""
     reports = [SimpleNamespace(nodeid=name, longrepr=("file.py", 1, f"Skipped: {reason}")) for name, reason in skipped]
     lines: list[str] = []
     pytest_terminal_summary(SimpleNamespace(getreports=lambda _: reports, section=lines.append, write_line=lines.append))
     return lines
 
 
-def test_skipped_tests_are_named_under_their_reasons() -> None:
+def test_skipped_tests_are_grouped_by_reason() -> None:
     assert summary(("b::y", "no GPU"), ("a::x", "no Chromium"), ("b::x", "no GPU")) == [
         "3 skipped",
         "   1  no Chromium",

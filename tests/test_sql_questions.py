@@ -1,4 +1,4 @@
-"""scripts/sql_questions.py: questions that are different, deterministic, of all kinds alike, and right."""
+"""scripts/sql_questions.py: questions are distinct, deterministic, balanced over kinds, and correct."""
 
 import json
 from argparse import ArgumentParser
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from commands import refused
 from sql_databases import ALL, SHARED, Database
-from sql_questions import main, places, questions
+from sql_questions import main, placeholders, questions
 
 from cllm.tasks import get_task
 from cllm.tasks.base import Task
@@ -21,14 +21,14 @@ KINDS = [(database, sql) for database in ALL for sql in database.kinds]
 
 
 def written(folder: Path, *words: object) -> dict[str, Any]:
-    """What the script writes: rows by split, and the folder's files by name."""
+    """The rows that the script writes by split, and the folder's files by name."""
     main([str(folder), *map(str, words)])
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     return files | {"train": json.loads(files["train_spider.json"]), "test": json.loads(files["dev.json"])}
 
 
 def kind(row: dict[str, str]) -> tuple[str, str]:
-    """The query without its values: what stands in quotes, numbers, operators and functions that a question may choose."""
+    """The query without its variable parts: quoted texts, numbers, and operators and functions that vary."""
     words = row["query"].replace("(", " ( ").replace(")", " ) ").split()
     choices = {"avg", "max", "min", ">", "<", "DESC", "ASC"}
     return row["db_id"], " ".join("?" if "'" in word or word.isdigit() or word in choices else word for word in words)
@@ -43,18 +43,18 @@ def test_there_are_many_kinds() -> None:
 
 
 @pytest.mark.parametrize(("database", "sql"), KINDS, ids=str)
-def test_a_question_says_what_its_query_needs(database: Database, sql: str) -> None:
-    needed = places(sql) - database.joins.keys()
+def test_a_question_mentions_every_value_of_its_query(database: Database, sql: str) -> None:
+    needed = placeholders(sql) - database.joins.keys()
     assert {name.removesuffix("2") for name in needed} <= SHARED.keys() | database.values.keys()
-    assert all(places(wording) == needed for wording in database.kinds[sql])
+    assert all(placeholders(wording) == needed for wording in database.kinds[sql])
 
 
-def test_no_question_and_no_query_comes_twice() -> None:
+def test_questions_and_queries_are_distinct() -> None:
     assert len({row["question"] for row in EVERY}) == len({(row["db_id"], row["query"]) for row in EVERY}) == len(EVERY)
     assert not any("{" in text or "  " in text for row in EVERY for text in row.values())
 
 
-def test_all_kinds_are_asked_alike() -> None:
+def test_all_kinds_are_equally_frequent() -> None:
     for start, count in ((0, 256), (256, 60), (0, len(EVERY))):
         asked = Counter(map(kind, EVERY[start : start + count]))
         assert len(asked) == len(KINDS) and max(asked.values()) - min(asked.values()) <= 1
@@ -86,7 +86,7 @@ def task_and_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Pat
     return task.configure(options.parse_args(["--filename", str(folder)])), folder
 
 
-def test_every_gold_query_is_right_and_finds_something(task_and_folder: tuple[Task, Path]) -> None:
+def test_every_gold_query_is_correct_and_finds_something(task_and_folder: tuple[Task, Path]) -> None:
     task, folder = task_and_folder
     streams = [load_examples(task, str(folder), split) for split in ("train", "test")]
     examples = list(chain(*streams))

@@ -1,4 +1,4 @@
-"""The study of training options: what it counts, that it can be gone on with, and the table it ends in."""
+"""The study of training options: what it counts, that it resumes, and its table."""
 
 import json
 import runpy
@@ -49,7 +49,7 @@ def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixt
     assert packed["paper"] == packed["default"] < packed["states_2"]
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    STUDY["main"]([*words, *runs, *flags])  # all there already
+    STUDY["main"]([*words, *runs, *flags])  # everything is already there
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     message = refused(capsys, STUDY["main"], *words, "--runs", "default", *flags, "--learning_rate", "1e-3")
     assert "default-0.json was made with other settings" in message
@@ -69,13 +69,13 @@ def test_an_unknown_run(words: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert "unknown run 'papers'; choose from default, paper" in refused(capsys, STUDY["main"], *words, "--runs", "papers")
 
 
-def test_quarters_are_those_of_the_response() -> None:
+def test_quarters_of_a_response() -> None:
     counts = STUDY["quarters"]([1, 1, 2, 4])
     assert [counts[f"tokens_{n}"] for n in (1, 2, 3, 4)] == [2, 2, 4, 0]
     assert [counts[f"forwards_{n}"] for n in (1, 2, 3, 4)] == [2, 1, 1, 0]
 
 
-def test_the_difference_is_taken_prompt_by_prompt() -> None:
+def test_differences_are_paired_by_prompt() -> None:
     base = [{"tokens": 10.0 * n, "forwards": 10.0 * n} for n in (1, 2, 3, 4)]
     runs = [{"tokens": 15.0 * n, "forwards": 10.0 * n} for n in (1, 2, 3, 4)]
     value, (low, high) = STUDY["difference"]([runs, runs], [base, base], "TPF")

@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and that it works where the checkout is not."""
+"""The wheel: what it holds, and that it works without the checkout."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tiny import save_tiny_adapter, save_tiny_checkpoint
 import cllm
 
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
-CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which would find the checkout
+CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # PYTHONPATH would find the checkout
 SNIPPETS = [ROOT / "README.md", *sorted((ROOT / "docs" / "concepts").glob("*.md"))]
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools", "77", reason="building a wheel needs setuptools 77")
-    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")  # a build leaves files in its source
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")  # building leaves files in the source folder
     for name in SOURCES:
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "cllm", source / "cllm", ignore=shutil.ignore_patterns("__pycache__"))
@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of a new environment with the wheel in it, which lends the packages that the wheel needs from this one."""
+    """The scripts folder of a new environment with the wheel, which sees this environment's packages as dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
@@ -52,14 +52,14 @@ def run(environment: Path, folder: Path, program: str, *words: str) -> str:
     return done.stdout
 
 
-def test_what_is_in_it(wheel: Path) -> None:
+def test_contents(wheel: Path) -> None:
     names = set(ZipFile(wheel).namelist())
     files = ("py.typed", "train_cllm.sh", "configs/fsdp2.yaml", "serving/demo/page.html", "cli/main.py")
     assert {f"cllm/{file}" for file in files} <= names
     assert {name.split("/")[0] for name in names} == {"cllm", f"cllm-{cllm.__version__}.dist-info"}
 
 
-def test_its_command_and_version(environment: Path, tmp_path: Path) -> None:
+def test_command_and_version(environment: Path, tmp_path: Path) -> None:
     assert run(environment, tmp_path, "cllm", "--help").startswith("usage: cllm COMMAND")
     ask = "import cllm, importlib.metadata as m; print(cllm.__file__, cllm.__version__ == m.version('cllm'))"
     file, same = run(environment, tmp_path, "python", "-c", ask).split()

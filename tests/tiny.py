@@ -1,8 +1,8 @@
-"""Tiny random models and a tokenizer of single characters, for tests that need a real checkpoint but no real text.
+"""Tiny random models and a character tokenizer, for tests that need a real checkpoint but no meaningful text.
 
     from tiny import Successor, save_tiny_adapter, save_tiny_checkpoint, surround, tiny_config, tiny_model, tiny_tokenizer
 
-The weights have a standard deviation of 0.3, so that greedy outputs vary. Sliding windows are 12 tokens.
+Weights have a standard deviation of 0.3, so that greedy outputs vary. Sliding windows are 12 tokens.
 """
 
 import json
@@ -45,7 +45,7 @@ SLIDING = {"head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8}
 
 
 def tiny_config(kind: str = "llama", **changes: Any) -> PretrainedConfig:
-    """A configuration of three layers with 32 channels. ``changes`` replace single settings."""
+    """A configuration with three layers and 32 channels. ``changes`` replace single settings."""
     settings: dict[str, Any] = {
         "vocab_size": len(VOCABULARY),
         "hidden_size": 32,
@@ -84,7 +84,7 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrained
 
 
 def random_adapter(model: PreTrainedModel, seed: int = 0, rank: int = 4, size: float = 0.5) -> Adapter:
-    """An adapter that was never trained, of every linear layer but the output layer."""
+    """A random adapter of every linear layer except the output layer."""
     draw, head = torch.Generator().manual_seed(seed), model.get_output_embeddings()
     layers = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
     down = {name: size * torch.randn(rank, layer.in_features, generator=draw) for name, layer in layers.items()}
@@ -92,7 +92,7 @@ def random_adapter(model: PreTrainedModel, seed: int = 0, rank: int = 4, size: f
 
 
 def save_tiny_adapter(folder: str | Path, base: str | Path, seed: int = 0, **record: Any) -> Path:
-    """Save a random adapter of the checkpoint ``base`` as `cllm train --lossless` does; returns the folder."""
+    """Save a random adapter for the checkpoint ``base`` as `cllm train --lossless` does; returns the folder."""
     folder = Path(folder)
     model = AutoModelForCausalLM.from_pretrained(base)
     adapter = random_adapter(model, seed)
@@ -104,13 +104,13 @@ def save_tiny_adapter(folder: str | Path, base: str | Path, seed: int = 0, **rec
     config |= {"base_model_name_or_path": str(base), "target_modules": sorted({n.split(".")[-1] for n in adapter.down})}
     (folder / ADAPTER).write_text(json.dumps(config))
     pairs = {"lora_A": adapter.down, "lora_B": adapter.up}
-    tensors = {f"{PREFIX}{name}.{kind}.weight": of[name] for kind, of in pairs.items() for name in of}
+    tensors = {f"{PREFIX}{name}.{kind}.weight": weight for kind, weights in pairs.items() for name, weight in weights.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     return folder
 
 
 class Successor(torch.nn.Module):
-    """Behaves like a causal model whose choice is always its input token plus one, and 0 after ``count`` - 1."""
+    """Acts as a causal model whose choice is always the input token plus one, modulo ``count``."""
 
     _is_stateful = False
 
@@ -147,7 +147,7 @@ def tiny_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:
 
 
 def surround(tokenizer: PreTrainedTokenizerFast, text: str) -> PreTrainedTokenizerFast:
-    """Let the tokenizer put special tokens around every text: ``surround(tokenizer, "<pad> $A <eos>")``."""
+    """Make the tokenizer put special tokens around every text: ``surround(tokenizer, "<pad> $A <eos>")``."""
     special = [(token, VOCABULARY.index(token)) for token in text.split() if token != "$A"]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=text, special_tokens=special)
     return tokenizer
@@ -165,5 +165,5 @@ def save_tiny_checkpoint(folder: str | Path, kind: str = "llama", chat_template:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a chat template. Shared by all tests: do not write into it."""
+    """A tiny random Llama with a chat template, shared by all tests: do not write into it."""
     return save_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "llama")

@@ -21,7 +21,7 @@ def lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArgumen
     from cllm.models import TRAINED_GUESS, packed_length, write_record
     from cllm.training.arguments import LOSSLESS_OBJECTIVE
     from cllm.training.drafts import DraftCollator, DraftDataset
-    from cllm.training.lora import adapt
+    from cllm.training.lora import add_adapter
     from cllm.training.lossless import LosslessTrainer
 
     model, record, tokenizer = source.model, source.record, source.tokenizer
@@ -38,7 +38,7 @@ def lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArgumen
     trainer = make_trainer(
         LosslessTrainer,
         args,
-        model=adapt(model, lora, args.seed),
+        model=add_adapter(model, lora, args.seed),
         train_dataset=DraftDataset(source.rows, args.states_per_block, guess, data_seed(args), context),
         data_collator=DraftCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,

@@ -62,22 +62,22 @@ def watch(trainer: Any, probe: CollapseArguments, target: Any) -> None:
 
     Raises UsageError where there is no task, no prompt that fits, or a file that cannot be read.
     """
-    from cllm.training.figures import good
-    from cllm.training.watch import Watch
+    from cllm.training.probe_callback import ProbeCallback
+    from cllm.training.probe_metrics import is_good
 
     stop = probe.on_collapse == "stop"
-    trainer.add_callback(Watch(trainer, _probe(trainer, probe, target), target, probe.probe_every, good, stop))
+    trainer.add_callback(ProbeCallback(trainer, _probe(trainer, probe, target), target, probe.probe_every, is_good, stop))
 
 
 def watch_drafts(trainer: Any, probe: ProbeArguments) -> None:
     """Let a trainer of a consistency adapter check its speed; otherwise as :func:`watch`."""
     from cllm.evaluation.probe import DraftProbe
-    from cllm.training.figures import unchanged
-    from cllm.training.watch import Watch
+    from cllm.training.probe_callback import ProbeCallback
+    from cllm.training.probe_metrics import always_good
 
     base = trainer.model.get_base_model()
     measure = DraftProbe(_probe(trainer, probe, base), trainer.model)
-    trainer.add_callback(Watch(trainer, measure, base, probe.probe_every, unchanged, stop=False))
+    trainer.add_callback(ProbeCallback(trainer, measure, base, probe.probe_every, always_good, stop=False))
 
 
 def _probe(trainer: Any, probe: ProbeArguments, target: Any) -> Probe:

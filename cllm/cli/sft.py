@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cllm.prompts import choose_template
     from cllm.tasks import get_task
     from cllm.tasks.source import load_examples
-    from cllm.training.lora import LoraArguments, adapt
+    from cllm.training.lora import LoraArguments, add_adapter
     from cllm.training.sft import AnswerCollator, AnswerDataset, AnswerTrainer
 
     words = sys.argv[1:] if argv is None else argv
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = get_task(run.task)
     examples = load_examples(task, run.filename, "train", run.data_size)
     tokenizer = load_tokenizer(run.model)
-    model = open_weights(run.model, dtype=run.dtype, **lora.loading(str(args.device)))
+    model = open_weights(run.model, dtype=run.dtype, **lora.load_options(str(args.device)))
     template = choose_template(run.prompt_template, task.plain_template, tokenizer, read_record(model.config))
     context = packed_length(model.config)
     rows = AnswerDataset(examples, template, tokenizer, context)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.warning("%d examples left out: %s", count, reason)
     write_record(model.config, {"prompt_template": template.text, "task": task.name, "base_model": run.model, **lora.record()})
     collator = AnswerCollator(tokenizer.pad_token_id)
-    model = adapt(model, lora, args.seed)
+    model = add_adapter(model, lora, args.seed)
     parts = {"model": model, "train_dataset": rows, "data_collator": collator, "processing_class": tokenizer}
     if run.eval_file is not None:
         parts["eval_dataset"] = AnswerDataset(load_examples(task, run.eval_file, "test"), template, tokenizer, context)

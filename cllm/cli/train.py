@@ -96,7 +96,7 @@ def _open(run: RunArguments, lora: AdapterArguments, args) -> Source:
     from cllm.trajectory.store import TrajectoryDataset
 
     tokenizer = load_tokenizer(run.model)
-    how = {"dtype": run.dtype, "attn_implementation": run.attn_implementation, **lora.loading(str(args.device))}
+    how = {"dtype": run.dtype, "attn_implementation": run.attn_implementation, **lora.load_options(str(args.device))}
     model = open_weights(run.model, **how)
     check_model(model, MASKABLE if run.lossless else TRAINABLE)
     rows = TrajectoryDataset(run.trajectories, eos_ids=stop_token_ids(model, tokenizer))
@@ -116,9 +116,9 @@ def _open(run: RunArguments, lora: AdapterArguments, args) -> Source:
 
 def _cllm_trainer(source: Source, run: RunArguments, lora: AdapterArguments, probe: CollapseArguments, args):
     from cllm.models import load_model, packed_length, write_record
-    from cllm.training.arguments import OBJECTIVE
+    from cllm.training.arguments import OBJECTIVE_FIELDS
     from cllm.training.examples import Collator, ExampleDataset
-    from cllm.training.lora import adapt
+    from cllm.training.lora import add_adapter
     from cllm.training.trainer import CllmTrainer
 
     if source.settings.get("responses_only"):
@@ -127,12 +127,12 @@ def _cllm_trainer(source: Source, run: RunArguments, lora: AdapterArguments, pro
     frozen = args.needs_target and not lora.lora_r  # adapters that are off give the target model again
     with whole_weights(args):
         target = load_model(run.model, **source.how) if frozen or probe.probe_prompts else None
-    dataset = ExampleDataset(rows, args.sampling, data_seed(args), packed_length(model.config))
-    write_record(model.config, source.record | {name: getattr(args, name) for name in OBJECTIVE} | lora.record())
+    dataset = ExampleDataset(rows, args.state_sampling, data_seed(args), packed_length(model.config))
+    write_record(model.config, source.record | {name: getattr(args, name) for name in OBJECTIVE_FIELDS} | lora.record())
     trainer = make_trainer(
         CllmTrainer,
         args,
-        model=adapt(model, lora, args.seed),
+        model=add_adapter(model, lora, args.seed),
         train_dataset=dataset,
         data_collator=Collator(tokenizer.pad_token_id, args.distance_decay, args.max_row_tokens),
         processing_class=tokenizer,

@@ -123,7 +123,7 @@ def train(trainer: Any, resume_from: str | None, made: str, lora: AdapterArgumen
     """Train, save, and say what was ``made``. Raises UsageError for a full disk."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from cllm.training.lora import finish, remove_adapter
+    from cllm.training.lora import merge_saved_adapter, remove_adapter
 
     args = trainer.args
     try:
@@ -134,7 +134,7 @@ def train(trainer: Any, resume_from: str | None, made: str, lora: AdapterArgumen
         if not trainer.is_world_process_zero():
             return
         if lora.lora_r:
-            finish(args.output_dir, lora, dtype)
+            merge_saved_adapter(args.output_dir, lora, dtype)
         else:
             remove_adapter(args.output_dir)
     except Exception as error:

@@ -15,8 +15,8 @@ from cllm.decoding import JacobiDecoder
 from cllm.evaluation.prompt import Prompt
 from cllm.evaluation.quality import quality, response_entropies, response_nlls, score_replies
 from cllm.tasks.base import Task
-from cllm.training.figures import Figures
-from cllm.training.lora import adapted, live_adapter
+from cllm.training.lora import current_adapter, has_adapter
+from cllm.training.probe_metrics import ProbeMetrics
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Probe:
     length: int
     stop_ids: Sequence[int]
 
-    def __call__(self, model: Any) -> Figures:
-        if adapted(model):
+    def __call__(self, model: Any) -> ProbeMetrics:
+        if has_adapter(model):
             model = model.get_base_model()  # with its adapters
         with maskable(model), maskable(self.target):
             return self._figures(model)
 
-    def _figures(self, model: PreTrainedModel) -> Figures:
+    def _figures(self, model: PreTrainedModel) -> ProbeMetrics:
         decoder = JacobiDecoder(
             model, self.block_size, eos_token_ids=self.stop_ids, guess=self.guess, compile="off", prefix_cache=0
         )  # nothing is captured or kept: the weights go on changing
@@ -58,7 +58,7 @@ class Probe:
             nlls=response_nlls(target, prompts, responses),
         )
         tokens = max(sum(map(len, responses)), 1)
-        return Figures(
+        return ProbeMetrics(
             prompts=len(prompts),
             tpf=tokens / sum(result.forwards for result in results),
             nll=text.nll_per_token or 0.0,
@@ -75,9 +75,9 @@ class DraftProbe:
     probe: Probe
     in_training: Any  # the model with the adapter
 
-    def __call__(self, model: Any) -> Figures:
+    def __call__(self, model: Any) -> ProbeMetrics:
         base = self.in_training.get_base_model()
-        attach(base, live_adapter(model) if adapted(model) else None)
+        attach(base, current_adapter(model) if has_adapter(model) else None)
         try:
             with self.in_training.disable_adapter():
                 return self.probe(base)

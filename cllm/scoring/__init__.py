@@ -1,1 +1,1 @@
-"""Judging replies without a model: programs and queries are run where they can do no harm."""
+"""Scoring replies: sandboxed programs and queries, and an LLM judge."""

@@ -1,7 +1,7 @@
-"""Finding the program in what a model says: fences, prose around the code, or just the rest of a function.
+"""Finding the program in a reply: in fences, among prose, or as just the rest of a function.
 
-Two questions are answered. :func:`find_program`: which lines of a reply define a function? :func:`completion`: what
-has to follow a prompt such as HumanEval's (imports, signature, docstring) so that the two together are the program?
+:func:`extract_program` gives the lines of a reply that define a function. :func:`completion` gives the text to append to a
+prompt such as HumanEval's (imports, signature, docstring) to get the program.
 """
 
 import ast
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cllm.scoring.reply import parts
+from cllm.scoring.reply import answer_candidates
 
-__all__ = ["completion", "find_program"]
+__all__ = ["completion", "extract_program"]
 
 _LANGUAGE = r"[ \t]*(?:(?:python[23]?|py3?)[ \t]+)?"
 _CODE_AHEAD = rf"{_LANGUAGE}(?:(?:async|class|def|from|import|return)\s|@\w)"
@@ -28,57 +28,57 @@ _FENCE = re.compile(
     re.MULTILINE | re.VERBOSE,
 )
 _NO_CODE = re.compile(r"[ \t]*(?:[A-Z(.,;:)]|$)", re.MULTILINE)
-_INFO = re.compile(rf"(?!{_CODE_AHEAD})[ \t]*([\w+#.-]*)[^`\n]*(?:\n|\Z)|{_LANGUAGE}")  # of a fence; code may follow
-_LONG_TEXTS = [  # anywhere, or in one block of code: a docstring that is cut off has no end in a later block
+_INFO = re.compile(rf"(?!{_CODE_AHEAD})[ \t]*([\w+#.-]*)[^`\n]*(?:\n|\Z)|{_LANGUAGE}")  # the info string of a fence; code may follow
+_LONG_TEXTS = [  # triple-quoted texts, across fences or within one block: a truncated docstring must not end in a later block
     re.compile(rf"(\"{{3}}|'{{3}})(?:{inside}.)*?\1", re.DOTALL | re.MULTILINE) for inside in ("", r"(?!^(?:`{3}|~{3}))")
 ]
 _PYTHON = ("", "python", "python3", "py", "py3", "python2")
 _CODE_LINE = re.compile(r"(?:import|from|def|class|async def)\s|@\w|[A-Za-z_]\w*\s*(?::[^=]+)?=")
-_MOST_LINES = 600  # of a reply that are looked at; what is cut off is not needed by any answer that is one
-_TRIES = 400  # at parsing
+_MOST_LINES = 600  # lines of a reply to look at; no genuine answer needs more
+_TRIES = 400  # attempts at parsing
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Lines between two fences, or before the first, or after the last."""
+    """Lines between two fences, before the first, or after the last."""
 
     lines: list[str]
-    python: bool  # not marked as something else
+    python: bool  # not marked as another language
 
 
-def find_program(reply: str, entry_point: str) -> str | None:
+def extract_program(reply: str, entry_point: str) -> str | None:
     """The first program in the reply that defines the function ``entry_point`` with a body, or None.
 
-    Imports, definitions and constants of code blocks before it go with it, and those of blocks after it that it needs;
-    calls, prints and assertions after it do not.
+    It includes imports, definitions and constants of earlier code blocks, and those of later blocks that it needs, but no
+    calls, prints or assertions after the definition.
     """
     return _first_program(_readings(reply), entry_point)
 
 
 def completion(reply: str, prompt: str, entry_point: str) -> str:
-    """What to append to ``prompt`` to get the program that the reply gives; the reply itself where it gives none.
+    """The text to append to ``prompt`` to get the reply's program; the reply itself if it has none.
 
-    A reply that defines the whole function is appended as a new definition, which takes the place of the prompt's.
+    A reply that defines the whole function is appended as a new definition, which overrides the prompt's.
     """
     readings = _readings(reply)
     program = _first_program(readings, entry_point, prompt)
     if program is not None:
-        return _after(prompt) + _without_future(program) + "\n"
+        return _stub_body(prompt) + _without_future(program) + "\n"
     bodies = (_body(found, prompt, entry_point) for found in readings)
     return next((body for body in bodies if body is not None), reply)
 
 
 def _readings(reply: str) -> list[list[Segment]]:
-    """The segments of each part of the reply. A fence inside a docstring is no fence, unless nothing is found otherwise."""
+    """Ways to split each candidate text of the reply into segments: first ignoring fences inside docstrings, then with them."""
     found = []
-    for part in parts(reply):
-        lines = part.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:_MOST_LINES]
+    for candidate in answer_candidates(reply):
+        lines = candidate.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:_MOST_LINES]
         text = "\n".join(lines)
         fences = _fences(text)
         choices = [*(_outside(fences, long_text.finditer(text)) for long_text in _LONG_TEXTS), fences]
-        found += [_segments(text, chosen) for place, chosen in enumerate(choices) if chosen not in choices[:place]]
+        found += [_segments(text, chosen) for number, chosen in enumerate(choices) if chosen not in choices[:number]]
     return found
 
 
@@ -88,7 +88,7 @@ def _outside(fences: list[re.Match[str]], long_texts: Iterator[re.Match[str]]) -
 
 
 def _fences(text: str) -> list[re.Match[str]]:
-    """The fences of a text. One that code stands before ends the line, or closes what the line opened, or prose follows."""
+    """The fences of a text. One after code on its line must end the line, close a fence of that line, or precede prose."""
     found: list[re.Match[str]] = []
     for fence in _FENCE.finditer(text):
         opened = bool(found) and "\n" not in text[found[-1].end() : fence.start()]
@@ -98,9 +98,9 @@ def _fences(text: str) -> list[re.Match[str]]:
 
 
 def _segments(text: str, fences: list[re.Match[str]]) -> list[Segment]:
-    """The text cut at the fences, which are left out.
+    """The text split at the fences, without them.
 
-    What stands outside of fences counts too, since models forget one fence or the other.
+    Text outside of fences counts as well, since models sometimes forget one.
     """
     found, start, python, inside = [], 0, True, False
     for fence in fences:
@@ -126,24 +126,24 @@ def _program(found: list[Segment], name: str, prompt: str) -> str | None:
         program = _defining(segment.lines, name)
         if program is not None:
             program = "\n".join([*before, program])
-            later = _needed(prompt + _after(prompt) + _without_future(program), found[at + 1 :], name)
+            later = _needed(prompt + _stub_body(prompt) + _without_future(program), found[at + 1 :], name)
             return "\n\n".join([*later, _without_future(program)]) if later else program
         before.extend(_definitions(segment.lines, name))
     return None
 
 
 def _needed(program: str, later: list[Segment], name: str) -> list[str]:
-    """The definitions of later blocks that the program cannot do without, what others need first."""
-    left = [source for segment in later if segment.python for source in _definitions(segment.lines, name)]
+    """The definitions in later blocks that the program needs, dependencies first."""
+    available = [source for segment in later if segment.python for source in _definitions(segment.lines, name)]
     needed: list[str] = []
-    while source := next((one for one in left if _given(one) & _missing("\n".join([*needed, program]))), None):
-        left.remove(source)
+    while source := next((one for one in available if _bound(one) & _missing("\n".join([*needed, program]))), None):
+        available.remove(source)
         needed.insert(0, source)
     return needed
 
 
 def _missing(program: str) -> set[str]:
-    """The names that a program takes from the top level, where nothing gives them."""
+    """The global names that a program uses without binding them."""
     top = _quietly(_symbols, program)
     tables, used = [top] if top else [], set()
     while tables:
@@ -151,11 +151,11 @@ def _missing(program: str) -> set[str]:
         tables += table.get_children()
         symbols = table.get_symbols()
         used |= {symbol.get_name() for symbol in symbols if symbol.is_referenced() and (table is top or symbol.is_global())}
-    return used - _given(program) - set(dir(builtins))
+    return used - _bound(program) - set(dir(builtins))
 
 
-def _given(source: str) -> set[str]:
-    """The names that the top level gives something to."""
+def _bound(source: str) -> set[str]:
+    """The names bound at the top level."""
     top = _quietly(_symbols, source)
     return {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()} if top else set()
 
@@ -184,7 +184,7 @@ def _defining(lines: list[str], name: str) -> str | None:
 
 
 def _ends(lines: list[str], head: int) -> Iterator[int]:
-    """Where a program might end, the longest first: before an unindented line, else (cut-off replies) anywhere."""
+    """Line numbers where a program might end, the longest first: before an unindented line, else (truncated replies) anywhere."""
     starts = [number for number in range(head + 1, len(lines)) if lines[number].strip() and lines[number][0] not in " \t)]}"]
     yield len(lines)
     yield from reversed(starts)
@@ -193,7 +193,7 @@ def _ends(lines: list[str], head: int) -> Iterator[int]:
 
 
 def _definitions(lines: list[str], name: str) -> list[str]:
-    """What a block that does not define ``name`` itself defines: imports, functions, classes, constants."""
+    """The imports, functions, classes and constants of a block, other than ``name``."""
     tree = _parse("\n".join(_dedented(lines)))
     if tree is None:
         return []
@@ -202,7 +202,7 @@ def _definitions(lines: list[str], name: str) -> list[str]:
 
 
 def _tidy(lines: list[str], tree: ast.Module, name: str) -> str:
-    """The program without what runs it: calls, assertions and loops after the definition of ``name``."""
+    """The program without statements that run it: calls, assertions and loops after the definition of ``name``."""
     last = max(node.lineno for node in tree.body if _defines(node, name))
     kept: list[str] = []
     end = 0
@@ -215,7 +215,7 @@ def _tidy(lines: list[str], tree: ast.Module, name: str) -> str:
 
 
 def _runs(node: ast.stmt, name: str, assigned: set[str]) -> bool:
-    """Whether a statement at the top level uses the program, where it should only define it."""
+    """Whether a top-level statement runs the program instead of defining a part of it."""
     if isinstance(node, ast.Assert | ast.While | ast.With | ast.If | ast.Delete | ast.Raise):
         return True
     if isinstance(node, ast.Expr | ast.For):
@@ -229,24 +229,24 @@ def _calls(node: ast.stmt, name: str) -> bool:
 
 
 def _assigned(tree: ast.Module, name: str) -> set[str]:
-    """The names that the top level gives values to, other than results of ``name``."""
+    """The names assigned at the top level, other than to results of ``name``."""
     targets = [target for node in tree.body if not _calls(node, name) for target in _targets(node)]
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _fills(node: ast.stmt, assigned: set[str]) -> bool:
-    """Whether a statement puts something into a table: ``T.append(x)``, ``T[i] = x``, or a loop of such."""
+    """Whether a statement fills a container: ``T.append(x)``, ``T[i] = x``, or a loop of such statements."""
     if isinstance(node, ast.For):
         return all(_fills(inner, assigned) for inner in node.body)
-    place = node.targets[0] if isinstance(node, ast.Assign) else None
+    target = node.targets[0] if isinstance(node, ast.Assign) else None
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        place = node.value.func
-    table = place.value if isinstance(place, ast.Subscript | ast.Attribute) else None
-    return isinstance(table, ast.Name) and table.id in assigned
+        target = node.value.func
+    container = target.value if isinstance(target, ast.Subscript | ast.Attribute) else None
+    return isinstance(container, ast.Name) and container.id in assigned
 
 
 def _body(found: list[Segment], prompt: str, name: str) -> str | None:
-    """What goes on with the prompt's last function: as it is, or with the indentation it has lost."""
+    """The text that continues the prompt's last function, unchanged or with lost indentation restored."""
     for at, segment in enumerate(found):
         if not segment.python:
             continue
@@ -265,25 +265,26 @@ def _body(found: list[Segment], prompt: str, name: str) -> str | None:
 
 
 def _indent(prompt: str) -> str:
-    """The indentation of the prompt's last line that has any."""
+    """The indentation of the prompt's last indented line."""
     found = re.findall(r"^([ \t]+)\S", prompt, re.MULTILINE)
     return found[-1] if found else "    "
 
 
-def _after(prompt: str) -> str:
-    """What closes the prompt's unfinished function, if there is one: nothing if it has a docstring, else ``pass``."""
+def _stub_body(prompt: str) -> str:
+    """The text between a prompt and a new definition: ``pass`` if the prompt's function has no body yet, not even a docstring."""
     start = "" if prompt.endswith("\n") else "\n"
     return start if _parse(prompt) is not None else f"{start}{_indent(prompt)}pass\n\n"
 
 
 def _without_future(program: str) -> str:
-    """Without imports from ``__future__``, which may stand only at the very top."""
+    """The program without imports from ``__future__``, which are allowed only at the very top."""
     return re.sub(r"^from __future__ import .*\n?", "", program, flags=re.MULTILINE)
 
 
 def _has_body(tree: ast.Module, name: str) -> bool:
-    own = [node for node in tree.body if _defines(node, name)]
-    return any(not isinstance(node, _FUNCTION) or not all(map(_says_nothing, node.body)) for node in own)
+    """Whether ``name`` is defined as anything but a stub."""
+    definitions = [node for node in tree.body if _defines(node, name)]
+    return any(not isinstance(node, _FUNCTION) or not all(map(_is_stub, node.body)) for node in definitions)
 
 
 def _defines(node: ast.stmt, name: str) -> bool:
@@ -293,12 +294,12 @@ def _defines(node: ast.stmt, name: str) -> bool:
 
 
 def _targets(node: ast.stmt) -> list[ast.expr]:
-    """What an assignment gives values to."""
+    """The targets of an assignment."""
     return node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
 
 
-def _says_nothing(node: ast.stmt) -> bool:
-    """``pass``, a docstring, ``...``, or ``raise NotImplementedError``."""
+def _is_stub(node: ast.stmt) -> bool:
+    """Whether a statement is ``pass``, a docstring, ``...``, or ``raise NotImplementedError``."""
     if isinstance(node, ast.Raise):
         error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
         return isinstance(error, ast.Name) and error.id == "NotImplementedError"
@@ -306,15 +307,15 @@ def _says_nothing(node: ast.stmt) -> bool:
 
 
 def _returns(tree: ast.Module, name: str) -> bool:
-    """Whether the function gives a result; a line of prose can be valid Python, but it returns nothing."""
-    own = [node for node in tree.body if _defines(node, name)]
+    """Whether the function returns, yields or raises; a line of prose may be valid Python, but does none of these."""
+    definitions = [node for node in tree.body if _defines(node, name)]
     results = ast.Return | ast.Yield | ast.YieldFrom | ast.Raise
-    stack: list[ast.AST] = list(ast.iter_child_nodes(own[-1])) if own else []
+    stack: list[ast.AST] = list(ast.iter_child_nodes(definitions[-1])) if definitions else []
     while stack:
         node = stack.pop()
         if isinstance(node, results):
             return True
-        if not isinstance(node, _FUNCTION | ast.Lambda | ast.ClassDef):  # whose results are their own
+        if not isinstance(node, _FUNCTION | ast.Lambda | ast.ClassDef):  # inner functions return for themselves
             stack.extend(ast.iter_child_nodes(node))
     return False
 
@@ -324,7 +325,7 @@ def _source(lines: list[str], node: ast.stmt) -> str:
 
 
 def _first_line(node: ast.stmt) -> int:
-    """Where a statement starts, its decorators included."""
+    """The first line of a statement, decorators included."""
     return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
 
 
@@ -340,7 +341,7 @@ def _parse(source: str) -> ast.Module | None:
 
 
 def _quietly(read: Callable[[str], T], source: str) -> T | None:
-    """What ``read`` makes of source code; None for what is no Python."""
+    """``read(source)``, or None if the source is not valid Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escape sequences

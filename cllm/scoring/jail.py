@@ -1,14 +1,14 @@
-"""The inside of the sandbox: builds the walls, then runs one program and its tests. See :mod:`cllm.scoring.sandbox`.
+"""The inside of the sandbox: isolates itself, then runs one program and its tests. See :mod:`cllm.scoring.sandbox`.
 
-This file is started as a script, once for each program, and never imported. It reads a job (JSON) from its standard
-input and writes a report (JSON) to its standard output. Up to three processes take part:
+This file runs as a script, once per program, and is never imported. It reads a job (JSON) from standard input and writes a
+report (JSON) to standard output. There are up to three processes:
 
-    launcher     makes the namespaces and waits
-    supervisor   first process of the new pid namespace (without namespaces it is the launcher): sets up the file
-                 system, watches time, memory and output; when it ends the kernel kills everything in its namespace
-    program      gives up its rights, runs the program and then the tests
+    launcher     creates the namespaces and waits
+    supervisor   the first process of the new pid namespace (without namespaces, the launcher itself): sets up the file system
+                 and monitors time, memory and output; when it ends, the kernel kills everything in its namespace
+    program      drops its privileges, runs the program and then the tests
 
-Only the standard library is used, and only what has been imported before the program starts is relied on.
+It uses only the standard library, and relies only on modules imported before the program starts.
 """
 
 import builtins
@@ -40,9 +40,9 @@ PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 
 WRITE_RIGHTS = 0x1FF2  # Landlock 1: write, remove, make; not execute, read
 OLD_ROOT = "/old"
 PROGRAM, TEST = "<program>", "<test>"  # file names of the compiled sources
-TICK = 0.05  # seconds between two looks at the program's end
-LOOK = 0.1  # and at what it uses
-LONGEST_MESSAGE = 2000  # bytes that the program's process may say about its end
+TICK = 0.05  # seconds between checks for the program's end
+LOOK = 0.1  # seconds between checks of its resource usage
+LONGEST_MESSAGE = 2000  # bytes that the program's process may report about its end
 
 Job = dict[str, Any]
 
@@ -56,7 +56,7 @@ def main() -> None:
             os.waitpid(first, 0)
             return
         new_root(job["visible"], job["folder"], job["limits"]["folder_bytes"])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process of a pid namespace is deaf to default signals
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process of a pid namespace ignores signals by default
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     report = supervise(job)
@@ -65,17 +65,18 @@ def main() -> None:
     sys.stdout.write(json.dumps(report))
 
 
-def check(result: int, doing: str) -> None:
+def check(result: int, action: str) -> None:
+    """Raise OSError if a system call failed."""
     if result < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"{doing}: {os.strerror(code)}")
+        raise OSError(code, f"{action}: {os.strerror(code)}")
 
 
-# ---- walls ----
+# ---- isolation ----
 
 
 def unshare(with_user: bool) -> None:
-    """Enter new namespaces: mounts, processes, network (without any interface up), IPC; without root also users."""
+    """Enter new namespaces: mounts, host name, processes, network (without interfaces up), IPC, and without root also users."""
     uid, gid = os.geteuid(), os.getegid()
     flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     check(LIBC.unshare(flags | (CLONE_NEWUSER if with_user else 0)), "unshare")
@@ -91,14 +92,14 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 
 
 def new_root(visible: list[str], folder: str, folder_bytes: int) -> None:
-    """Change to a root that has the ``visible`` folders and devices, all read-only, /proc, and a small writable folder."""
+    """Change to a root with the ``visible`` paths, all read-only, /proc, and a small writable folder."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755,size=1m")
     os.mkdir("/tmp" + OLD_ROOT)
     check(LIBC.pivot_root(b"/tmp", ("/tmp" + OLD_ROOT).encode()), "pivot_root")
     os.chdir("/")
     for path in sorted(visible):
-        show(path)
+        expose(path)
     for path in ("/proc", "/dev", folder):
         os.makedirs(path, exist_ok=True)
     for path in ("/tmp", "/dev/shm"):
@@ -107,7 +108,7 @@ def new_root(visible: list[str], folder: str, folder_bytes: int) -> None:
     try:
         mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     except OSError:
-        pass  # some containers forbid it; programs do without
+        pass  # some containers forbid it; programs can do without
     check(LIBC.umount2(OLD_ROOT.encode(), MNT_DETACH), "umount")
     os.rmdir(OLD_ROOT)
     attributes = struct.pack("QQQQ", MS_RDONLY | MS_NOSUID, 0, 0, 0)
@@ -116,10 +117,10 @@ def new_root(visible: list[str], folder: str, folder_bytes: int) -> None:
     mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"mode=0777,size={folder_bytes},nr_inodes=4096")
 
 
-def show(path: str) -> None:
-    """Make ``path`` of the old root visible in the new one; what is not there is passed over."""
+def expose(path: str) -> None:
+    """Make ``path`` of the old root visible in the new one, if it exists."""
     if os.path.lexists(path):
-        return  # inside a folder that is visible already
+        return  # inside a folder that is already visible
     try:
         mode = os.lstat(OLD_ROOT + path).st_mode
     except FileNotFoundError:
@@ -136,7 +137,7 @@ def show(path: str) -> None:
 
 
 def restrict(limits: dict[str, int]) -> None:
-    """Set the resource limits. Hard and soft are equal, so that they cannot be raised."""
+    """Set the resource limits. Soft limits equal hard limits, so they cannot be raised."""
     cpu = limits["cpu_seconds"]
     values = {
         "CPU": cpu,
@@ -156,8 +157,8 @@ def restrict(limits: dict[str, int]) -> None:
             resource.setrlimit(kind, (value, value))
 
 
-def drop_rights(uid: int | None) -> None:
-    """Become ``uid`` (None: stay), without any capability, and never get any again."""
+def drop_privileges(uid: int | None) -> None:
+    """Become ``uid`` (None: keep the user) and drop all capabilities for good."""
     for capability in range(64):
         if LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break
@@ -171,7 +172,7 @@ def drop_rights(uid: int | None) -> None:
 
 
 def landlock(folder: str) -> None:
-    """Allow writing in ``folder`` and to /dev/null alone; no TCP and no signals to others where the kernel can do that."""
+    """Allow writing only in ``folder`` and to /dev/null; block TCP and signals to others where the kernel supports it."""
     abi = LIBC.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     if abi < 1:
         return
@@ -193,27 +194,27 @@ def landlock(folder: str) -> None:
 
 
 def supervise(job: Job) -> dict[str, Any]:
-    """Run the program in a child and report how it ended. Whatever the child says or does, this returns."""
+    """Run the program in a child and report how it ended. Returns whatever the child does."""
     limits = job["limits"]
-    said_r, said_w = os.pipe()  # what the program prints
-    end_r, end_w = os.pipe()  # the token, or why there is none
-    ticket_r, ticket_w = os.pipe()  # holds the token until the tests have ended
+    output_r, output_w = os.pipe()  # what the program prints
+    result_r, result_w = os.pipe()  # the token, or the reason for its absence
+    token_r, token_w = os.pipe()  # holds the token until the tests have finished
     started = looked = time.monotonic()
     child = os.fork()
     if child == 0:
         try:
-            become_program(job, said_w, end_w, ticket_r)
+            become_program(job, output_w, result_w, token_r)
         finally:
             os._exit(1)
-    for handle in (said_w, end_w, ticket_r):
+    for handle in (output_w, result_w, token_r):
         os.close(handle)
-    token = os.urandom(16).hex().encode()  # made after the fork: the program's process has it nowhere but in the pipe
-    os.write(ticket_w, token)
+    token = os.urandom(16).hex().encode()  # created after the fork, so the program's process has it only in the pipe
+    os.write(token_w, token)
     ended = b""
     printed = 0
     why = ""
     poller = select.poll()
-    for handle in (said_r, end_r):
+    for handle in (output_r, result_r):
         os.set_blocking(handle, False)
         poller.register(handle, select.POLLIN)
     poller.register(exit_r := os.pidfd_open(child), select.POLLIN)
@@ -222,10 +223,10 @@ def supervise(job: Job) -> dict[str, Any]:
         for handle, _ in events:
             if handle == exit_r:
                 continue
-            data = take(handle)
+            data = read_available(handle)
             if not data:
                 poller.unregister(handle)
-            elif handle == said_r:
+            elif handle == output_r:
                 printed += len(data)
             elif len(ended) < LONGEST_MESSAGE:
                 ended += data
@@ -237,21 +238,21 @@ def supervise(job: Job) -> dict[str, Any]:
             why = "output"
         elif now > looked + LOOK:
             looked = now
-            why = excess(child, now - started, limits)
+            why = exceeded_limit(child, now - started, limits)
         if why:
             os.kill(child, signal.SIGKILL)
             _, status, usage = os.wait4(child, 0)
             break
-    ended += take(end_r)
+    ended += read_available(result_r)
     code = os.waitstatus_to_exitcode(status)
     passed = ended == token and code == 0 and not why
     cpu = usage.ru_utime + usage.ru_stime
-    reason, detail = ("passed", "") if passed else account(why, code, ended, cpu, limits)
+    reason, detail = ("passed", "") if passed else failure(why, code, ended, cpu, limits)
     return {"reason": reason, "detail": detail}
 
 
-def account(why: str, code: int, ended: bytes, cpu: float, limits: dict[str, int]) -> tuple[str, str]:
-    """(reason, detail) of a program that did not pass."""
+def failure(why: str, code: int, ended: bytes, cpu: float, limits: dict[str, int]) -> tuple[str, str]:
+    """(reason, detail) for a program that did not pass."""
     if why:
         return why, f"over the limit of {why}"
     if code == -signal.SIGXCPU or (code == -signal.SIGKILL and cpu >= limits["cpu_seconds"] - 0.5):
@@ -262,15 +263,15 @@ def account(why: str, code: int, ended: bytes, cpu: float, limits: dict[str, int
         message = json.loads(ended)
         return str(message["reason"]), str(message["detail"])
     except (ValueError, KeyError, TypeError):
-        return "exited", f"ended with status {code} before the tests had"
+        return "exited", f"ended with status {code} before its tests"
 
 
 def kill_descendants() -> None:
-    """Kill all that the program has left; orphans have become our own children, whatever session they are in."""
+    """Kill what the program has left running. Orphans of any session have become our own children."""
     me = os.getpid()
     for _ in range(200):
         found = descendants(me)
-        for sign in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none makes new ones meanwhile
+        for sign in (signal.SIGSTOP, signal.SIGKILL):  # stop all first, so that none starts others
             for pid in found:
                 try:
                     os.kill(pid, sign)
@@ -280,57 +281,57 @@ def kill_descendants() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
-            return  # no child is left
+            return  # no children left
         time.sleep(0.005)
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below ``pid``."""
-    below: dict[int, list[int]] = {}
+    """All descendants of ``pid``."""
+    children: dict[int, list[int]] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
-                below.setdefault(int(file.read().rpartition(b")")[2].split()[1]), []).append(int(name))
+                children.setdefault(int(file.read().rpartition(b")")[2].split()[1]), []).append(int(name))
         except OSError:
             pass  # it has just ended
-    found = list(below.get(pid, []))
+    found = list(children.get(pid, []))
     for child in found:
-        found.extend(below.get(child, []))
+        found.extend(children.get(child, []))
     return found
 
 
-def take(handle: int) -> bytes:
-    """What can be read now; nothing at the end or where nothing is there."""
+def read_available(handle: int) -> bytes:
+    """What can be read without blocking; b"" if nothing is available or at the end."""
     try:
         return os.read(handle, 1 << 16)
     except BlockingIOError:
         return b""
 
 
-def excess(child: int, elapsed: float, limits: dict[str, Any]) -> str:
-    """Which limit on the whole, if any, the program is over.
+def exceeded_limit(child: int, elapsed: float, limits: dict[str, Any]) -> str:
+    """The overall limit that the program exceeds, or "".
 
-    Time that a busy machine made it wait for a processor is not the program's, up to four times the limit.
+    Time spent waiting for a processor on a busy machine does not count, up to four times the limit.
     """
-    memory, cpu = used([child, *descendants(child)] if os.getpid() != 1 else everything())
+    memory, cpu = usage_of([child, *descendants(child)] if os.getpid() != 1 else namespace_pids())
     if memory > 2 * limits["memory_bytes"]:
         return "memory"
     if cpu > 2 * limits["cpu_seconds"]:
         return "time"
     allowed = limits["wall_seconds"]
-    return "time" if elapsed > allowed and elapsed - min(waited(child), 4 * allowed) > allowed else ""
+    return "time" if elapsed > allowed and elapsed - min(run_queue_wait(child), 4 * allowed) > allowed else ""
 
 
-def everything() -> list[int]:
-    """All processes of this pid namespace but its first, the supervisor."""
+def namespace_pids() -> list[int]:
+    """All processes of this pid namespace except the supervisor, which is its first."""
     try:
         return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
     except OSError:
         return []
 
 
-def used(pids: list[int]) -> tuple[int, float]:
-    """(bytes of memory, seconds of CPU) that these processes use or have used."""
+def usage_of(pids: list[int]) -> tuple[int, float]:
+    """(bytes of resident memory, seconds of CPU time) of these processes together."""
     pages = ticks = 0
     for pid in pids:
         try:
@@ -343,8 +344,8 @@ def used(pids: list[int]) -> tuple[int, float]:
     return pages * resource.getpagesize(), ticks / os.sysconf("SC_CLK_TCK")
 
 
-def waited(pid: int) -> float:
-    """Seconds that a process was ready to run but had no processor; 0 where the kernel does not say."""
+def run_queue_wait(pid: int) -> float:
+    """Seconds that a process has waited for a processor while ready to run; 0 where the kernel does not report it."""
     try:
         with open(f"/proc/{pid}/schedstat") as file:
             return int(file.read().split()[1]) / 1e9
@@ -355,13 +356,14 @@ def waited(pid: int) -> float:
 # ---- program ----
 
 
-def become_program(job: Job, said: int, end: int, ticket: int) -> None:
+def become_program(job: Job, output_fd: int, result_fd: int, token_fd: int) -> None:
+    """Turn this process into the program's: close everything else, drop privileges, and run it."""
     os.setsid()
     nothing = os.open("/dev/null", os.O_RDONLY)
     os.dup2(nothing, 0)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    kept = sorted((end, ticket))
+    os.dup2(output_fd, 1)
+    os.dup2(output_fd, 2)
+    kept = sorted((result_fd, token_fd))
     os.closerange(3, kept[0])
     os.closerange(kept[0] + 1, kept[1])
     os.closerange(kept[1] + 1, 256)
@@ -371,21 +373,21 @@ def become_program(job: Job, said: int, end: int, ticket: int) -> None:
         try:
             importlib.import_module(name)
         except Exception:
-            pass  # the test will say so
+            pass  # the test will report it
     restrict(job["limits"])
-    drop_rights(job["uid"])
-    LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else the mark in its environment could not be read
+    drop_privileges(job["uid"])
+    LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else the marker in its environment could not be read
     if not job["namespaces"]:
         landlock(job["folder"])
-    run(job, end, ticket)
+    run(job, result_fd, token_fd)
 
 
 class Tampering(Exception):
-    """The program has changed what its tests stand on."""
+    """The program has modified something that its tests rely on."""
 
 
-class Watch:
-    """Notices when built-in names or modules that the test imports have been changed, and sets them right again."""
+class IntegrityGuard:
+    """Detects changes to built-in names and to modules that the test imports, and undoes them."""
 
     def __init__(self, modules: list[str]) -> None:
         spaces = [vars(sys.modules[name]) for name in ("builtins", *modules) if name in sys.modules]
@@ -393,7 +395,7 @@ class Watch:
         self._kind = Tampering
 
     def check(self) -> None:
-        """Raise Tampering if so. Uses no built-in name: any of them may be a fake."""
+        """Raise Tampering on a change. Uses no built-in name, since any of them may be fake."""
         changed = None
         for space, before in self._spaces:
             for name, value in before.items():
@@ -408,58 +410,58 @@ class Watch:
             space.update(before)
 
 
-def run(job: Job, end: int, ticket: int) -> NoReturn:
-    """Run program and test. The token goes from ``ticket`` to ``end`` if both have run to their ends, with no thread left."""
+def run(job: Job, result_fd: int, token_fd: int) -> NoReturn:
+    """Run program and test. If both run to the end and leave no threads, copy the token from ``token_fd`` to ``result_fd``."""
     me, getpid, read, write, leave = os.getpid(), os.getpid, os.read, os.write, os._exit
     join_threads, count_threads, sleep = threading._shutdown, sys.modules["_thread"]._count, time.sleep  # type: ignore[attr-defined]
     execute, compiled, explained = exec, compile, explain
-    watch = Watch(job["modules"])
+    guard = IntegrityGuard(job["modules"])
     module = types.ModuleType("solution")
     sys.modules["solution"] = sys.modules["__main__"] = module
     try:
         execute(compiled(job["program"], PROGRAM, "exec", 0, True), module.__dict__)
-        watch.check()
-        names = seen_by_tests(module.__dict__, job["entry_points"], watch)
+        guard.check()
+        names = names_for_test(module.__dict__, job["entry_points"], guard)
         execute(compiled(job["test"], TEST, "exec", 0, True), names)
         join_threads()
         if count_threads():
             sleep(0.2)
         if count_threads():
             raise RuntimeError("threads that do not end")
-        watch.check()
+        guard.check()
     except BaseException as error:
-        watch.restore()
-        write(end, explained(error, job["test"]))
+        guard.restore()
+        write(result_fd, explained(error, job["test"]))
         leave(1)
-    if getpid() == me:  # a fork of the program is not the program
-        write(end, read(ticket, 64))
+    if getpid() == me:  # a fork of the program must not pass for it
+        write(result_fd, read(token_fd, 64))
         leave(0)
     leave(1)
 
 
-def seen_by_tests(space: dict[str, Any], entry_points: list[str], watch: Watch) -> dict[str, Any]:
-    """The program's names, without those that would hide a built-in one unless it is asked for, and real built-ins."""
+def names_for_test(space: dict[str, Any], entry_points: list[str], guard: IntegrityGuard) -> dict[str, Any]:
+    """The program's names plus the real built-ins. Only entry points may shadow built-ins."""
     real = vars(builtins)
-    names = {name: guarded(value, watch, name in entry_points) for name, value in space.items() if name not in real or name in entry_points}
+    names = {name: checked(value, guard, name in entry_points) for name, value in space.items() if name not in real or name in entry_points}
     return names | {"__builtins__": real, "__name__": "test"}
 
 
-def guarded(value: Any, watch: Watch, entry_point: bool) -> Any:
-    """A function of the program as the tests see it: a call that changes built-ins, or returns a fake, raises.
+def checked(value: Any, guard: IntegrityGuard, entry_point: bool) -> Any:
+    """The program's function wrapped for the tests: a call raises if it modifies built-ins or returns a forged object.
 
-    Classes and type hints stay what they are, unless they are what is tested.
+    Classes and type hints are not wrapped unless they are under test.
     """
     named_type = isinstance(value, type) or type(value).__module__ == "typing"
     if not callable(value) or (named_type and not entry_point):
         return value
-    is_forged = forged
+    is_forged = has_forged_comparisons
 
     @functools.wraps(value, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
         result = value(*args, **kwargs)
-        watch.check()
+        guard.check()
         if is_forged(result):
-            raise Tampering("returned an object with comparisons of its own")
+            raise Tampering("returned an object that overrides comparisons")
         return result
 
     return call
@@ -467,16 +469,16 @@ def guarded(value: Any, watch: Watch, entry_point: bool) -> Any:
 
 COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__abs__", "__len__")
 BUILT_IN = (types.WrapperDescriptorType, types.MethodDescriptorType, type(None))
-LIBRARY = ("/", "<frozen ")  # how the file names of the standard library start; the program's own is PROGRAM
-WRAPPERS = collections.ChainMap | collections.UserDict | collections.UserList  # compare what is in their attributes
+LIBRARY = ("/", "<frozen ")  # prefixes of the standard library's file names; the program's is PROGRAM
+WRAPPERS = collections.ChainMap | collections.UserDict | collections.UserList  # these compare their attributes
 
 
-def forged(value: Any) -> bool:
-    """Whether a result, or something in it, brings comparisons that the program wrote: it might equal everything."""
-    stack, looked_at = [value], 0
-    while stack and looked_at < 100_000:
+def has_forged_comparisons(value: Any) -> bool:
+    """Whether a result, or something in it, has comparisons written by the program, so that it might equal everything."""
+    stack, visited = [value], 0
+    while stack and visited < 100_000:
         item = stack.pop()
-        looked_at += 1
+        visited += 1
         kind = type(item)
         if kind in (int, str, float, bool, type(None)):
             continue
@@ -497,7 +499,7 @@ def forged(value: Any) -> bool:
 
 
 def explain(error: BaseException, test: str) -> bytes:
-    """Why there is no token, as JSON that is short enough for the pipe."""
+    """Why there is no token, as JSON short enough for the pipe."""
     reasons = ((AssertionError, "failed"), (MemoryError, "memory"), (SystemExit, "exited"), (Tampering, "tampering"))
     reason = next((name for kind, name in reasons if isinstance(error, kind)), "error")
     try:

@@ -1,4 +1,4 @@
-r"""Numbers as people and models write them, in plain digits: ``2½``, ``2\frac12``, ``1,00,000``, ``Rs.500``, ``1.2 × 10⁶``."""
+r"""Numbers as people and models write them, to plain digits: ``2½``, ``2\frac12``, ``1,00,000``, ``Rs.500``, ``1.2 × 10⁶``."""
 
 import re
 import unicodedata
@@ -60,7 +60,7 @@ def plain_numbers(text: str) -> str:
 
 
 def scaled_numbers(text: str) -> str:
-    """Plain numbers with the words of scale after them multiplied in: ``1200000`` for ``1.2 million``."""
+    """The text with words of scale multiplied into the plain numbers before them: ``1200000`` for ``1.2 million``."""
     return _SCALED.sub(_multiplied, text)
 
 
@@ -75,10 +75,10 @@ def _written_out(match: re.Match[str]) -> str:
 
 
 def _divided(match: re.Match[str]) -> str:
-    """``3/4``, apart from a digit before it: ``2\\frac34`` is a mixed number."""
+    """``3/4``, with a space after a digit: ``2\\frac34`` is a mixed number."""
     numerator, denominator = match[1] or match[2], match[3] or match[4]
-    apart = " " if match.string[max(match.start() - 1, 0)].isdigit() else ""
-    return f"{apart}{numerator}/{denominator}"
+    space = " " if match.string[max(match.start() - 1, 0)].isdigit() else ""
+    return f"{space}{numerator}/{denominator}"
 
 
 def _improper(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""pass@k: the chance that one of k samples passes (Chen et al. 2021, "Evaluating Large Language Models Trained on Code")."""
+"""pass@k: the probability that one of k samples passes (Chen et al. 2021, "Evaluating Large Language Models Trained on Code")."""
 
 from collections.abc import Iterable, Sequence
 from math import comb
@@ -11,7 +11,7 @@ USUAL_K = (1, 10, 100)
 def pass_at_k(samples: int, passed: int, k: int) -> float:
     """The unbiased estimate for one problem: 1 - C(samples - passed, k) / C(samples, k).
 
-    The plain 1 - (1 - passed / samples) ** k would be too low. Exact: the counts are whole numbers.
+    The plug-in estimate 1 - (1 - passed / samples) ** k is too low.
 
     Raises:
         ValueError: unless 1 <= k <= samples and 0 <= passed <= samples.
@@ -24,7 +24,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 def mean_pass_at_k(counts: Iterable[tuple[int, int]], ks: Sequence[int] = USUAL_K) -> dict[int, float]:
-    """Means over problems, given as (samples, passed), for each k that every problem has samples enough for."""
+    """Mean pass@k over problems, given as (samples, passed), for each k up to the smallest number of samples."""
     counts = list(counts)
     fewest = min((samples for samples, _ in counts), default=0)
     return {k: sum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in sorted(set(ks)) if 1 <= k <= fewest}

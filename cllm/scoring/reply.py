@@ -1,13 +1,13 @@
-"""What of a reply counts: no thinking, nothing after a special token, no other question.
+"""The parts of a reply that may hold the answer: no reasoning, nothing after a special token, no further question.
 
-Every extractor takes the first of :func:`parts` in which it finds an answer.
+Every extractor takes the first of :func:`answer_candidates` in which it finds an answer.
 """
 
 import re
 
 _THOUGHT = "think(?:ing)?|thoughts?|reasoning|reflection"
 _THINKING = re.compile(
-    rf"""(["'`])</?(?:{_THOUGHT})>\1                                    # spoken of
+    rf"""(["'`])</?(?:{_THOUGHT})>\1                                    # mentioned in quotes
     | (?P<start><(?:{_THOUGHT})(?:\s[^<>\n]*)?(?<!/)> | \[THINK\] | <\|begin_of_thought\|>
         | <\|channel\|>(?:analysis|commentary)<\|message\|>)
     | (?P<end></(?:{_THOUGHT})\s*> | \[/THINK\] | <\|end_of_thought\|> | <\|channel\|>final<\|message\|>)""",
@@ -35,12 +35,12 @@ _NEXT_QUESTION = re.compile(
 )
 
 
-def parts(reply: str) -> list[str]:
+def answer_candidates(reply: str) -> list[str]:
     """The texts of a reply that may hold the answer, the likeliest first.
 
-    What follows the thinking comes before what led up to it; thinking that does not end is left out. A special token ends
-    the reply. A question after some text is another one, and starts a part of its own, since models also say the question
-    again before they answer.
+    Text after the reasoning comes before text that precedes it; unfinished reasoning is left out. A special token ends the
+    reply. A question in mid-reply starts a new candidate: models go on with another question, but also restate theirs before
+    they answer.
     """
     texts = []
     for text in _outside_thinking(reply):
@@ -61,7 +61,7 @@ def _outside_thinking(reply: str) -> list[str]:
             texts.append(reply[start : mark.start()])
             inside = True
         elif mark["end"]:
-            if not inside:  # the prompt began it
+            if not inside:  # the prompt opened it
                 texts.clear()
             start, inside = mark.end(), False
     return texts if inside else [*texts, reply[start:]]

@@ -1,4 +1,4 @@
-"""The score in a judge's text, whatever form the judge gave it."""
+"""Parsing the score in a judge's text, in whatever form the judge wrote it."""
 
 import re
 
@@ -16,7 +16,7 @@ _FORMS = tuple(
         rf"\[\[\s*(?:{_LABEL}\s*[:=]?\s*)?{_VALUE}\s*\]\]",  # [[8]], [[8.5]], [[Rating: 8/10]]
         # **Rating:** 8, "score": 8, a rating of 8, Rating: [8]
         rf"\b{_LABEL}\b(?:\s+(?:is|of|as))?[\s:=*_\"'`(\[\u2013-]{{0,12}}{_VALUE}",
-        rf"(?<!\w)\[\s*{_VALUE}\s*\]\W*\Z",  # [8], which elsewhere is a note or an index
+        rf"(?<!\w)\[\s*{_VALUE}\s*\]\W*\Z",  # [8] at the end; elsewhere it is a footnote or an index
         rf"{_NUMBER}{_OF_TEN}",  # 8/10, eight out of 10
         rf"\A[\s*_\"'`(]*{_DIGITS_ONLY}[\s*_\"'`).]*\Z",  # the number alone
     )
@@ -24,10 +24,10 @@ _FORMS = tuple(
 
 
 def parse_score(text: str) -> float | None:
-    """The score from 0 to 10 that a judgment gives, None where it gives none.
+    """The score from 0 to 10 in a judgment, or None.
 
-    The forms are tried from the strictest to the loosest, and of several matches of one form the last counts, since a
-    judge may speak of the scale, or of the first turn, before it closes.
+    Forms are tried from the strictest to the loosest. Of several matches of one form the last counts, since a judge may
+    mention the scale or the first turn before concluding.
     """
     for form in _FORMS:
         for match in reversed(list(form.finditer(text))):

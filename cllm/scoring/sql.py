@@ -1,4 +1,4 @@
-"""Execution accuracy of SQL as Spider's official test-suite evaluator judges it (Zhong et al. 2020)."""
+"""Execution accuracy of SQL as in Spider's official test-suite evaluator (Zhong et al. 2020)."""
 
 import logging
 import re
@@ -19,40 +19,40 @@ _THIS_YEAR = re.compile(r"YEAR\s*\(\s*CURDATE\s*\(\s*\)\s*\)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Compares results of queries on the databases of a folder: ``ID/ID.sqlite`` and its variants, ``ID/*.sqlite``."""
+class SqlJudge:
+    """Compares the results of queries on the databases in a folder: ``ID/ID.sqlite`` and its variants, ``ID/*.sqlite``."""
 
     folder: Path
-    keep_distinct: bool = False  # without it, as the official evaluator, DISTINCT is taken out of both queries
+    keep_distinct: bool = False  # False removes DISTINCT from both queries, as the official evaluator does
     limits: Limits = field(default_factory=Limits)
 
     def file(self, database: str) -> Path:
-        """Where a database lies, or should."""
+        """The expected path of a database."""
         return self.folder / database / f"{database}.sqlite"
 
     def variants(self, database: str) -> list[Path]:
-        """The files of a database, itself first. Raises UsageError when there is none."""
+        """All files of a database, the database itself first. Raises UsageError if there is none."""
         own = self.file(database)
         files = sorted(own.parent.glob("*.sqlite"), key=lambda path: (path != own, path.name))
         if not files:
             raise UsageError(f"no database of {database!r}: expected {own}")
         return files
 
-    def right(self, database: str, gold: str, query: str) -> bool:
-        """Whether a query has the gold query's result on every variant of the database.
+    def is_correct(self, database: str, gold: str, query: str) -> bool:
+        """Whether a query gives the gold query's result on every variant of the database.
 
-        A query that is empty, fails, or is not allowed to run is wrong, even where the gold query gives no rows.
-        A gold query that fails is logged, and nothing equals it.
+        A query that is empty, fails or is forbidden is wrong, even if the gold query gives no rows. A gold query that fails is
+        logged, and no query matches it.
         """
         ordered = "order by" in gold.lower()  # anywhere, as in the official evaluator
         gold, query = self._prepared(gold), self._prepared(query)
-        return all(self._right_on(file, gold, query, ordered) for file in self.variants(database))
+        return all(self._is_correct_on(file, gold, query, ordered) for file in self.variants(database))
 
-    def unfit(self, database: str, gold: str, *, keep_empty: bool = False) -> tuple[str, str] | None:
-        """Why no reply can be judged by this gold query, as a reason and a detail; None where it can be.
+    def gold_problem(self, database: str, gold: str, *, keep_empty: bool = False) -> tuple[str, str] | None:
+        """Why this gold query cannot judge replies, as (reason, detail); None if it can.
 
-        A gold query that reads a table without rows, in every variant, hardly tells right from wrong, and an incomplete
-        database looks like that. ``keep_empty`` lets it pass.
+        A gold query that reads a table that is empty in every variant hardly tells right from wrong, and hints at an
+        incomplete database. ``keep_empty`` accepts it.
         """
         if not self.file(database).is_file():
             return "no database file", str(self.file(database))
@@ -67,15 +67,15 @@ class Judge:
             return "gold query fails", str(error)
         return ("gold query reads an empty table", f"{database}.{empty[0]}") if empty else None
 
-    def _right_on(self, file: Path, gold: str, query: str, ordered: bool) -> bool:
+    def _is_correct_on(self, file: Path, gold: str, query: str, ordered: bool) -> bool:
         try:
             expected = _gold_rows(file, gold, self.limits)
         except QueryError as error:
             logger.warning("gold query fails on %s: %s (%s)", file, gold, error)
             return False
-        room = Limits(self.limits.seconds, len(expected), self.limits.size)
+        limits = Limits(self.limits.seconds, len(expected), self.limits.size)
         try:
-            return same_result(expected, run_query(file, query, room), ordered)
+            return same_result(expected, run_query(file, query, limits), ordered)
         except QueryError:
             return False
 

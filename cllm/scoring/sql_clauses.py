@@ -1,9 +1,9 @@
-"""A query as clauses that can be compared: Spider's exact set match (Yu et al. 2018), on top of sqlglot.
+"""Spider's exact set match (Yu et al. 2018): queries as comparable clauses, parsed by sqlglot.
 
-As in the official evaluator, values and DISTINCT do not count, nor does the order of columns, tables and conditions;
-columns that a foreign key ties are the same; of LIMIT only its presence counts, and of the directions of ORDER BY the
-last one that is written. A nested query is compared by the same rules, where the official evaluator compares it letter
-by letter; outer joins, which that one cannot read, have to be the same.
+As in the official evaluator, values, DISTINCT and the order of columns, tables and conditions do not count; columns tied by a
+foreign key are the same; of LIMIT only its presence counts, and of the directions of ORDER BY only the last explicit one.
+Unlike it, nested queries are compared by the same rules instead of literally, and outer joins, which it cannot parse, must
+be equal.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from cllm.errors import UsageError
 from cllm.scoring.sql_query import LONGEST_QUERY
 from cllm.scoring.sql_schema import Schema
 
-Node = Any  # sqlglot's Expression: the package is optional, and loaded when first needed
+Node = Any  # sqlglot's Expression; the package is optional and imported on first use
 VALUE = "value"
-_WORDS = {"like": "like", "glob": "like", "in": "in"}  # conditions that are among Spider's key words
+_WORDS = {"like": "like", "glob": "like", "in": "in"}  # conditions that count among Spider's key words
 
 
 class ParseFailure(ValueError):
-    """SQL that sqlglot cannot read, or no query."""
+    """SQL that sqlglot cannot parse, or that is not a query."""
 
 
 def sqlglot() -> ModuleType:
-    """The sqlglot package. Raises UsageError when it is not installed."""
+    """The sqlglot package. Raises UsageError if it is not installed."""
     try:
         import sqlglot as package
         import sqlglot.errors
     except ImportError as error:
-        raise UsageError("SQL is compared with the package sqlglot, which is missing: pip install sqlglot") from error
-    logging.getLogger("sqlglot").setLevel(logging.ERROR)  # it warns of every reply that is no SQL
+        raise UsageError("comparing SQL needs the package sqlglot: pip install sqlglot") from error
+    logging.getLogger("sqlglot").setLevel(logging.ERROR)  # it warns about every reply that is not SQL
     return package
 
 
 @lru_cache(maxsize=4096)
 def parse(query: str) -> Node:
-    """The tree of one query; not to be changed. Raises ParseFailure."""
+    """The syntax tree of one query, cached: do not modify it. Raises ParseFailure."""
     package = sqlglot()
     if len(query) > LONGEST_QUERY:
         raise ParseFailure("too long")
@@ -56,7 +56,7 @@ def parse(query: str) -> Node:
 
 
 def same_clauses(gold: str, other: str, schema: Schema) -> bool:
-    """Whether two queries on one database have the same clauses. A query that cannot be read has none."""
+    """Whether two queries on one database have the same clauses. False if either cannot be parsed."""
     try:
         return clauses(parse(gold), schema) == clauses(parse(other), schema)
     except (ParseFailure, RecursionError):
@@ -65,19 +65,19 @@ def same_clauses(gold: str, other: str, schema: Schema) -> bool:
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition of WHERE, HAVING or ON: its tree without NOT, and whether it was negated."""
+    """One condition of WHERE, HAVING or ON: its syntax tree without NOT, and whether it is negated."""
 
     tree: Node
     negated: bool
 
     @property
     def operands(self) -> Iterator[Node]:
-        """What is compared with: everything but the first operand."""
+        """The operands after the first."""
         return (node for node in self.tree.iter_expressions() if node is not self.tree.args.get("this"))
 
     @property
     def nested(self) -> list[Node]:
-        """The queries it compares with."""
+        """The nested queries among the operands."""
         exp = sqlglot().exp
         found = (self.tree.this if isinstance(self.tree, exp.Exists) else None, *self.operands)
         return [bare(node) for node in found if isinstance(bare(node), exp.Query)]
@@ -85,7 +85,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Select:
-    """The clauses of one SELECT as sqlglot's trees; ``order`` and ``limit`` of a compound query belong to its last."""
+    """The clauses of one SELECT as syntax trees; a compound query's ``order`` and ``limit`` belong to its last SELECT."""
 
     tree: Node
     order: Node | None
@@ -135,7 +135,7 @@ def bare(node: Node) -> Node:
 
 
 def selects(tree: Node) -> list[tuple[str, Select]]:
-    """The SELECTs of a query, each with the set operator before it, the first with ""."""
+    """The SELECTs of a query, each with the set operator before it ("" for the first)."""
     exp = sqlglot().exp
     tree = bare(tree)
     order, limit = part(tree, "order"), bool(part(tree, "limit"))
@@ -149,7 +149,7 @@ def selects(tree: Node) -> list[tuple[str, Select]]:
 
 
 def conditions(*trees: Node) -> tuple[list[Condition], list[str]]:
-    """The conditions joined by AND and OR, without parentheses, and the words between them. AND joins the trees."""
+    """The conditions that AND and OR connect, and these connectives. The trees themselves are connected by AND."""
     exp = sqlglot().exp
     found: list[Condition] = []
     words: list[str] = []
@@ -169,15 +169,15 @@ def conditions(*trees: Node) -> tuple[list[Condition], list[str]]:
 
 @dataclass(frozen=True)
 class Scope:
-    """What names mean inside one SELECT: aliases to tables, and the scope around it."""
+    """How names resolve inside one SELECT: aliases to tables, then the enclosing scope."""
 
     schema: Schema
-    tables: dict[str, str | None]  # alias to table, in the order of FROM; None for a nested query
+    tables: dict[str, str | None]  # alias -> table, in the order of FROM; None for a nested query
     outer: Scope | None = None
     nested: dict[str, str] = field(default_factory=dict)
 
     def column(self, name: str, alias: str, quoted: bool) -> str:
-        """The full name of a column, the one that stands for all it is tied to; a text in double quotes is a value."""
+        """The full name of a column. Columns tied by foreign keys share one name; an unknown name in double quotes is a value."""
         name, alias = name.lower(), alias.lower()
         scope: Scope | None = self
         while scope:
@@ -193,13 +193,13 @@ Clauses = tuple[Any, ...]
 
 
 def clauses(tree: Node, schema: Schema, outer: Scope | None = None) -> Clauses:
-    """The clauses of a query, as texts in tuples that can be compared."""
+    """The clauses of a query as comparable tuples of texts."""
     nested = sorted(f"{cte.alias.lower()} {_digest(cte.this, schema)}" for cte in bare(tree).ctes)
     return (*nested, *((operator, *_select_clauses(select, schema, outer)) for operator, select in selects(tree)))
 
 
 def _digest(tree: Node, schema: Schema, outer: Scope | None = None) -> str:
-    """A nested query's clauses as one short text."""
+    """A digest of a nested query's clauses."""
     return sha256(repr(clauses(tree, schema, outer)).encode("utf-8", "backslashreplace")).hexdigest()
 
 
@@ -209,7 +209,7 @@ def _select_clauses(select: Select, schema: Schema, outer: Scope | None) -> Clau
     having, having_words = select.having
     on, on_words = select.on
     order = select.order.expressions if select.order else ()
-    directions = [item.args["desc"] for item in order if item.args.get("desc") is not None]  # those that are written
+    directions = [item.args["desc"] for item in order if item.args.get("desc") is not None]  # explicit ones
     return (
         sorted(_text(column, scope) for column in select.columns),
         sorted(_table(table, scope) for table in select.tables),
@@ -238,7 +238,7 @@ def _table(table: Node, scope: Scope) -> str:
 
 
 def _condition(condition: Condition, scope: Scope) -> str:
-    """A condition as text: of what it compares with only nested queries count."""
+    """A condition as text: its operator, its first operand, and the nested queries among the others."""
     tree = condition.tree
     nested = [_digest(query, scope.schema, scope) for query in condition.nested]
     first = "" if isinstance(tree, sqlglot().exp.Exists) else _text(tree.args.get("this"), scope)
@@ -247,11 +247,11 @@ def _condition(condition: Condition, scope: Scope) -> str:
 
 def _key_words(found: list[Condition], words: list[str]) -> list[str]:
     keys = {_WORDS.get(condition.tree.key, "") for condition in found}
-    return sorted({*keys, *(word for word in words if word == "or"), *("not" for each in found if each.negated)})
+    return sorted({*keys, *(word for word in words if word == "or"), *("not" for condition in found if condition.negated)})
 
 
 def _text(node: Any, scope: Scope) -> str:
-    """An expression as text, with full column names; without aliases, parentheses, DISTINCT and values."""
+    """An expression as text with full column names, without aliases, parentheses, DISTINCT and values."""
     exp = sqlglot().exp
     if not isinstance(node, exp.Expression):
         return str(node).lower()

@@ -1,12 +1,12 @@
-"""Spider's hardness levels (Yu et al. 2018), counted as the official evaluator counts."""
+"""Spider's hardness levels (Yu et al. 2018), counted as in the official evaluator."""
 
 from cllm.scoring.sql_clauses import Condition, Select, bare, parse, selects, sqlglot
 
 
 def hardness(query: str) -> str:
-    """The level of a gold query. Raises ParseFailure when it cannot be read.
+    """The hardness level of a gold query: easy, medium, hard or extra. Raises ParseFailure if it cannot be parsed.
 
-    Only the outermost query counts, and of a compound query only its first SELECT.
+    Only the outermost query counts; of a compound query, only the first SELECT.
     """
     parts = selects(parse(query))
     first = parts[0][1]
@@ -26,7 +26,7 @@ def _all_conditions(select: Select) -> list[Condition]:
 
 
 def _clauses(select: Select) -> int:
-    """WHERE, GROUP BY, ORDER BY, LIMIT, and every JOIN, OR and LIKE."""
+    """The number of clauses: WHERE, GROUP BY, ORDER BY, LIMIT, and every JOIN, OR and LIKE."""
     words = [*select.on[1], *select.where[1], *select.having[1]]
     likes = sum(condition.tree.key == "like" for condition in _all_conditions(select))
     present = [bool(select.where[0]), bool(select.group), bool(select.order), select.limit]
@@ -34,9 +34,9 @@ def _clauses(select: Select) -> int:
 
 
 def _others(select: Select) -> int:
-    """How many of these there are more than one of: aggregates, columns, conditions of WHERE, columns of GROUP BY.
+    """How many of these occur more than once: aggregates, columns, conditions of WHERE, columns of GROUP BY.
 
-    The official evaluator takes a negated condition, and every AND or OR of HAVING, for an aggregate.
+    As in the official evaluator, negated conditions and connectives in HAVING count as aggregates.
     """
     ordered = select.order.expressions if select.order else []
     aggregates = sum(map(_is_aggregate, select.columns)) + sum(_aggregates(item.this) for item in ordered)
@@ -52,7 +52,7 @@ def _is_aggregate(node: object) -> bool:
 
 
 def _aggregates(node: object) -> int:
-    """Aggregates in an item of ORDER BY: the item itself, or both sides of an operator."""
+    """The number of aggregates in an item of ORDER BY: the item itself, or both sides of an operator."""
     exp = sqlglot().exp
     inner = bare(node)
     sides = [inner.this, inner.expression] if isinstance(inner, exp.Binary) else [inner]

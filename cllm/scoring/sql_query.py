@@ -1,7 +1,7 @@
-"""Running one untrusted query on an SQLite file: it can read that file, and do nothing else.
+"""Running one untrusted query on an SQLite file, which it can read and nothing else.
 
-The file is opened read-only and immutable. An authorizer lets a statement select, read and call functions, and nothing
-more. Time, rows, text and memory are limited, and nothing is written to temporary files.
+The file is opened read-only and immutable. An authorizer allows a statement only to select, read and call functions. Time,
+rows, text and memory are limited, and no temporary files are written.
 """
 
 import re
@@ -18,12 +18,12 @@ from cllm.errors import UsageError
 Row = tuple[Any, ...]
 
 LONGEST_QUERY = 20_000  # characters
-MEMORY = 512 << 20  # bytes of SQLite's heap, of the whole process; more is an error of the query
-LONGEST_VALUE = 100_000  # bytes of one value or row; instr() of more could take minutes, and cannot be interrupted
-_STEPS = 1000  # virtual machine instructions between two looks at the clock
+MEMORY = 512 << 20  # bytes of SQLite's heap in the whole process; a query that needs more fails
+LONGEST_VALUE = 100_000  # bytes of one value or row; instr() on more could run for minutes and cannot be interrupted
+_STEPS = 1000  # virtual machine instructions between two checks of the clock
 _ALLOWED = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
 _HARMFUL = ("load_extension", "fts3_tokenizer", "readfile", "writefile", "edit")
-_ENDLESS = ("randomblob", "zeroblob", "printf", "format")  # one call can take minutes, and cannot be interrupted
+_ENDLESS = ("randomblob", "zeroblob", "printf", "format")  # one call can run for minutes and cannot be interrupted
 _MALFORMED = re.compile("syntax error|incomplete input|unrecognized token|one statement|null character")
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: LONGEST_VALUE,
@@ -35,20 +35,20 @@ _LIMITS = {
 
 
 class QueryError(ValueError):
-    """A query that did not run to its end, and why."""
+    """A query that failed or was stopped; the message says why."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one query may take."""
+    """The resources that one query may use."""
 
     seconds: float = 10.0
     rows: int = 100_000
-    size: int = 50_000_000  # characters and bytes of all text and blobs of the result
+    size: int = 50_000_000  # characters of text plus bytes of blobs in the result
 
 
 def is_query(text: str) -> bool:
-    """Whether SQLite can read a text as one statement; what it names need not exist. Nothing is run."""
+    """Whether SQLite can parse a text as one statement. The names in it need not exist, and nothing is run."""
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.set_authorizer(_authorize)
         try:
@@ -63,8 +63,9 @@ def run_query(file: Path, query: str, limits: Limits = Limits()) -> list[Row]:
     """The rows of one query on one SQLite file.
 
     Raises:
-        QueryError: when it is no single statement that gives rows, fails, tries more than reading, or takes too much.
-        UsageError: when the file is missing or not an SQLite database.
+        QueryError: the text is not a single statement that gives rows, or it fails, tries more than reading, or exceeds a
+            limit.
+        UsageError: the file is missing or not an SQLite database.
     """
     if len(query) > LONGEST_QUERY:
         raise QueryError(f"longer than {LONGEST_QUERY} characters")
@@ -77,7 +78,7 @@ def run_query(file: Path, query: str, limits: Limits = Limits()) -> list[Row]:
 
 
 def tables_read(file: Path, query: str) -> set[str]:
-    """The names of the tables that a query reads, as the database spells them. Raises as :func:`run_query` does."""
+    """The tables that a query reads, as the database spells them. Raises as :func:`run_query` does."""
     names: set[str] = set()
 
     def note(action: int, first: str | None, *rest: str | None) -> int:
@@ -99,15 +100,15 @@ def is_empty(file: Path, table: str) -> bool:
 
 
 def quoted(name: str) -> str:
-    """A name as SQL writes it."""
+    """A name as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
 @contextmanager
 def connect(file: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that cannot write to the file; for queries of others, :func:`run_query` guards it further.
+    """A read-only connection. For untrusted queries use :func:`run_query`, which restricts it further.
 
-    Raises UsageError for what is no database.
+    Raises UsageError if the file is not an SQLite database.
     """
     if not file.is_file():
         raise UsageError(f"no such database file: {file}")
@@ -130,11 +131,11 @@ def connect(file: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def _query_errors() -> Iterator[None]:
-    """Turns everything that a query can bring about into QueryError."""
+    """Turn every error that a query can cause into QueryError."""
     try:
         yield
     except MemoryError as error:
-        raise QueryError("takes too much memory") from error
+        raise QueryError("needs too much memory") from error
     except (sqlite3.Error, sqlite3.Warning, OverflowError) as error:
         raise QueryError(str(error)) from error
     except ValueError as error:
@@ -143,7 +144,7 @@ def _query_errors() -> Iterator[None]:
 
 def _fetch(cursor: sqlite3.Cursor, limits: Limits) -> list[Row]:
     if cursor.description is None:
-        raise QueryError("no query")
+        raise QueryError("not a query")
     rows: list[Row] = []
     size = 0
     for row in cursor:

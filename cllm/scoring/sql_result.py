@@ -1,7 +1,7 @@
-"""When two query results are the same, by the rules of the official test-suite evaluator (Zhong et al. 2020).
+"""Equality of query results by the rules of the official test-suite evaluator (Zhong et al. 2020).
 
-Rows are compared as a multiset, or as a list where order matters, under any order of the columns. Values are equal
-where Python says so: 1 equals 1.0 and not '1'; NULL equals NULL.
+Rows are compared as a multiset, or as a list where order matters, under any permutation of the columns. Values compare as in
+Python: 1 equals 1.0 but not '1'; NULL equals NULL.
 """
 
 from collections import Counter
@@ -9,27 +9,27 @@ from collections.abc import Hashable, Sequence
 
 from cllm.scoring.sql_query import Row
 
-_TRIES = 100_000  # column orders looked at; results that need more do not exist outside of attacks
+_TRIES = 100_000  # column orders tried; only an attack needs more
 
 
 def same_result(gold: Sequence[Row], other: Sequence[Row], ordered: bool) -> bool:
-    """Whether the two results are the same in the order of columns that fits best. Two empty ones are."""
+    """Whether two results are equal under some permutation of the columns. Two empty results are equal."""
     if len(gold) != len(other):
         return False
     if not gold:
         return True
     if len(gold[0]) != len(other[0]) or not _same_bags(gold, other, ordered):
         return False
-    if ordered:  # each column is a list of its own, so columns pair off without a search
+    if ordered:  # columns can be compared independently, without a search
         return Counter(zip(*gold)) == Counter(zip(*other))
     return _Columns(gold, other).match()
 
 
 def _same_bags(gold: Sequence[Row], other: Sequence[Row], ordered: bool) -> bool:
-    """Whether the rows, each taken as a bag of values, are the same.
+    """Whether the rows, each taken as a multiset of values, are the same.
 
-    As in the official evaluator a bag is sorted by text and type. That parts rows such as (1, 10) and (1.0, 10), which
-    are equal as numbers; it is kept, so that figures can be compared.
+    As in the official evaluator, a multiset is sorted by text and type. This separates rows such as (1, 10) and (1.0, 10),
+    which are equal as numbers; it is kept for comparability of figures.
     """
     bags, others = [_bag(row) for row in gold], [_bag(row) for row in other]
     return bags == others if ordered else set(bags) == set(others)
@@ -40,9 +40,10 @@ def _bag(row: Row) -> Row:
 
 
 class _Columns:
-    """The search for an order of the columns under which two results are equal as multisets of rows.
+    """Searches for a permutation of the columns under which two results are equal as multisets of rows.
 
-    The first columns of a row, taken together, are written as one number, the same in both results.
+    It matches columns one by one. The values of a row in the columns matched so far are encoded as one number, with the same
+    encoding in both results.
     """
 
     def __init__(self, gold: Sequence[Row], other: Sequence[Row]) -> None:
@@ -53,11 +54,12 @@ class _Columns:
         self._tries = _TRIES
 
     def match(self) -> bool:
+        """Whether there is such a permutation."""
         rows = [0] * len(self._gold[0])
         return self._extend(0, frozenset(), rows, rows)
 
     def _extend(self, at: int, used: frozenset[int], gold: list[int], other: list[int]) -> bool:
-        """Whether the first ``at`` columns, given as a number per row, can be completed."""
+        """Whether a match of the first ``at`` columns, encoded as a number per row, can be completed."""
         if at == len(self._gold):
             return True
         numbers: dict[Hashable, int] = {}

@@ -1,4 +1,4 @@
-"""The tables and columns of a database, from its SQLite file or from Spider's ``tables.json``."""
+"""Tables and columns of a database, from its SQLite file or Spider's ``tables.json``."""
 
 import json
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from cllm.files import open_text
 from cllm.scoring.sql_query import connect
 
 Column = tuple[str, str]  # table and column, in lower case
-_OWN = "sqlite_"  # SQLite's own tables, such as sqlite_sequence; not every copy of a database has them
+_INTERNAL = "sqlite_"  # prefix of SQLite's internal tables, such as sqlite_sequence; not every copy of a database has them
 
 
 @dataclass(frozen=True)
 class Schema:
-    """Tables and their columns in the database's own order and spelling, without SQLite's own tables."""
+    """Tables and their columns in the database's order and spelling, without SQLite's internal tables."""
 
     tables: Mapping[str, tuple[str, ...]]
     foreign_keys: tuple[tuple[Column, Column], ...] = ()
-    same: Mapping[Column, Column] = field(init=False, compare=False)  # columns tied by foreign keys, to one of them
+    same: Mapping[Column, Column] = field(init=False, compare=False)  # a column to the representative of those tied to it by foreign keys
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "same", _tied(self.foreign_keys))
 
     def columns(self, table: str) -> tuple[str, ...] | None:
-        """The columns of a table in lower case; None where there is no such table."""
+        """The columns of a table in lower case; None if there is no such table."""
         for name, columns in self.tables.items():
             if name.lower() == table.lower():
                 return tuple(column.lower() for column in columns)
@@ -34,10 +34,10 @@ class Schema:
 
 
 def schema_of_file(file: Path) -> Schema:
-    """The schema of an SQLite file. Raises UsageError when it is none."""
+    """The schema of an SQLite file. Raises UsageError if it is not an SQLite database."""
     with connect(file) as connection:
         rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-        names = [name for (name,) in rows if not name.startswith(_OWN)]
+        names = [name for (name,) in rows if not name.startswith(_INTERNAL)]
         facts = {name: connection.execute("SELECT name, pk FROM pragma_table_info(?)", (name,)).fetchall() for name in names}
         keys = {
             name: connection.execute('SELECT "from", "table", "to", seq FROM pragma_foreign_key_list(?)', (name,)).fetchall()
@@ -56,23 +56,25 @@ def schema_of_file(file: Path) -> Schema:
 
 
 def schemas_of_json(path: Path) -> dict[str, Schema]:
-    """The schemas in a ``tables.json``, plain or ``.gz``, by database. Raises UsageError when it is none."""
+    """The schemas in a ``tables.json``, plain or ``.gz``, by database id. Raises UsageError if it is malformed."""
     with open_text(path) as file:
         try:
             return {entry["db_id"]: _entry(entry) for entry in json.load(file)}
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise UsageError(f"not a tables.json of Spider: {path} ({type(error).__name__}: {error})") from error
+            raise UsageError(f"not a Spider tables.json: {path} ({type(error).__name__}: {error})") from error
 
 
 def _entry(entry: Mapping[str, Any]) -> Schema:
     names, columns = entry["table_names_original"], entry["column_names_original"]
-    tables = {name: tuple(column for owner, column in columns if owner == at) for at, name in enumerate(names) if not name.startswith(_OWN)}
+    tables = {
+        name: tuple(column for owner, column in columns if owner == at) for at, name in enumerate(names) if not name.startswith(_INTERNAL)
+    }
     full = [(names[owner].lower(), column.lower()) for owner, column in columns]
     return Schema(tables, tuple((full[one], full[other]) for one, other in entry.get("foreign_keys", ())))
 
 
 def _tied(foreign_keys: tuple[tuple[Column, Column], ...]) -> dict[Column, Column]:
-    """Each column that has to do with a foreign key, and one column that stands for all it is tied to."""
+    """Each column of a foreign key, mapped to the representative of all columns tied to it."""
     groups: list[set[Column]] = []
     for pair in foreign_keys:
         touched = [group for group in groups if group & set(pair)]

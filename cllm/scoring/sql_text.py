@@ -1,11 +1,11 @@
-"""SQL as text: its pieces, and the query that a chatty reply holds."""
+"""SQL as text: lexemes, and extracting the query from a chatty reply."""
 
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from cllm.scoring.reply import parts
+from cllm.scoring.reply import answer_candidates
 from cllm.scoring.sql_query import LONGEST_QUERY, is_query
 
 _PIECE = re.compile(
@@ -23,14 +23,14 @@ _FLAGS = re.IGNORECASE | re.VERBOSE
 _OPENING = re.compile(rf"""(?:^|[:`*"']|<\w[^<>\n]*>)[ \t]*\(*(?P<sql>{_STATEMENT})""", _FLAGS | re.MULTILINE)
 _INTRODUCTION = re.compile(r"SELECT\s+the\b|[^\n]*:[ \t]*$", re.IGNORECASE | re.MULTILINE)  # "Select names from it:"
 _QUOTED = "(?:[^{0}]*{0}[^{0}]*{0})*?[^{0}]*(?={0}[.,;:!?)}}\\]*]*(?:\\s|\\Z))"  # up to a closing quote; inner ones are pairs
-_INSIDE = {  # by what stands before a statement, what reaches up to its counterpart
+_INSIDE = {  # opening character before a statement -> what extends up to its counterpart
     "`": re.compile("[^`]*"),
     ">": re.compile(".*?(?=</)", re.DOTALL),
     "*": re.compile(r".*?(?=\*\*|\*\.?\s*\Z)", re.DOTALL),
     '"': re.compile(_QUOTED.format('"')),
     "'": re.compile(_QUOTED.format("'")),
 }
-_INLINE = re.compile(  # in small letters only what is no prose such as "to select one from the list"
+_INLINE = re.compile(  # lower case only where it cannot be prose such as "to select one from the list"
     r"""\b(?:SELECT\b | select\s+(?:distinct\b | \* | \w+\s*\( | [\w.]+\s*,
       | (?!(?:all|any|data|everything|it|one|rows|some|them)\b)[\w.]+\s+from\s+(?!(?:a|each|the|this|these|your)\b)))""",
     re.VERBOSE,
@@ -61,29 +61,29 @@ _SENTENCE_GOES_ON = re.compile(
     re.VERBOSE,
 )
 _JSON = re.compile(r"""[\[{]\s*["\[{]""")
-_TRIES = 8  # at JSON, and at the end of a query inside a sentence
+_TRIES = 8  # attempts at parsing JSON, and at finding the end of a query inside a sentence
 _FULL_STOP = re.compile(rf"\.(?:[ \t]*(?:\n|\Z)|\s+{_SENTENCE})")
 
 
-def pieces(sql: str) -> Iterator[str]:
-    """Cut SQL into words, white space, single characters, and quoted texts and comments as one piece each."""
+def lexemes(sql: str) -> Iterator[str]:
+    """Split SQL into words, white space, single characters, quoted texts and comments."""
     return (match[0] for match in _PIECE.finditer(sql))
 
 
 def without_distinct(sql: str) -> str:
-    """SQL without the word DISTINCT, wherever it stands outside of quotes."""
-    return "".join(piece for piece in pieces(sql) if piece.lower() != "distinct")
+    """SQL without the word DISTINCT outside of quotes and comments."""
+    return "".join(lexeme for lexeme in lexemes(sql) if lexeme.lower() != "distinct")
 
 
-def find_sql(reply: str) -> str:
-    """The SQL in a reply, or "" where there is none.
+def extract_sql(reply: str) -> str:
+    """The SQL in a reply, or "" if there is none.
 
-    It is in the texts of a JSON answer, in the first fenced block that has a statement, or else before the first fence. It
-    starts at the first statement that begins a line or follows a colon, quotes or a tag, and ends with these, at ``;``, at a
-    full stop, at a blank line, at a line of prose or where a sentence goes on. Where another statement follows ``;`` it is
-    kept: several statements are no answer, and choosing one would hide that.
+    It is searched for in the texts of a JSON answer, in the first fenced block with a statement, then before the first fence.
+    It starts at the first statement that begins a line or follows a colon, quote or tag. It ends at the closing counterpart,
+    ``;``, a full stop, a blank line, a line of prose, or where a sentence resumes. A further statement after ``;`` is kept:
+    several statements are not an answer, and picking one would hide that.
     """
-    return next(filter(None, (_find(part[:_LONGEST_REPLY]) for part in parts(reply))), "")
+    return next(filter(None, (_find(part[:_LONGEST_REPLY]) for part in answer_candidates(reply))), "")
 
 
 def _find(text: str) -> str:
@@ -93,28 +93,28 @@ def _find(text: str) -> str:
 
 
 def _in_json(text: str) -> str:
-    """The SQL in the first JSON value of a text that holds some, under a name such as "sql" or "query" if there is one."""
+    """The SQL in the first JSON value of a text that has any, preferably under a name such as "sql" or "query"."""
     for opening in [*_JSON.finditer(text)][:_TRIES]:
         try:
             value, _ = json.JSONDecoder(strict=False).raw_decode(text, opening.start())
         except (ValueError, RecursionError):
             continue
         texts = sorted(_texts(value), key=lambda named: not re.search("sql|query", named[0], re.IGNORECASE))
-        if found := next(filter(None, (_find(each) for _, each in texts)), ""):
+        if found := next(filter(None, (_find(text) for _, text in texts)), ""):
             return found
     return ""
 
 
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """The texts in a JSON value, each with the name that it goes by."""
+    """(name, text) for each text in a JSON value."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, list):
-        for each in value:
-            yield from _texts(each, name)
+        for item in value:
+            yield from _texts(item, name)
     elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _texts(each, key)
+        for key, item in value.items():
+            yield from _texts(item, key)
 
 
 def _without_language(block: str) -> str:
@@ -137,36 +137,36 @@ def _statement(text: str) -> str:
 
 
 def _without_sentence(sql: str) -> str:
-    """What a sentence says of a query left out; what is no query even then stays as it is."""
+    """The query without the rest of the sentence it stands in; unchanged if that does not give a query."""
     places = [match.start() for match in _SENTENCE_GOES_ON.finditer(sql)][:_TRIES]
     return next((sql[:place] for place in places if is_query(sql[:place])), sql)
 
 
 def _inline(text: str) -> int | None:
-    """Where a SELECT starts in the middle of a line."""
+    """Where a SELECT starts in the middle of a line, or None."""
     found = _INLINE.search(text)
     return found.start() if found and re.search(r"\bFROM\b", text[found.start() :], re.IGNORECASE) else None
 
 
 def _end(sql: str, enclosed: bool) -> int:
-    """Where the statement that a text starts with ends; the end of the text if another statement follows.
+    """Where the statement at the start of ``sql`` ends; the end of the text if another statement follows.
 
-    ``enclosed``: a parenthesis was opened before it.
+    ``enclosed``: a parenthesis was opened before the statement.
     """
     at = depth = 0
-    for piece in pieces(sql):
-        if piece == ";":
+    for lexeme in lexemes(sql):
+        if lexeme == ";":
             return len(sql) if _NEXT_STATEMENT.match(sql, at + 1) else at
-        if piece == "." and _FULL_STOP.match(sql, at):
+        if lexeme == "." and _FULL_STOP.match(sql, at):
             return at
-        depth += {"(": 1, ")": -1}.get(piece, 0)
+        depth += {"(": 1, ")": -1}.get(lexeme, 0)
         if enclosed and depth < 0 and not _CONTINUED.match(sql[at + 1 :].lstrip()):
             return at
-        if "\n" in piece and piece.isspace():
-            gap = _BREAK.search(piece)
-            if gap and depth <= 0 and not _CONTINUED.match(sql, at + len(piece)):
+        if "\n" in lexeme and lexeme.isspace():
+            gap = _BREAK.search(lexeme)
+            if gap and depth <= 0 and not _CONTINUED.match(sql, at + len(lexeme)):
                 return at
-            if _PROSE.match(sql, at + piece.rindex("\n")):
+            if _PROSE.match(sql, at + lexeme.rindex("\n")):
                 return at
-        at += len(piece)
+        at += len(lexeme)
     return at

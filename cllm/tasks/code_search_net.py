@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Self
 from cllm.errors import UsageError
 from cllm.files import write_text
 from cllm.scoring import sandbox
-from cllm.scoring.code_extraction import completion, find_program
+from cllm.scoring.code_extraction import completion, extract_program
 from cllm.scoring.pass_at_k import USUAL_K, mean_pass_at_k
 from cllm.scoring.sandbox import Limits, Program, Verdict
 from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Review, Task, read_each, text_field
@@ -265,7 +265,7 @@ def _completion(reply: str, target: Mapping[str, Any]) -> str:
         return reply
     if target["prompt"]:
         return completion(reply, target["prompt"], target["entry_point"])
-    program = find_program(reply, target["entry_point"])
+    program = extract_program(reply, target["entry_point"])
     return reply if program is None else program + "\n"
 
 

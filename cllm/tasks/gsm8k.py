@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from cllm.scoring.numerals import CURRENCY, NUMBER, plain_numbers, scaled_numbers
-from cllm.scoring.reply import parts
+from cllm.scoring.reply import answer_candidates
 from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, read_each, text_field
 
 _SIGN = rf"(?:(?<![\w.)\]}}%])-(?=[{CURRENCY}]?\.?[0-9]))?"  # a minus after a word, number or bracket is an operator
@@ -78,7 +78,7 @@ class Gsm8k(Task):
         ``strict``: GSM8K's own rule; the first ``#### number`` of the reply is the target, letter for letter.
         """
         answers = dict.fromkeys([final_answer(reply), final_answer(reply, scaled=True)])
-        strict = next(filter(None, map(_strict_answer, parts(reply))), None)
+        strict = next(filter(None, map(_strict_answer, answer_candidates(reply))), None)
         return {
             "accuracy": any(answer is not None and equal_numbers(example.target, answer) for answer in answers),
             "strict": strict == example.target,
@@ -127,7 +127,7 @@ def final_answer(reply: str, scaled: bool = False) -> str | None:
     ``Final answer: 18``, ``Answer: 18`` where no other number follows, any number. Money signs, units, thousands commas and
     what follows the number are dropped; of an equation the right side counts. ``scaled``: "million" and the like multiply it.
     """
-    texts = map(plain_numbers, parts(reply))
+    texts = map(plain_numbers, answer_candidates(reply))
     return next(filter(None, map(_find_answer, map(scaled_numbers, texts) if scaled else texts)), None)
 
 

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Self
 
 from cllm.errors import UsageError
 from cllm.files import read_rows
-from cllm.scoring.sql import Judge
+from cllm.scoring.sql import SqlJudge
 from cllm.scoring.sql_clauses import ParseFailure, same_clauses, sqlglot
 from cllm.scoring.sql_hardness import hardness
 from cllm.scoring.sql_query import Limits
 from cllm.scoring.sql_schema import Schema, schema_of_file, schemas_of_json
-from cllm.scoring.sql_text import find_sql
+from cllm.scoring.sql_text import extract_sql
 from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, read_each, text_field
 
 INSTRUCTION = "Could you translate the following question into SQL. Please only generate SQL, don't include explanation in the answer."
@@ -65,7 +65,7 @@ class Spider(Task):
         "['Singer_ID', 'Name', 'Country', 'Age'], Question: How many singers are from France?"
     )
 
-    def __init__(self, databases: Path | None = None, judge: Judge | None = None, *, keep_empty: bool = False) -> None:
+    def __init__(self, databases: Path | None = None, judge: SqlJudge | None = None, *, keep_empty: bool = False) -> None:
         tables = None if databases is None else _tables(databases) or _tables(databases.parent)
         self._schemas = Schemas(databases, tables)
         self._judge = judge  # set where replies are to be judged, and then rows that cannot be are passed over
@@ -94,7 +94,7 @@ class Spider(Task):
         schema = row.get("schema_text") or self._schema_text(database)
         if schema is None:
             return BadRow(number, "no schema of the database", database)
-        if self._judge and (unfit := self._judge.unfit(database, query, keep_empty=self._keep_empty)):
+        if self._judge and (unfit := self._judge.gold_problem(database, query, keep_empty=self._keep_empty)):
             return BadRow(number, *unfit)
         prompt = f"{INSTRUCTION} {schema}Question: {question}"
         target = {"db_id": database, "query": query}
@@ -117,12 +117,12 @@ class Spider(Task):
         """
         if self._judge is None:
             raise UsageError("Spider is judged by running queries: it needs the databases")
-        database, gold, query = example.target["db_id"], example.target["query"], find_sql(reply)
+        database, gold, query = example.target["db_id"], example.target["query"], extract_sql(reply)
         key = database, gold, query
         if key not in self._scores:
             schema = _schema_of_file(self._judge.variants(database)[0])
             self._scores[key] = {
-                "execution_accuracy": self._judge.right(database, gold, query),
+                "execution_accuracy": self._judge.is_correct(database, gold, query),
                 "exact_set_match": same_clauses(gold, query, schema),
             }
         return dict(self._scores[key])
@@ -157,7 +157,7 @@ class Spider(Task):
                 "or as --filename a Spider folder that has database/"
             )
         sqlglot()
-        judge = Judge(databases, args.keep_distinct, Limits(args.sql_seconds))
+        judge = SqlJudge(databases, args.keep_distinct, Limits(args.sql_seconds))
         return type(self)(databases, judge, keep_empty=args.keep_empty)
 
     def scoring_settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The options of a training run: all of ``transformers.TrainingArguments``, and those of the objective."""
+"""Options of a training run: those of ``transformers.TrainingArguments`` and those of the objective."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, cast
 from transformers import SchedulerType, TrainingArguments
 
 from cllm.errors import UsageError, check_minimums
-from cllm.training.examples import Consistency, Sampling, StateChoice
+from cllm.training.examples import Consistency, StateChoice, StateSampling
 from cllm.training.objective import DIVERGENCES
 
-CHOICES = {
+ALLOWED = {
     "consistency": ("global", "local"),
     "teacher": ("target", "self"),
     "ar_loss": ("target", "fixed_point", "labels"),
     "divergence": tuple(DIVERGENCES),
     "state_choice": ("uniform", "noise"),
 }
-OBJECTIVE = (  # what a checkpoint's record says of how it was trained
+OBJECTIVE_FIELDS = (  # recorded in the checkpoint
     "consistency",
     "divergence",
     "states_per_block",
@@ -30,16 +30,16 @@ OBJECTIVE = (  # what a checkpoint's record says of how it was trained
     "distance_decay",
     "label_smoothing_factor",
 )
-NO_CHECKPOINTING = (  # why
-    "it forwards blocks a second time without the cache that lossless training keeps the clean text in; leave it out, "
-    "activations are kept of the blocks alone"
+NO_CHECKPOINTING = (  # the reason in error messages
+    "it would forward blocks a second time without the cached clean text; leave it out, since only the blocks' activations "
+    "are stored anyway"
 )
 LOSSLESS_OBJECTIVE = ("divergence", "states_per_block", "distance_decay", "on_policy")
 
 
 @dataclass
 class ConsistencyArguments(TrainingArguments):
-    """Of the consistency term, which every objective has."""
+    """Options of the consistency term, which every objective has. Raises UsageError for a value that is not allowed."""
 
     states_per_block: int = field(
         default=1, metadata={"help": "states drawn from each trajectory per epoch; they share the cost of the clean text"}
@@ -48,14 +48,14 @@ class ConsistencyArguments(TrainingArguments):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "of the consistency term: forward_kl (the paper), reverse_kl, hard (cross-entropy on the teacher's "
-            "likeliest token) or total_variation"
+            "help": "divergence of the consistency term: forward_kl (the paper), reverse_kl, hard (cross-entropy on the "
+            "teacher's likeliest token) or total_variation"
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in CHOICES.items():
+        for name, allowed in ALLOWED.items():
             if getattr(self, name, allowed[0]) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 < self.distance_decay <= 1:
@@ -66,21 +66,25 @@ class ConsistencyArguments(TrainingArguments):
 
 @dataclass
 class CllmTrainingArguments(ConsistencyArguments):
-    """Defaults are faster and keep the text better than the paper's objective at equal training tokens (docs/training.md)."""
+    """Options of training all weights or LoRA.
+
+    At equal training tokens the defaults give a faster model than the paper's objective and change its text less
+    (docs/benchmarks/training.md). Raises UsageError for a value that is not allowed.
+    """
 
     consistency: str = field(
         default="global",
-        metadata={"help": "global: towards the fixed point; local: towards the next state (paper, section 3.2)"},
+        metadata={"help": "what a state learns to predict: global, the fixed point; local, the next state (paper, section 3.2)"},
     )
     teacher: str = field(
         default="target",
-        metadata={"help": "whose distribution the states learn: the frozen target model's, or self (the paper)"},
+        metadata={"help": "whose distribution the states learn: target (the frozen target model) or self (the paper)"},
     )
     ar_loss: str = field(
         default="target",
         metadata={
-            "help": "what keeps the model's own text good: target (KL to the frozen target model), fixed_point (cross-entropy "
-            "on its responses, the paper) or labels (cross-entropy on the dataset's answers)"
+            "help": "what preserves the model's text: target (KL to the frozen target model), fixed_point (cross-entropy on "
+            "its responses, the paper) or labels (cross-entropy on the dataset's answers)"
         },
     )
     use_gt_labels: bool = field(default=False, metadata={"help": "the paper's name for --ar_loss labels"})
@@ -88,16 +92,16 @@ class CllmTrainingArguments(ConsistencyArguments):
     state_choice: str = field(
         default="uniform",
         metadata={
-            "help": "which states are drawn: uniform (the paper) or noise: the share of wrong guesses rises from block to "
-            "block and begins anew, from a random start in every response"
+            "help": "which states are drawn: uniform (the paper), or noise: the share of wrong guesses rises from block to "
+            "block, cyclically, from a random phase per response"
         },
     )
     random_block_size: bool = field(
-        default=False, metadata={"help": "cut the blocks of each response to a width drawn from 1 .. block size"}
+        default=False, metadata={"help": "truncate the blocks of each response to a width drawn from 1 .. block size"}
     )
     max_row_tokens: int = field(
         default=0,
-        metadata={"help": "lay the examples of a batch into rows of at most so many tokens; 0: each into a row of its own"},
+        metadata={"help": "pack the examples of a batch into rows of at most this many tokens; 0: one example per row"},
     )
 
     def __post_init__(self) -> None:
@@ -113,8 +117,9 @@ class CllmTrainingArguments(ConsistencyArguments):
             raise UsageError("label_smoothing_factor needs labels: ar_loss must be fixed_point or labels, got target")
 
     @property
-    def sampling(self) -> Sampling:
-        return Sampling(
+    def state_sampling(self) -> StateSampling:
+        """How states are drawn from trajectories."""
+        return StateSampling(
             cast(Consistency, self.consistency),
             self.states_per_block,
             self.ar_loss == "labels",
@@ -124,33 +129,34 @@ class CllmTrainingArguments(ConsistencyArguments):
 
     @property
     def needs_target(self) -> bool:
+        """Whether the objective reads the frozen target model."""
         return "target" in (self.teacher, self.ar_loss)
 
 
-def _default(name: str, value: Any) -> Any:
-    """Another default for a field of a dataclass above."""
+def _with_default(name: str, value: Any) -> Any:
+    """An inherited field with another default."""
     return field(default=value, metadata=ConsistencyArguments.__dataclass_fields__[name].metadata)
 
 
 @dataclass
 class LosslessTrainingArguments(ConsistencyArguments):
-    """Of the training of a consistency adapter (``cllm train --lossless``)."""
+    """Options of training a consistency adapter (``cllm train --lossless``). Raises UsageError for a value that is not allowed."""
 
-    states_per_block: int = _default("states_per_block", 2)
-    distance_decay: float = _default("distance_decay", 0.8)
+    states_per_block: int = _with_default("states_per_block", 2)
+    distance_decay: float = _with_default("distance_decay", 0.8)
     on_policy: float = field(
-        default=0.5, metadata={"help": "share of the steps whose states the adapter itself first takes one iteration further"}
+        default=0.5, metadata={"help": "share of steps in which the adapter itself first advances the states by one iteration"}
     )
-    learning_rate: float = _default("learning_rate", 2e-3)
-    adam_beta2: float = _default("adam_beta2", 0.95)
-    lr_scheduler_type: SchedulerType | str = _default("lr_scheduler_type", "cosine")
-    warmup_steps: float = _default("warmup_steps", 0.05)
-    train_sampling_strategy: str = _default("train_sampling_strategy", "group_by_length")
+    learning_rate: float = _with_default("learning_rate", 2e-3)
+    adam_beta2: float = _with_default("adam_beta2", 0.95)
+    lr_scheduler_type: SchedulerType | str = _with_default("lr_scheduler_type", "cosine")
+    warmup_steps: float = _with_default("warmup_steps", 0.05)
+    train_sampling_strategy: str = _with_default("train_sampling_strategy", "group_by_length")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.on_policy <= 1:
-            raise UsageError(f"on_policy must be a share of 0 .. 1, got {self.on_policy}")
+            raise UsageError(f"on_policy must be between 0 and 1, got {self.on_policy}")
         if self.label_smoothing_factor:
             raise UsageError("label_smoothing_factor needs labels, and lossless training has none; leave it out")
         if self.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""What both trainers add to ``transformers.Trainer``: losses that are means over the tokens of the global batch.
+"""The base of all trainers: ``transformers.Trainer`` with losses that are means over the tokens of the global batch.
 
 Shapes: B rows, T tokens, H hidden size, L terms of the loss.
 """
@@ -19,68 +19,73 @@ from cllm.errors import UsageError
 from cllm.packing import packed_mask
 from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
-from cllm.training.lora import adapted
+from cllm.training.lora import has_adapter
 from cllm.training.meter import Meter
-from cllm.training.order import LengthGroupedOrder
+from cllm.training.sampler import LengthGroupedSampler
 
 Batch = dict[str, torch.Tensor]
 
 
 class TokenMeanTrainer(Trainer):
-    """Loss = weighted sum of terms, each a mean over the tokens of the global batch (all processes, all accumulated
-    micro-batches), so that its split does not change the gradient.
+    """Loss = weighted sum of terms, each a mean over the tokens of the global batch.
 
-    Logits are made from hidden states where a loss needs them, never for the whole batch. Everything else is the parent's;
-    ``--train_sampling_strategy group_by_length`` gives an order that a resumed run repeats.
+    The global batch is that of all processes and accumulated micro-batches, so splitting it differently leaves the gradient
+    unchanged. Logits are computed only at tokens that a loss reads. ``--train_sampling_strategy group_by_length`` gives an
+    order that a resumed run repeats. Everything else is inherited.
+
+    Raises UsageError for options that cannot work here, and when the loss or the weights stop being finite.
     """
 
-    terms: tuple[str, ...]  # names in the log
+    terms: tuple[str, ...]  # names of the loss terms in the log
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model: PreTrainedModel
         self.model_accepts_loss_kwargs = True  # the loss is divided by the global batch's token counts here
-        self.order: LengthGroupedOrder | None = None
+        self.length_sampler: LengthGroupedSampler | None = None
         self.add_callback(_ProgressCallback(self))
         self.meter = Meter()
         if self.args.use_liger_kernel and (self.args.device.type == "cpu" or not is_liger_kernel_available()):
             raise UsageError("use_liger_kernel needs a GPU and the package liger-kernel; leave it out")
         if self.args.dataloader_persistent_workers:
-            raise UsageError("dataloader_persistent_workers would show every epoch the first one's examples; leave it out")
-        self._verified = False
-        self._parts: list[torch.Tensor] = []  # of every micro-batch since the last log
-        self._steps = 0  # since then
-        self._evaluated: list[torch.Tensor] = []  # sums and counts [2, L] of every batch of an evaluation
+            raise UsageError("dataloader_persistent_workers would repeat the first epoch's examples in every epoch; leave it out")
+        self._head_verified = False
+        self._pending_terms: list[torch.Tensor] = []  # [L] of every micro-batch since the last log
+        self._steps = 0  # since the last log
+        self._eval_totals: list[torch.Tensor] = []  # sums and counts [2, L] of every evaluation batch
 
     # ------------------------------------------------------ for the subclass
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the terms."""
+        """The weight of each term: [L]."""
         return (1.0,) * len(self.terms)
 
     @abstractmethod
     def counts(self, batch: Batch) -> torch.Tensor:
-        """How much a batch weighs in the mean of each term: [L]."""
+        """The denominator of each term's mean for one batch: [L]."""
 
     @abstractmethod
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """The terms of a batch as weighted sums over its tokens: [L]."""
+        """Each term as a weighted sum over the tokens of one batch: [L]."""
 
     @abstractmethod
     def useful_tokens(self, batch: Batch) -> torch.Tensor:
-        """How many tokens of a batch are not padding: []."""
+        """The number of tokens of a batch that are not padding: []."""
 
     def last_hidden(self, model: torch.nn.Module, head: LanguageHead, cache: Cache | None = None, **inputs: Any) -> torch.Tensor:
-        """Last hidden states [B, T, H], through the model's public forward, after what is in ``cache`` and into it."""
+        """Last hidden states [B, T, H] from the model's public forward, which continues and extends ``cache``.
+
+        The first call also checks that ``head`` reproduces the model's logits (:meth:`LanguageHead.verify`).
+        """
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-        asked: list[int] = [] if self._verified else [-1]  # places whose logits the model itself makes
-        inputs["logits_to_keep"] = torch.tensor(asked, dtype=torch.long, device=inputs["input_ids"].device)
+        kept: list[int] = [] if self._head_verified else [-1]  # positions whose logits the model computes
+        inputs["logits_to_keep"] = torch.tensor(kept, dtype=torch.long, device=inputs["input_ids"].device)
         output = model(**inputs, output_hidden_states=True)
         hidden = output.hidden_states[-1]
-        if not self._verified:
+        if not self._head_verified:
             head.verify(hidden[:, -1:], output.logits[:, -1:])
-            self._verified = True
+            self._head_verified = True
         return hidden
 
     def packed_hidden(self, model: torch.nn.Module, batch: Batch, head: LanguageHead) -> torch.Tensor:
@@ -89,7 +94,7 @@ class TokenMeanTrainer(Trainer):
         mask = packed_mask(head.config, layout, layout, head.layer.weight.dtype)
         return self.last_hidden(model, head, input_ids=batch["input_ids"], attention_mask=mask, position_ids=layout.position_BT)
 
-    # ------------------------------------------------- what the parent calls
+    # -------------------------------------------- overridden methods of Trainer
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step and the token counts [L] of the global batch."""
@@ -111,96 +116,97 @@ class TokenMeanTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
-        """The loss of one micro-batch, as its share of the global batch's mean."""
+        """The loss of one micro-batch: its share of the global batch's mean."""
         counts = num_items_in_batch if isinstance(num_items_in_batch, torch.Tensor) else self.counts(inputs)
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes  # gradients are averaged over them
         sums = self.loss_sums(model, inputs)
         parts = processes * _means(sums, counts)
         if model.training:
-            self._parts.append(parts.detach())
+            self._pending_terms.append(parts.detach())
             self.meter.count(inputs["input_ids"].numel(), self.useful_tokens(inputs))
         loss = self._weighted(parts)
         return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluation reports the same loss; :meth:`evaluation_loop` makes one mean of all batches."""
+        """The loss of one evaluation batch; :meth:`evaluation_loop` averages over all of them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self.loss_sums(model, inputs)
-        self._evaluated.append(torch.stack([sums, self.counts(inputs).to(sums)]))
-        return self._weighted(_means(*self._evaluated[-1])), None, None
+        self._eval_totals.append(torch.stack([sums, self.counts(inputs).to(sums)]))
+        return self._weighted(_means(*self._eval_totals[-1])), None, None
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The parent's, with the loss as means over the tokens of the whole set.
+        """The parent's loop; each term of the loss is a mean over the tokens of the whole set.
 
-        Of several processes some see examples of its start again, which fill up the last batches.
+        With several processes, the last batches are filled up with examples from the start of the set, which count again.
         """
-        self._evaluated.clear()
+        self._eval_totals.clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        totals = self.accelerator.reduce(torch.stack(self._evaluated).sum(dim=0), reduction="sum")
+        totals = self.accelerator.reduce(torch.stack(self._eval_totals).sum(dim=0), reduction="sum")
         loss = {f"{metric_key_prefix}_loss": self._weighted(_means(*totals)).item()}
         return output._replace(metrics=(output.metrics or {}) | loss)
 
     def _weighted(self, parts: torch.Tensor) -> torch.Tensor:
-        """The loss [] of its terms [L]."""
+        """The loss [] from its terms [L]."""
         return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
-        """Around all of the loss: it also autocasts what runs outside the prepared model's forward (output layer, target).
+        """Autocast for the whole loss, including what runs outside the prepared model's forward (output layer, target).
 
-        Adapters do not cast their input to float32 meanwhile; autocast would cast it back.
+        Inside it, adapters do not cast their inputs to float32, since autocast would cast them back.
         """
         stack = ExitStack()
         stack.enter_context(self.accelerator.autocast())
-        if self.accelerator.native_amp and adapted(self.model):
+        if self.accelerator.native_amp and has_adapter(self.model):
             from peft.helpers import disable_input_dtype_casting
 
             stack.enter_context(disable_input_dtype_casting(self.model))
         return stack
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to the parent's log, of the steps since the last one: throughput, and the means of the terms if several."""
-        if self._parts and "loss" in logs:
-            mean = self._mean_parts()
+        """The parent's log, plus throughput and (if there are several) the mean of each term since the last log."""
+        if self._pending_terms and "loss" in logs:
+            mean = self._mean_pending_terms()
             if len(self.terms) > 1:
                 logs |= dict(zip(self.terms, mean))
             logs |= self.meter.read(self.accelerator.num_processes)
-            self.forget_parts()
+            self.discard_pending_terms()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's, but nothing is saved of a run that has diverged, and the result of FSDP is whole, not in shards.
+        """Save as the parent does, but never a model that has diverged, and the final result of FSDP unsharded.
 
-        An adapter gets the record beside it, which says how the model is asked and whether the adapter may be merged.
+        Beside an adapter it writes config.json, whose record says how to prompt the model and whether the adapter may be
+        merged. Raises UsageError where the loss or a weight is not finite.
         """
-        self._mean_parts()
-        unfit = [name for name, weight in self.model.named_parameters() if not _finite(weight)]
+        self._mean_pending_terms()
+        unfit = [name for name, weight in self.model.named_parameters() if not _is_finite(weight)]
         if unfit:
             raise self._diverged(f"the weights in {unfit[0]} are")
         if self.is_fsdp_enabled and not _internal_call:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save and adapted(self.model):
+        if self.args.should_save and has_adapter(self.model):
             self.model.config.save_pretrained(str(output_dir or self.args.output_dir))
 
-    def forget_parts(self) -> None:
-        """Nothing of the steps up to here goes into the next log."""
-        self._parts.clear()
+    def discard_pending_terms(self) -> None:
+        """Leave the steps so far out of the next log."""
+        self._pending_terms.clear()
         self._steps = 0
 
-    def _mean_parts(self) -> list[float]:
-        """The terms as means over the steps since the last log, alike on all processes. Raises UsageError where not finite."""
-        if not self._parts:
+    def _mean_pending_terms(self) -> list[float]:
+        """The mean of each term since the last log, the same on all processes. Raises UsageError where it is not finite."""
+        if not self._pending_terms:
             return []
-        mean = self.accelerator.reduce(torch.stack(self._parts).sum(dim=0) / max(self._steps, 1), reduction="mean")
+        mean = self.accelerator.reduce(torch.stack(self._pending_terms).sum(dim=0) / max(self._steps, 1), reduction="mean")
         if not mean.isfinite().all():
             raise self._diverged("the loss is")
         return mean.tolist()
 
     def _diverged(self, what: str) -> UsageError:
         return UsageError(
-            f"{what} not a finite number any more at step {self.state.global_step}, and training has stopped; checkpoints "
-            f"saved before in {self.args.output_dir} are kept. Lower --learning_rate ({self.args.learning_rate:g}) or "
+            f"{what} no longer finite at step {self.state.global_step}, so training has stopped; earlier checkpoints in "
+            f"{self.args.output_dir} are kept. Lower --learning_rate ({self.args.learning_rate:g}) or "
             f"--max_grad_norm ({self.args.max_grad_norm:g}), or raise --warmup_steps"
         )
 
@@ -209,15 +215,15 @@ class TokenMeanTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        self.order = LengthGroupedOrder(dataset, self.args.train_batch_size * self.accelerator.num_processes, seed)
-        return self.order
+        self.length_sampler = LengthGroupedSampler(dataset, self.args.train_batch_size * self.accelerator.num_processes, seed)
+        return self.length_sampler
 
     def _get_eval_sampler(self, eval_dataset: Dataset):
-        return None  # as they come: to group them by length, the parent would have to know what an example is
+        return None  # in order: the parent cannot group by length, since it does not know how long an example is
 
 
-def at(hidden_BTH: torch.Tensor, pairs_M2: torch.Tensor) -> torch.Tensor:
-    """The hidden states [M, H] of tokens that are given by row and column."""
+def hidden_at(hidden_BTH: torch.Tensor, pairs_M2: torch.Tensor) -> torch.Tensor:
+    """Hidden states [M, H] at (row, column) pairs [M, 2]."""
     return hidden_BTH[pairs_M2[:, 0], pairs_M2[:, 1]]
 
 
@@ -225,26 +231,26 @@ def _means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return sums / counts.to(sums.device).clamp(min=1e-9)
 
 
-def _finite(weight: torch.Tensor) -> bool:
-    """Whether all of a weight, or of this process's shard of it, is finite."""
-    own = weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)  # FSDP2, ZeRO-3
-    return bool(own.detach().isfinite().all())
+def _is_finite(weight: torch.Tensor) -> bool:
+    """Whether a weight, or this process's shard of it, is finite."""
+    local = weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)  # FSDP2, ZeRO-3
+    return bool(local.detach().isfinite().all())
 
 
 class _ProgressCallback(TrainerCallback):
-    """Tells dataset and order which epoch it is (data loaders of several processes, or of a resumed run, do not), and the
-    meter when a step ends."""
+    """Sets the epoch of dataset and sampler, which data loaders of several processes or of a resumed run do not, and stops
+    the meter when a step ends."""
 
     def __init__(self, trainer: TokenMeanTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
-        for part in (self.trainer.train_dataset, self.trainer.order):
+        for part in (self.trainer.train_dataset, self.trainer.length_sampler):
             if hasattr(part, "epoch"):
                 part.epoch = epoch
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log and torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # as the log is about to do
+            torch.accelerator.synchronize()  # logging synchronizes anyway
         self.trainer.meter.stop()

@@ -1,6 +1,6 @@
-"""From stored responses to the blocks that a consistency adapter learns to draft from.
+"""Training examples for a consistency adapter: clean texts and the blocks it learns to draft from.
 
-Shapes: B texts, C longest clean text, T longest run of blocks, M tokens that the loss is taken at, D teacher's tokens.
+Shapes: B texts, C longest clean text, T longest run of blocks, M tokens in the loss, D distinct teacher tokens.
 """
 
 from __future__ import annotations
@@ -14,53 +14,58 @@ import torch
 from cllm.attention import LENGTHS, round_up
 from cllm.decoding.guess import FreshGuess
 from cllm.packing import Block, PackedRow, Place, pack
-from cllm.training.examples import ExampleDataset, Sampling, State, draw_states, first_wrong, laid_out
+from cllm.training.examples import ExampleDataset, State, StateSampling, draw_states, first_wrong, layout_fields
 from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryDataset
 
 
 @dataclass(frozen=True)
 class DraftExample:
-    """Clean text and blocks, the right guesses at their front included, as draft tokens have them in decoding."""
+    """Clean text and whole blocks: as in decoding, the leading right guesses are draft tokens as well."""
 
     row: PackedRow
-    wrong: list[int]  # of every block, the place of its first wrong guess
+    first_wrong: list[int]  # per block, the offset of its first wrong guess
 
 
 class DraftDataset(ExampleDataset):
-    """Blocks over stored responses. What is drawn depends on seed, ``epoch`` and row only.
+    """Draft examples over stored responses. What is drawn depends only on seed, ``epoch`` and row.
 
-    ``guess``: what a block starts from whose trajectory holds its fixed point only.
+    ``guess`` draws the starts of blocks whose trajectory holds nothing but the fixed point.
     """
 
     def __init__(
-        self, rows: TrajectoryDataset, states_per_block: int, guess: FreshGuess, seed: int = 0, context: int | None = None
+        self,
+        rows: TrajectoryDataset | Sequence[TrajectoryRow],
+        states_per_block: int,
+        guess: FreshGuess,
+        seed: int = 0,
+        context: int | None = None,
     ) -> None:
-        super().__init__(rows, Sampling(states_per_block=states_per_block), seed, context)
+        super().__init__(rows, StateSampling(states_per_block=states_per_block), seed, context)
         self.guess = guess
 
     def build(self, row: TrajectoryRow, rng: random.Random) -> DraftExample:
-        """Draw states of every block. The response's last token predicts nothing and is left out."""
+        """Draw states of every block. The response's last token predicts nothing, so it is left out."""
         prompt, last = row.prompt_ids, len(row.response_ids) - 1
         blocks, wrong = [], []
-        for start, state, _, fixed in draw_states(self._started(row, rng), rng, self.sampling):
-            tokens, place = state[: last - start], first_wrong(state, fixed)
-            if place < len(tokens):
+        for start, state, _, fixed in draw_states(self._with_starts(row, rng), rng, self.sampling):
+            tokens, offset = state[: last - start], first_wrong(state, fixed)
+            if offset < len(tokens):
                 blocks.append(Block(len(prompt) + start, tokens))
-                wrong.append(place)
-        if not blocks:  # nothing to learn; a right guess gives the forward something to do
+                wrong.append(offset)
+        if not blocks:  # nothing to learn; one right guess keeps the batch's shape valid
             blocks, wrong = [Block(len(prompt), row.response_ids[:1])], [1]
         return DraftExample(PackedRow([*prompt, *row.response_ids[:last]], blocks), wrong)
 
-    def _started(self, row: TrajectoryRow, rng: random.Random) -> TrajectoryRow:
-        """The row with random starts where a trajectory holds its fixed point only."""
+    def _with_starts(self, row: TrajectoryRow, rng: random.Random) -> TrajectoryRow:
+        """The row, with random starts added to trajectories that hold only their fixed point."""
         trajectories = []
         for (start, end), states in zip(row.spans(), row.trajectories, strict=True):
             missing = self.sampling.states_per_block if len(states) == 1 else 0
-            trajectories.append([*(self._start(row, start, end, rng) for _ in range(missing)), *states])
+            trajectories.append([*(self._random_start(row, start, end, rng) for _ in range(missing)), *states])
         return replace(row, trajectories=trajectories)
 
-    def _start(self, row: TrajectoryRow, start: int, end: int, rng: random.Random) -> State:
+    def _random_start(self, row: TrajectoryRow, start: int, end: int, rng: random.Random) -> State:
         known, seed = len(row.prompt_ids) + start, rng.getrandbits(32)
         text, positions = torch.tensor(row.prompt_ids + row.response_ids), torch.arange(known, known + end - start)
         return self.guess(text[None], torch.tensor([known]), positions[None], torch.tensor([seed]))[0].tolist()
@@ -68,36 +73,37 @@ class DraftDataset(ExampleDataset):
 
 @dataclass(frozen=True)
 class DraftCollator:
-    """Lays examples into the tensors that :class:`cllm.training.lossless.LosslessTrainer` takes."""
+    """Collates examples for :class:`cllm.training.lossless.LosslessTrainer`."""
 
     pad_token_id: int
 
     def __call__(self, examples: Sequence[DraftExample]) -> dict[str, torch.Tensor]:
-        """``input_ids`` and layout [B, C + T]: clean text in the first C columns, blocks in the others.
+        """``input_ids`` and layout [B, C + T]: clean text in the first C columns, blocks in the last T.
 
-        The loss is taken at ``student`` [M, 2], (row, column) among the T, each block's tokens in order, ``distance`` [M] from
-        the first wrong guess. ``teacher`` [D, 2]: the clean tokens that they learn from, each once; ``goal`` [M]: which one.
+        The loss reads ``student`` [M, 2]: (row, column among the last T), block by block in order. ``distance`` [M]: tokens
+        from the block's first wrong guess. ``teacher`` [D, 2]: the clean tokens to learn from, without duplicates;
+        ``teacher_row`` [M] says which of them each student token learns from.
         """
         C = round_up(max(len(example.row.clean) for example in examples))
         places = [
             Place(index, [*range(len(row.clean)), *range(C, C + len(row) - len(row.clean))])
             for index, row in enumerate(example.row for example in examples)
         ]
-        student, distance, goal = [], [], []
+        student, distance, teacher_row = [], [], []
         teacher: dict[tuple[int, int], int] = {}
         for index, example in enumerate(examples):
             first = len(example.row.clean)
-            for block, offset, wrong in zip(example.row.blocks, example.row.offsets(), example.wrong, strict=True):
+            for block, offset, wrong in zip(example.row.blocks, example.row.offsets(), example.first_wrong, strict=True):
                 for order in range(wrong, len(block.tokens)):
                     student.append((index, offset - first + order))
                     distance.append(order - wrong)
-                    goal.append(teacher.setdefault((index, block.start + order), len(teacher)))
+                    teacher_row.append(teacher.setdefault((index, block.start + order), len(teacher)))
         return {
-            **laid_out(*pack([example.row for example in examples], self.pad_token_id, places, LENGTHS)),
+            **layout_fields(*pack([example.row for example in examples], self.pad_token_id, places, LENGTHS)),
             "student": _integers(student).reshape(-1, 2),
             "distance": _integers(distance),
             "teacher": _integers(list(teacher)).reshape(-1, 2),
-            "goal": _integers(goal),
+            "teacher_row": _integers(teacher_row),
         }
 
 

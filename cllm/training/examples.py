@@ -1,6 +1,7 @@
-"""From stored trajectories to packed training examples: which state of each block, and what is learned where.
+"""Packed training examples from stored trajectories: which states of each block, and what each token learns.
 
-Shapes: N response tokens. Indices count the tokens of one example: its clean text, then its blocks.
+Shapes: B rows, T packed tokens, M consistency tokens, A AR tokens. Indices count the tokens of one example: its clean text,
+then its blocks.
 """
 
 from __future__ import annotations
@@ -27,26 +28,27 @@ NOISE_WINDOW = 16  # blocks over which the noise ratio rises from 0 to 1
 
 
 @dataclass(frozen=True)
-class Example:
-    """One packed row and its losses. The three lists of consistency have equal length, and so do the two of AR."""
+class TrainingExample:
+    """One packed row and the token indices of its losses: [M] for consistency, [A] for AR."""
 
     row: PackedRow
-    student: list[int]  # where the model looks at a state ...
-    teacher: list[int]  # ... and where it looks at what that state should have led to
-    distance: list[int]  # how far behind the first wrong guess
-    ar_index: list[int]  # tokens whose prediction the AR loss is taken of
-    ar_target: list[int]
+    student: list[int]  # tokens of a state
+    teacher: list[int]  # for each of them, the token whose distribution it learns
+    distance: list[int]  # tokens from the state's first wrong guess
+    ar_index: list[int]  # tokens whose predictions the AR loss reads
+    ar_target: list[int]  # what they should predict
 
 
 @dataclass
-class _Builder:
-    """Collects the blocks of a row and remembers their columns."""
+class _RowBuilder:
+    """Collects the blocks of a packed row and keeps track of columns."""
 
     clean: list[int]
     blocks: list[Block]
     width: int
 
     def add(self, start: int, tokens: Sequence[int]) -> int:
+        """Append a block that starts at position ``start``; returns its first column."""
         column = self.width
         self.blocks.append(Block(start, tokens))
         self.width += len(tokens)
@@ -54,24 +56,25 @@ class _Builder:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class StateSampling:
     """How states are drawn from trajectories."""
 
     consistency: Consistency = "global"
-    states_per_block: int = 1  # more of them share the cost of the clean text
-    use_labels: bool = False
+    states_per_block: int = 1  # states of one response share the cost of its clean text
+    use_labels: bool = False  # AR loss on the dataset's answer instead of the response
     choice: StateChoice = "uniform"
-    random_block_size: bool = False
+    random_block_size: bool = False  # truncate the blocks of each response to a random width
 
 
-def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) -> Example:
-    """Draw states of every block, drop the part of each that is right, and pack the rest behind the clean text.
+def build_example(row: TrajectoryRow, rng: random.Random, sampling: StateSampling) -> TrainingExample:
+    """Draw states of every block and pack each from its first wrong guess on.
 
-    Everything before a state's first wrong guess equals the clean text, so it is not repeated: what is packed is exactly what
-    the loss is taken at (strictly behind the first wrong guess; paper, section 3.2). A state at its fixed point packs nothing.
+    What precedes the first wrong guess equals the clean text, so it is not repeated. The loss reads exactly the packed tokens,
+    whose predictions are those strictly after the first wrong guess (paper, section 3.2). A state at its fixed point packs
+    nothing.
     """
     prompt, response = row.prompt_ids, row.response_ids
-    builder = _Builder([*prompt, *response], [], len(prompt) + len(response))
+    builder = _RowBuilder([*prompt, *response], [], len(prompt) + len(response))
     student: list[int] = []
     teacher: list[int] = []
     distance: list[int] = []
@@ -89,24 +92,24 @@ def build_example(row: TrajectoryRow, rng: random.Random, sampling: Sampling) ->
         if sampling.consistency == "global":
             teacher += clean
         else:
-            behind = first_wrong(goal, fixed)
-            column = builder.add(at + behind, goal[behind:last])
-            teacher += [c if c < at + behind else column + c - at - behind for c in clean]
+            goal_wrong = first_wrong(goal, fixed)
+            column = builder.add(at + goal_wrong, goal[goal_wrong:last])
+            teacher += [c if c < at + goal_wrong else column + c - at - goal_wrong for c in clean]
     ar_index = list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
     ar_target = list(response)
     if sampling.use_labels:
-        ar_target = row.label_ids or []  # a published file may lack some
+        ar_target = row.label_ids or []  # published files may lack labels of some rows
         column = builder.add(len(prompt), ar_target[:-1])
         ar_index = [len(prompt) - 1, *range(column, column + len(ar_target) - 1)][: len(ar_target)]
-    return Example(PackedRow(builder.clean, builder.blocks), student, teacher, distance, ar_index, ar_target)
+    return TrainingExample(PackedRow(builder.clean, builder.blocks), student, teacher, distance, ar_index, ar_target)
 
 
-def draw_states(row: TrajectoryRow, rng: random.Random, sampling: Sampling) -> Iterator[tuple[int, State, State, State]]:
-    """Of every block: its start, and for each state drawn the state, what it should lead to, and the fixed point.
+def draw_states(row: TrajectoryRow, rng: random.Random, sampling: StateSampling) -> Iterator[tuple[int, State, State, State]]:
+    """For each state drawn of each block: (block start, state, goal, fixed point), where the goal is what the state learns.
 
-    With ``random_block_size`` the blocks are cut to one width for all of them. Since no token looks ahead, what is left is a
-    trajectory of the narrower block (a test says so), which may reach its fixed point sooner. The noise ratios that rise
-    over a window of blocks are those of Hu et al. 2025, "Jacobi Forcing" (arXiv 2512.14681).
+    ``random_block_size`` truncates all blocks to one width. Since no token sees later ones, the result is a trajectory of the
+    narrower block (a test checks it), which may reach its fixed point sooner. Choice ``noise`` takes the noise ratios that
+    rise over a window of blocks from Hu et al. 2025, "Jacobi Forcing" (arXiv 2512.14681).
     """
     width = rng.randint(1, max((end - start for start, end in row.spans()), default=1)) if sampling.random_block_size else None
     phase = rng.random() if sampling.choice == "noise" else 0.0
@@ -129,11 +132,11 @@ def draw_states(row: TrajectoryRow, rng: random.Random, sampling: Sampling) -> I
 
 
 def _nearest(pairs: list[tuple[State, State]], fixed: State, ratios: Sequence[float]) -> list[tuple[State, State]]:
-    """For each noise ratio the state, of those not yet taken, whose share of wrong guesses is nearest to it."""
-    left, taken = list(pairs), []
+    """For each noise ratio, the remaining pair whose state has the nearest share of wrong guesses."""
+    remaining, taken = list(pairs), []
     for ratio in ratios:
-        taken.append(min(left, key=lambda pair: abs(_wrong_share(pair[0], fixed) - ratio)))
-        left.remove(taken[-1])
+        taken.append(min(remaining, key=lambda pair: abs(_wrong_share(pair[0], fixed) - ratio)))
+        remaining.remove(taken[-1])
     return taken
 
 
@@ -142,16 +145,21 @@ def _wrong_share(state: State, fixed: State) -> float:
 
 
 def first_wrong(state: Sequence[int], fixed: Sequence[int]) -> int:
+    """Offset of the first guess that differs from the fixed point; the length where none does."""
     return next((i for i, (a, b) in enumerate(zip(state, fixed)) if a != b), len(fixed))
 
 
 class ExampleDataset(Dataset):
-    """Training examples over stored trajectories. The choice of states depends on seed, ``epoch`` and row only.
+    """Training examples over stored trajectories. Which states are drawn depends only on seed, ``epoch`` and row.
 
-    ``context``: of the model in training; what lies beyond it is cut off.
+    ``context`` is the model's maximum number of positions; rows are truncated to it.
+
+    Raises UsageError where ``sampling`` asks for labels and no row has any.
     """
 
-    def __init__(self, rows: TrajectoryDataset, sampling: Sampling, seed: int = 0, context: int | None = None) -> None:
+    def __init__(
+        self, rows: TrajectoryDataset | Sequence[TrajectoryRow], sampling: StateSampling, seed: int = 0, context: int | None = None
+    ) -> None:
         if sampling.use_labels and all(row.label_ids is None for row in rows):
             raise UsageError("use_gt_labels needs the dataset's answers; collect the trajectories with --use_labels")
         self.rows, self.sampling, self.seed, self.context, self.epoch = rows, sampling, seed, context, 0
@@ -160,50 +168,52 @@ class ExampleDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        row = self.rows[index] if self.context is None else self.rows[index].within(self.context)
+        row = self.rows[index] if self.context is None else self.rows[index].truncated(self.context)
         return self.build(row, random.Random(f"{self.seed} {self.epoch} {index}"))
 
     def build(self, row: TrajectoryRow, rng: random.Random) -> Any:
+        """The example of one row."""
         return build_example(row, rng, self.sampling)
 
     def length(self, index: int) -> int:
-        """About how long a packed row will be, as a measure to compare."""
+        """Roughly the number of tokens of a packed row, for grouping by length."""
         row = self.rows[index]
         return len(row.prompt_ids) + (1 + self.sampling.states_per_block) * len(row.response_ids)
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Lays examples into the tensors that :class:`cllm.training.trainer.CllmTrainer` takes."""
+    """Collates examples for :class:`cllm.training.trainer.CllmTrainer`."""
 
     pad_token_id: int
-    distance_decay: float = 1.0  # a token's weight is this to the power of its distance
-    max_row_tokens: int = 0  # examples share rows of at most so many tokens; 0: one row each
+    distance_decay: float = 1.0  # a token's weight is distance_decay**distance
+    max_row_tokens: int = 0  # examples share rows of at most this many tokens; 0: one row each
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """input_ids and layout [B, T]; index pairs (row, column) [M, 2] with weights [M]; AR pairs [A, 2], targets [A]."""
+    def __call__(self, examples: Sequence[TrainingExample]) -> dict[str, torch.Tensor]:
+        """``input_ids`` and layout [B, T]; ``student`` and ``teacher`` [M, 2] as (row, column), ``weight`` [M]; ``ar_index``
+        [A, 2], ``ar_target`` [A]."""
         rows = [e.row for e in examples]
         places = arrange(rows, self.max_row_tokens)
         input_ids, layout = pack(rows, self.pad_token_id, places, LENGTHS)
         distance = torch.tensor([d for e in examples for d in e.distance], dtype=torch.float32)
         return {
-            **laid_out(input_ids, layout),
-            "student": pairs(places, [e.student for e in examples]),
-            "teacher": pairs(places, [e.teacher for e in examples]),
+            **layout_fields(input_ids, layout),
+            "student": index_pairs(places, [e.student for e in examples]),
+            "teacher": index_pairs(places, [e.teacher for e in examples]),
             "weight": self.distance_decay**distance,
-            "ar_index": pairs(places, [e.ar_index for e in examples]),
+            "ar_index": index_pairs(places, [e.ar_index for e in examples]),
             "ar_target": torch.tensor([t for e in examples for t in e.ar_target], dtype=torch.long),
         }
 
 
-def pairs(places: Sequence[Place], indices: Sequence[Sequence[int]]) -> torch.Tensor:
-    """(row, column) [M, 2] of tokens that are given by their index in each text."""
-    found = [(place.row, place.columns[i]) for place, tokens in zip(places, indices, strict=True) for i in tokens]
-    return torch.tensor(found, dtype=torch.long).reshape(-1, 2)
+def index_pairs(places: Sequence[Place], indices: Sequence[Sequence[int]]) -> torch.Tensor:
+    """(row, column) pairs [M, 2] of tokens given by their index in each text."""
+    pairs = [(place.row, place.columns[i]) for place, tokens in zip(places, indices, strict=True) for i in tokens]
+    return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
 
 
-def laid_out(input_ids: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
-    """The part of a collated batch that :func:`batch_layout` reads."""
+def layout_fields(input_ids: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+    """``input_ids`` and the layout as fields of a batch, each [B, T]; :func:`batch_layout` reads them back."""
     return {
         "input_ids": input_ids,
         "position": layout.position_BT,
@@ -219,5 +229,5 @@ def batch_layout(batch: dict[str, torch.Tensor]) -> Layout:
 
 
 def clean_columns(batch: dict[str, torch.Tensor]) -> int:
-    """How many columns hold the clean text of a collated batch, which comes first; a multiple of LENGTHS, like the batch's own."""
+    """The number of leading columns that hold the clean text of a collated batch; a multiple of LENGTHS, like the batch's own."""
     return round_up(int((batch["block"] == CLEAN).sum(dim=1).max()))

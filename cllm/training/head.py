@@ -1,4 +1,4 @@
-"""From hidden states to logits, outside the model's forward, so that logits exist only where a loss needs them."""
+"""The output layer outside the model's forward, so that logits exist only where a loss needs them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cllm.errors import UnsupportedModelError
 class LanguageHead:
     """The output layer of a causal language model: hidden states [..., H] to float32 logits [..., V].
 
-    Knows the final soft-capping of Gemma models. Any other step that a model takes behind its output layer shows in
-    :meth:`verify`.
+    Applies the final soft-capping of Gemma models. :meth:`verify` detects any other operation that a model applies after its
+    output layer.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -28,16 +28,16 @@ class LanguageHead:
         return list(self.layer.parameters())
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = type(self.layer).forward(self.layer, hidden)  # past FSDP's hooks; it leaves the weights whole
+        logits = type(self.layer).forward(self.layer, hidden)  # bypasses FSDP's hooks; the weights are already unsharded
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits.float()
 
-    def whole(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        """``work(hidden)`` where the layer's weights are whole.
+    def with_full_weights(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """``work(hidden)`` with the layer's weights unsharded.
 
-        Under DeepSpeed ZeRO-3 that is inside of a call of the layer: hooks gather them for it, and again when the result's
-        gradient is taken.
+        Under DeepSpeed ZeRO-3, ``work`` runs inside a call of the layer, whose hooks gather the weights for the forward and
+        again for the backward.
         """
         if not any(hasattr(parameter, "ds_tensor") for parameter in self.parameters):
             return work(hidden)
@@ -49,8 +49,8 @@ class LanguageHead:
 
     @torch.no_grad()
     def verify(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
-        """Raise UnsupportedModelError unless ``hidden`` gives the ``logits`` that the model's own forward gave."""
-        own = self.whole(self, hidden)
+        """Raise UnsupportedModelError unless the layer maps ``hidden`` [B, T, H] to the model's own ``logits`` [B, T, V]."""
+        own = self.with_full_weights(self, hidden)
         rounded = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype != torch.float32
         tolerance = 5e-2 if rounded else 1e-3
         if not torch.allclose(own, logits.float(), rtol=tolerance, atol=tolerance * float(own.abs().max())):

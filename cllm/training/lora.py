@@ -1,6 +1,6 @@
-"""Low-rank adapters through peft: LoRA (arXiv 2106.09685), and QLoRA over weights in 4 bits (arXiv 2305.14314).
+"""Low-rank adapters through peft: LoRA (arXiv 2106.09685), and QLoRA over 4-bit weights (arXiv 2305.14314).
 
-The model with its adapter off *is* the frozen target, so no second copy of the weights is needed.
+The model with its adapter disabled *is* the frozen target, so no second copy of the weights is needed.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS, Adapter
 from cllm.errors import UsageError, check_minimums
 from cllm.models import load_model
 
-WRITTEN_BY_PEFT = (ADAPTER, ADAPTER_WEIGHTS, "README.md")
+PEFT_FILES = (ADAPTER, ADAPTER_WEIGHTS, "README.md")
 
 
 @dataclass
 class AdapterArguments:
-    """The adapter that is trained. Raises UsageError for what cannot work here."""
+    """Options of the adapter to train. Raises UsageError for a bad value, a missing package, or QLoRA without a GPU."""
 
-    lora_r: int = field(default=64, metadata={"help": "rank of the adapter (extra: lora)"})
-    lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters; default: twice the rank"})
+    lora_r: int = field(default=64, metadata={"help": "rank of the adapter (needs the extra lora)"})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "LoRA's alpha, which scales the adapter by alpha / rank; default: twice the rank"}
+    )
     lora_target_modules: list[str] = field(
         default_factory=list, metadata={"help": "names of the linear layers to adapt; default: all but the output layer"}
     )
-    qlora: bool = field(default=False, metadata={"help": "keep the frozen weights in 4 bits; needs --lora_r and a GPU (extra: qlora)"})
-    least_rank: ClassVar[int] = 1
+    qlora: bool = field(default=False, metadata={"help": "keep the frozen weights in 4 bits; needs --lora_r, a GPU and the extra qlora"})
+    min_rank: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_minimums(self, {"lora_r": self.least_rank, "lora_alpha": 1})
+        check_minimums(self, {"lora_r": self.min_rank, "lora_alpha": 1})
         if self.lora_r:
             _require("peft", "lora_r", "lora")
         if self.qlora:
             _require("bitsandbytes", "qlora", "qlora")
             if not torch.cuda.is_available():
-                raise UsageError("qlora needs a CUDA GPU, and there is none here; --lora_r without --qlora works on a CPU")
+                raise UsageError("qlora needs a CUDA GPU, and none was found; --lora_r without --qlora works on a CPU")
 
-    def loading(self, device: str) -> dict[str, Any]:
-        """What :func:`cllm.models.load_model` needs to know."""
+    def load_options(self, device: str) -> dict[str, Any]:
+        """Arguments for :func:`cllm.models.load_model`."""
         if not self.qlora:
-            return {"device": "cpu"}  # the trainer moves it
+            return {"device": "cpu"}  # the trainer moves the model
         from transformers import BitsAndBytesConfig
 
         four_bits = BitsAndBytesConfig(
@@ -57,27 +59,27 @@ class AdapterArguments:
 
     @property
     def merged(self) -> bool:
-        """Whether the result is a plain checkpoint with the adapter in its weights."""
+        """Whether the result is a plain checkpoint with the adapter merged into its weights."""
         return False
 
     def record(self) -> dict[str, Any]:
-        """For the record of what is trained."""
+        """The entries for the checkpoint's record."""
         return {"lora_r": self.lora_r, "qlora": self.qlora} if self.lora_r else {}
 
 
 @dataclass
 class LoraArguments(AdapterArguments):
-    """Training of adapters instead of all weights. Raises UsageError for what cannot work here."""
+    """Options of LoRA in place of training all weights. Raises UsageError as :class:`AdapterArguments` does."""
 
-    lora_r: int = field(default=0, metadata={"help": "rank of LoRA adapters (extra: lora); 0 trains all weights"})
+    lora_r: int = field(default=0, metadata={"help": "rank of the LoRA adapter (needs the extra lora); 0 trains all weights"})
     merge_lora: bool = field(
-        default=True, metadata={"help": "merge the adapter into a plain checkpoint at the end; otherwise it is kept alone"}
+        default=True, metadata={"help": "merge the adapter into a plain checkpoint at the end; otherwise save the adapter alone"}
     )
-    least_rank: ClassVar[int] = 0
+    min_rank: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not self.lora_r and (self.qlora or self.lora_alpha is not None or self.lora_target_modules or not self.merge_lora):
-            raise UsageError("qlora, lora_alpha, lora_target_modules and merge_lora need lora_r >= 1, the rank of the adapters")
+            raise UsageError("qlora, lora_alpha, lora_target_modules and merge_lora need lora_r >= 1, the rank of the adapter")
         super().__post_init__()
 
     @property
@@ -85,10 +87,10 @@ class LoraArguments(AdapterArguments):
         return self.lora_r > 0 and self.merge_lora
 
 
-def adapt(model: PreTrainedModel, lora: AdapterArguments, seed: int) -> Any:
-    """The model with adapters, started from ``seed``, that alone are trained; the model itself where ``lora_r`` is 0.
+def add_adapter(model: PreTrainedModel, lora: AdapterArguments, seed: int) -> Any:
+    """The model with a trainable adapter, initialised from ``seed``; the model itself where ``lora_r`` is 0.
 
-    Raises UsageError for target modules that it does not have.
+    Raises UsageError for target modules that the model does not have, or a model without linear layers.
     """
     if not lora.lora_r:
         return model
@@ -116,13 +118,13 @@ def adapt(model: PreTrainedModel, lora: AdapterArguments, seed: int) -> Any:
     return with_adapters
 
 
-def adapted(model: torch.nn.Module) -> bool:
-    """Whether a model has adapters."""
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether a model has an adapter."""
     return hasattr(model, "disable_adapter")
 
 
-def live_adapter(model: Any) -> Adapter:
-    """The adapter in training as it is now, its scale in ``up``, for :func:`cllm.adapter.attach`."""
+def current_adapter(model: Any) -> Adapter:
+    """The current weights of the adapter in training, scale folded into ``up``, for :func:`cllm.adapter.attach`."""
     from peft.tuners.lora import LoraLayer
 
     layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
@@ -130,27 +132,27 @@ def live_adapter(model: Any) -> Adapter:
 
 
 def _pair(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrices of peft's layer, the scale in the second."""
+    """The two matrices of peft's layer, the scale folded into the second."""
     (name,) = layer.active_adapters
     return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach() * layer.scaling[name]
 
 
-def finish(folder: str, lora: AdapterArguments, dtype: str) -> None:
-    """Make of the adapter that was saved in ``folder`` a plain checkpoint with weights of ``dtype``, unless it stays alone."""
+def merge_saved_adapter(folder: str, lora: AdapterArguments, dtype: str) -> None:
+    """Replace the adapter saved in ``folder`` by a plain checkpoint of ``dtype``, if ``lora`` says to merge."""
     if lora.merged:
         load_model(folder, dtype=dtype, device="cpu").save_pretrained(folder)
         remove_adapter(folder)
 
 
 def remove_adapter(folder: str) -> None:
-    """Remove what peft wrote, if it did: a model's own weights are in the folder, and the adapter would come before them."""
+    """Remove the files that peft wrote, if any: beside a model's own weights, loaders would prefer the adapter."""
     if Path(folder, ADAPTER).is_file():
-        for name in WRITTEN_BY_PEFT:
+        for name in PEFT_FILES:
             Path(folder, name).unlink(missing_ok=True)
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
-    """Last parts of the names of all linear layers but the output layer, which the frozen target shares."""
+    """The last components of the names of all linear layers except the output layer, which the frozen target shares."""
     head = model.get_output_embeddings()
     layers = model.named_modules()
     return sorted({name.split(".")[-1] for name, layer in layers if isinstance(layer, torch.nn.Linear) and layer is not head})

@@ -1,4 +1,4 @@
-"""How many tokens a training run forwards, and how fast."""
+"""Throughput of a training run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 class Meter:
-    """Tokens that the model in training has forwarded, and the seconds of its steps, since the last reading.
+    """Tokens forwarded by the model in training, and seconds spent in its steps, since the last reading.
 
-    A step lasts from the wait for its data to the end of the optimizer's; evaluation, checks and checkpoints are no part.
+    A step lasts from waiting for its data to the end of the optimizer step. Evaluation, probes and checkpoints do not count.
     """
 
     _useful: torch.Tensor
@@ -19,21 +19,21 @@ class Meter:
         self._clear()
 
     def start(self) -> None:
-        """A step begins."""
-        self._began = time.perf_counter()
+        """Begin a step."""
+        self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """A step ends. The clock is the host's: where the step will be logged, wait for the device before."""
-        self._seconds += time.perf_counter() - self._began
+        """End a step. The clock is the host's, so synchronize the device before ending the last step of a reading."""
+        self._seconds += time.perf_counter() - self._started
 
     def count(self, tokens: int, useful: torch.Tensor) -> None:
-        """Tokens of one forward, padding included, and how many of them are none (stays on its device until the reading)."""
+        """Count the tokens of one forward, padding included; ``useful`` [] is the number without padding, kept on its device."""
         self._tokens += tokens
         self._useful = self._useful + useful.detach()
 
     def read(self, processes: int) -> dict[str, float]:
-        """``tokens_per_second`` of all processes, padding included, as if each were as fast as this one, and
-        ``useful_tokens``, the share that is not padding."""
+        """``tokens_per_second``, padding included, of all processes if each is as fast as this one, and ``useful_tokens``,
+        the share that is not padding. Starts a new reading."""
         result = {
             "tokens_per_second": round(self._tokens * processes / max(self._seconds, 1e-9), 1),
             "useful_tokens": round(float(self._useful) / max(self._tokens, 1), 4),

@@ -1,9 +1,9 @@
 """The consistency and AR objectives as pure functions of hidden states.
 
-Paper: arXiv 2403.00835, equations 1 (global), 2 (local) and 4 (AR). Both are sums over tokens here; whoever calls divides by
-the number of tokens of the global batch, so that no split of the batch changes the gradient.
+Paper: arXiv 2403.00835, equations 1 (global), 2 (local) and 4 (AR). Losses are sums over tokens; the caller divides by the
+token count of the global batch, so that no split of the batch changes the gradient.
 
-Shapes: M tokens that a loss is taken at, H hidden size, V vocabulary.
+Shapes: M tokens in a loss, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, log_softmax
 
-CHUNK = 256  # tokens whose logits exist at the same time
+CHUNK = 256  # tokens whose logits exist at a time
 
-Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of teacher and student logits [M, V], per token [M]
+Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (teacher, student) logits [M, V] -> per token [M]
 
 
 class Head(Protocol):
@@ -25,35 +25,38 @@ class Head(Protocol):
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """All that the logits depend on beside the hidden states."""
+        """What the logits depend on, apart from the hidden states."""
         ...
 
     def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor: ...
 
-    def whole(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, /) -> torch.Tensor:
-        """``work(hidden)`` where all of the parameters are there."""
+    def with_full_weights(self, work: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, /) -> torch.Tensor:
+        """``work(hidden)`` with all parameters unsharded."""
         ...
 
 
 def kl_divergence(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) of two sets of logits, per token [M]. Nothing flows back into the teacher."""
+    """KL(teacher || student) of logits [M, V], per token [M], in nats. The teacher gets no gradient."""
     teacher, student = log_softmax(teacher_MV.detach(), dim=-1), log_softmax(student_MV, dim=-1)
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
 def reverse_kl(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
-    """KL(student || teacher) per token [M]: the student may leave out what the teacher holds likely, never add to it."""
+    """KL(student || teacher) of logits [M, V], per token [M], in nats: penalises tokens that only the student finds likely."""
     teacher, student = log_softmax(teacher_MV.detach(), dim=-1), log_softmax(student_MV, dim=-1)
     return (student.exp() * (student - teacher)).sum(dim=-1)
 
 
 def hard_targets(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy against the teacher's likeliest token, per token [M]."""
+    """Cross-entropy of student logits [M, V] against the teacher's likeliest tokens, per token [M], in nats."""
     return cross_entropy(student_MV, teacher_MV.argmax(dim=-1), reduction="none")
 
 
 def total_variation(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
-    """Half the sum of the distances between two sets of probabilities, per token [M]: how often a sample would be refused."""
+    """Total variation distance of logits [M, V], per token [M], 0 .. 1: half the L1 distance between the distributions.
+
+    It is the probability that speculative sampling rejects the student's draw.
+    """
     return (teacher_MV.detach().softmax(dim=-1) - student_MV.softmax(dim=-1)).abs().sum(dim=-1) / 2
 
 
@@ -72,19 +75,19 @@ def distillation_sum(
     teacher_head: Head,
     weight_M: torch.Tensor,
     divergence: Divergence = kl_divergence,
-    goal_M: torch.Tensor | None = None,
+    teacher_row_M: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weighted sum over tokens of the student's divergence from the teacher, logits computed CHUNK tokens at a time.
+    """Weighted sum over tokens of the student's divergence from the teacher: [].
 
-    ``goal_M``: the row of ``teacher_MH`` that each token learns from, by default its own. Tokens of a chunk that have one in
-    common share its logits.
+    ``weight_M`` weighs the tokens. ``teacher_row_M`` is the row of ``teacher_MH`` that each token learns from, by default its
+    own; tokens of one chunk that learn from the same row share its logits. Logits are computed CHUNK tokens at a time.
     """
 
-    def shared(goal: torch.Tensor) -> torch.Tensor:
-        rows, which = goal.unique(return_inverse=True)
-        return teacher_head(teacher_MH[rows])[which]
+    def shared(teacher_row: torch.Tensor) -> torch.Tensor:
+        rows, inverse = teacher_row.unique(return_inverse=True)
+        return teacher_head(teacher_MH[rows])[inverse]
 
-    logits, teacher = (teacher_head, teacher_MH.detach()) if goal_M is None else (shared, goal_M)
+    logits, teacher = (teacher_head, teacher_MH.detach()) if teacher_row_M is None else (shared, teacher_row_M)
 
     def part(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -95,19 +98,19 @@ def distillation_sum(
 
 
 @torch.no_grad()
-def choices(hidden_MH: torch.Tensor, head: Head) -> torch.Tensor:
-    """The likeliest next tokens [M], logits computed CHUNK tokens at a time."""
+def greedy_tokens(hidden_MH: torch.Tensor, head: Head) -> torch.Tensor:
+    """The likeliest next token of each hidden state [M]. Logits are computed CHUNK tokens at a time."""
 
     def part(hidden: torch.Tensor) -> torch.Tensor:
         return torch.cat([head(chunk).argmax(dim=-1) for chunk in hidden.split(CHUNK)])
 
-    return head.whole(part, hidden_MH)
+    return head.with_full_weights(part, hidden_MH)
 
 
 def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Sum over tokens of the negative log-likelihood of ``target_M``, in chunks like :func:`distillation_sum`.
+    """Sum over tokens of the negative log-likelihood of ``target_M``, in nats: []. Chunked as :func:`distillation_sum` is.
 
-    ``smoothing``: share of every target that is spread evenly over the vocabulary.
+    ``smoothing`` is the share of each target's probability spread evenly over the vocabulary (label smoothing).
     """
 
     def part(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -117,16 +120,16 @@ def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tenso
 
 
 def _in_chunks(part: Callable[..., torch.Tensor], head: Head, hidden_MH: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """Sum of ``part`` over chunks of tokens, 0 for no token; the hidden states go through ``head``."""
+    """Sum of ``part`` over chunks of tokens, 0 without tokens. ``part`` maps hidden states to a loss by ``head``."""
     learned = [parameter for parameter in head.parameters if parameter.requires_grad]
-    graph = torch.is_grad_enabled()  # which a forward of autograd cannot see
-    return head.whole(lambda hidden: _ChunkedSum.apply(part, learned, others, graph, hidden, *learned), hidden_MH)
+    graph = torch.is_grad_enabled()  # always off inside autograd.Function.forward
+    return head.with_full_weights(lambda hidden: _ChunkedSum.apply(part, learned, others, graph, hidden, *learned), hidden_MH)
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """The gradients are taken chunk by chunk in the forward already: no chunk's logits are kept, and none computed twice.
+    """Computes gradients chunk by chunk in the forward, so that logits are neither kept nor computed twice.
 
-    Those of the parameters are summed up in float32, as many small steps vanish in a bfloat16 sum.
+    Parameter gradients accumulate in float32, since many small terms would vanish in a bfloat16 sum.
     """
 
     @staticmethod

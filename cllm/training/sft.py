@@ -22,8 +22,8 @@ from cllm.errors import UsageError
 from cllm.packing import PADDING, Block, PackedRow, arrange, pack
 from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
-from cllm.training.base import Batch, TokenMeanTrainer, at
-from cllm.training.examples import laid_out, pairs
+from cllm.training.base import Batch, TokenMeanTrainer, hidden_at
+from cllm.training.examples import index_pairs, layout_fields
 from cllm.training.head import LanguageHead
 from cllm.training.objective import cross_entropy_sum
 
@@ -93,8 +93,8 @@ class AnswerCollator:
         columns = [list(_before_answers(group, text)) for group, text in zip(groups, texts, strict=True)]
         targets = [token for group in groups for row in group for token in row.answer_ids]
         return {
-            **laid_out(input_ids, layout),
-            "index": pairs(places, columns),
+            **layout_fields(input_ids, layout),
+            "index": index_pairs(places, columns),
             "target": torch.tensor(targets, dtype=torch.long),
         }
 
@@ -116,7 +116,7 @@ class AnswerTrainer(TokenMeanTrainer):
 
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         head = LanguageHead(self.accelerator.unwrap_model(model))
-        hidden_MH = at(self.packed_hidden(model, batch, head), batch["index"])
+        hidden_MH = hidden_at(self.packed_hidden(model, batch, head), batch["index"])
         return cross_entropy_sum(hidden_MH, head, batch["target"], self.args.label_smoothing_factor)[None]
 
 

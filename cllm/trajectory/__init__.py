@@ -1,1 +1,1 @@
-"""Jacobi trajectories: how they are collected, cleaned, stored and read again. Token ids only, never text."""
+"""Jacobi trajectories: collecting, filtering, storing and reading them. Token ids only, never text."""

@@ -1,7 +1,7 @@
-"""Collecting trajectories: prompts in, stored rows out, each of them whole or not there at all.
+"""Collecting trajectories: prompts in, stored rows out.
 
-Which rows exist and what they hold depends on the settings and the prompts only, never on interruptions or on how many
-processes share the work: the examples are dealt out to them one by one.
+The rows depend only on the settings and the prompts, never on interruptions or the number of processes, which take the
+examples round-robin.
 """
 
 from __future__ import annotations
@@ -27,31 +27,35 @@ from cllm.trajectory.record import Dropped, TrajectoryRow
 from cllm.trajectory.states import States, block_starts, jacobi_states
 from cllm.trajectory.store import TrajectoryWriter
 
-STATE_TOKENS = 1024  # response tokens whose states are iterated together; bounds the logits
+STATE_TOKENS = 1024  # response tokens iterated together; bounds the memory for logits
 
 
 @dataclass(frozen=True)
 class CollectionSettings:
-    """What the stored rows depend on. Stored beside them, and compared when a collection is resumed."""
+    """What the rows depend on. Stored with them, and compared when a collection resumes.
+
+    ``block_size`` and ``max_new_seq_len`` are in tokens. Raises UsageError for values that are not allowed or do not fit
+    together.
+    """
 
     model: str
     task: str
     prompt_template: str
     block_size: int
     max_new_seq_len: int
-    guess: str = DEFAULT_GUESS  # what trajectories start from
-    use_aug: bool = False
-    use_labels: bool = False
-    responses_only: bool = False  # each trajectory holds its fixed point only
-    aligned: bool = False  # every first block starts at 0, as in the published form; otherwise its start is drawn per row
+    guess: str = DEFAULT_GUESS  # the strategy that draws the starts of trajectories
+    use_aug: bool = False  # store augmented states, see cllm.trajectory.hygiene.augment
+    use_labels: bool = False  # store the dataset's answers
+    responses_only: bool = False  # store only the fixed point of each trajectory
+    aligned: bool = False  # blocks start at multiples of the block size, as in the published form; else at a random offset per row
     seed: int = 0
     dtype: str = "float32"
     vocab_size: int = 0
     vocabulary: str = ""  # cllm.models.vocabulary_stamp of the tokenizer
     weights: str | None = None  # cllm.models.weights_stamp of the model
-    source: str = ""  # name of the data's file or folder, since row ids are of one file only; "" for the hub dataset
-    source_rows: str | None = None  # fingerprint of the rows in it; None for the hub dataset
-    task_options: Mapping[str, Any] = field(default_factory=dict)  # what Task.settings says of the task's own options
+    source: str = ""  # name of the data's file or folder, since row ids are unique only within it; "" for the hub dataset
+    source_rows: str | None = None  # fingerprint of its rows; None for the hub dataset
+    task_options: Mapping[str, Any] = field(default_factory=dict)  # Task.settings: the task's own options
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -59,12 +63,12 @@ class CollectionSettings:
         if self.guess not in STARTS:
             raise UsageError(f"unknown starting guess {self.guess!r}; choose from {', '.join(STARTS)}")
         if self.responses_only and self.use_aug:
-            raise UsageError("use_aug adds to the states of trajectories, and responses_only stores none; leave out one")
+            raise UsageError("use_aug augments states, and responses_only stores none; leave out one of them")
         if self.max_new_seq_len < self.block_size:
             raise UsageError(f"max_new_seq_len must be at least the block size {self.block_size}, got {self.max_new_seq_len}")
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values. Options that older collections did not have are there only where they are used."""
+        """The settings as JSON values. Options that older collections lack appear only with a value other than the default."""
         later = {"task_options": {}, "guess": DEFAULT_GUESS, "responses_only": False}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
@@ -78,14 +82,16 @@ class Prompt:
     label_ids: list[int] | None
 
 
-Response = tuple[Prompt, list[int]]  # with the token ids of the response
+Response = tuple[Prompt, list[int]]  # a prompt and the token ids of its response
 
 
 class Collector:
-    """Turns prompts into trajectory rows with one model. ``prefix_cache``: of its decoder.
+    """Turns prompts into trajectory rows with one model.
 
-    Raises UsageError for a block size beyond the model's context, UnsupportedModelError for a model that cannot be decoded
-    by Jacobi iteration.
+    ``prefix_cache`` is the decoder's budget for prefix reuse, in bytes.
+
+    Raises UsageError for a block size beyond the model's context, UnsupportedModelError for a model that cannot decode by
+    Jacobi iteration.
     """
 
     def __init__(
@@ -101,7 +107,7 @@ class Collector:
         if context is not None and settings.block_size >= context:
             raise UsageError(f"block size must be below the model's context of {context}, got {settings.block_size}")
         self.context = context
-        # AR decoding of a batch: an untrained model accepts too few guesses to pay for a wider window.
+        # AR decoding: an untrained model accepts too few guesses to pay for a wider window.
         stops = stop_token_ids(model, tokenizer, self.template)
         self.decoder = JacobiDecoder(model, block_size=1, eos_token_ids=stops, prefix_cache=prefix_cache)
 
@@ -114,7 +120,10 @@ class Collector:
         rank: int = 0,
         processes: int = 1,
     ) -> Iterator[int]:
-        """Collect this process's share, storing as responses finish; yields how many examples each step covered."""
+        """Collect this process's share of ``examples`` and store rows as responses finish.
+
+        Yields, step by step, the number of examples done, including dropped and already stored ones.
+        """
         dropped: list[Dropped] = []
         done = 0
 
@@ -133,8 +142,8 @@ class Collector:
                     dropped.append(item)
 
         for responses in self.respond(prompts(), batch_size):
-            rows, poor = self.rows(responses)
-            writer.write(rows, dropped + poor)
+            rows, rejected = self.rows(responses)
+            writer.write(rows, dropped + rejected)
             yield done + len(dropped) + len(responses)
             done = 0
             dropped.clear()
@@ -142,17 +151,17 @@ class Collector:
         yield done + len(dropped)
 
     def respond(self, prompts: Iterable[Prompt], batch_size: int) -> Iterator[list[Response]]:
-        """Fixed points: the model's greedy responses, by continuous batching, in lists of ``batch_size`` as they finish."""
-        asked: dict[int, Prompt] = {}
+        """The model's greedy responses by continuous batching, in lists of at most ``batch_size`` in order of completion."""
+        pending: dict[int, Prompt] = {}
 
         def requests() -> Iterator[Request]:
             for number, prompt in enumerate(prompts):
-                asked[number] = prompt
+                pending[number] = prompt
                 yield Request(prompt.ids, self.settings.max_new_seq_len)
 
         finished: list[Response] = []
         for number, result in Queue(self.decoder, batch_size).run(requests()):
-            finished.append((asked.pop(number), result.token_ids))
+            finished.append((pending.pop(number), result.token_ids))
             if len(finished) == batch_size:
                 yield finished
                 finished = []
@@ -160,18 +169,18 @@ class Collector:
             yield finished
 
     def rows(self, responses: list[Response]) -> tuple[list[TrajectoryRow], list[Dropped]]:
-        """Hygiene, then the states of all blocks, or with ``responses_only`` the last ones."""
+        """The rows of responses worth keeping, with the states of all their blocks, and the responses dropped."""
         good, dropped = [], []
         for prompt, ids in responses:
             reason = "empty response" if len(ids) < 2 else degenerate(ids)
             if self.context is not None and len(prompt.ids) + len(ids) > self.context:
-                reason = "longer than what can be packed"
+                reason = "too long to pack"
             if reason:
                 dropped.append(Dropped(prompt.row_id, reason))
             else:
                 good.append((prompt, ids))
         rows = []
-        for part in _parts(good):
+        for part in _token_batches(good):
             rows += self._with_states(part)
         return rows, dropped
 
@@ -179,12 +188,12 @@ class Collector:
         settings = self.settings
         starts = []
         for prompt, response in part:
-            first = 0 if settings.aligned else draw(settings.seed, prompt.row_id, "start") % settings.block_size
+            first = 0 if settings.aligned else derived_seed(settings.seed, prompt.row_id, "start") % settings.block_size
             starts.append(block_starts(len(response), settings.block_size, first))
         states = _fixed_points(part, starts) if settings.responses_only else self._states(part, starts)
         rows = []
         for (prompt, response), offsets, blocks in zip(part, starts, states):
-            rng = random.Random(draw(settings.seed, prompt.row_id, "augment"))
+            rng = random.Random(derived_seed(settings.seed, prompt.row_id, "augment"))
             augmented = [augment(block, rng) for block in blocks] if settings.use_aug else []
             rows.append(TrajectoryRow(prompt.row_id, prompt.ids, response, offsets, blocks, augmented, prompt.label_ids))
         return rows
@@ -195,7 +204,7 @@ class Collector:
             [prompt.ids for prompt, _ in part],
             [response for _, response in part],
             starts,
-            seeds=[draw(self.settings.seed, prompt.row_id, "guess") for prompt, _ in part],
+            seeds=[derived_seed(self.settings.seed, prompt.row_id, "guess") for prompt, _ in part],
             guess=STARTS[self.settings.guess](self.model.config.get_text_config(decoder=True).vocab_size),
         )
 
@@ -220,25 +229,25 @@ class Collector:
 
 
 def _fixed_points(part: list[Response], starts: list[list[int]]) -> list[list[States]]:
-    """Of every block the last state alone."""
+    """Trajectories that hold only the fixed point of each block."""
     return [
         [[response[start:end]] for start, end in pairwise([*offsets, len(response)])]
         for (_, response), offsets in zip(part, starts, strict=True)
     ]
 
 
-def _parts(good: list[Response]) -> Iterator[list[Response]]:
-    """Cut into parts of at most STATE_TOKENS response tokens (or one response), similar lengths together."""
-    part: list[Response] = []
+def _token_batches(good: list[Response]) -> Iterator[list[Response]]:
+    """Batches of similar length with at most STATE_TOKENS padded response tokens, or one response."""
+    batch: list[Response] = []
     for item in sorted(good, key=lambda item: len(item[1]), reverse=True):
-        if part and (len(part) + 1) * len(part[0][1]) > STATE_TOKENS:
-            yield part
-            part = []
-        part.append(item)
-    if part:
-        yield part
+        if batch and (len(batch) + 1) * len(batch[0][1]) > STATE_TOKENS:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
-def draw(seed: int, row_id: str, use: str) -> int:
-    """A number that depends on nothing but its arguments."""
+def derived_seed(seed: int, row_id: str, use: str) -> int:
+    """A 32-bit seed for one use of a row's randomness; a pure function of its arguments."""
     return zlib.crc32(f"{seed} {use} {row_id}".encode())

@@ -1,4 +1,4 @@
-"""What is kept of a model's output: pure functions on lists of token ids, all of linear time."""
+"""Which responses are worth keeping: pure functions on lists of token ids, all in linear time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-EQUAL_RUN = 10  # tokens; the paper's post-processing drops a text with such a run
+EQUAL_RUN = 10  # equal tokens in a row; the paper's post-processing drops a text with such a run
 LONGEST_CYCLE = 32  # tokens
-LOOP_TOKENS = 40  # tokens that a loop must cover at the end
-LOOP_PERIODS = 3
+LOOP_TOKENS = 40  # tokens at the end of a response that a loop must cover
+LOOP_PERIODS = 3  # periods that a loop must have
 
 
 def cut_at_eos(ids: Sequence[int], eos_ids: Collection[int]) -> list[int]:
-    """The ids up to the first EOS, that one included; all of them where there is none. Pass the response only."""
+    """The ids up to and including the first EOS, or all of them if there is none. Pass the response only, without the prompt."""
     for position, token in enumerate(ids):
         if token in eos_ids:
             return list(ids[: position + 1])
@@ -23,7 +23,7 @@ def cut_at_eos(ids: Sequence[int], eos_ids: Collection[int]) -> list[int]:
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share (0 .. 1) of the tokens that lie inside an n-gram which occurs at least twice in ``ids``.
+    """Share (0 .. 1) of tokens inside an n-gram that occurs at least twice in ``ids``.
 
     Raises:
         ValueError: n is below 1.
@@ -41,10 +41,10 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
 
 
 def degenerate(ids: Sequence[int]) -> str | None:
-    """Why a response is no text worth learning from, or None.
+    """Why a response is not worth learning from, or None.
 
-    "repeated token": a run of at least 10 equal tokens anywhere (the paper's rule). "loop": it ends in at least three
-    periods of a cycle of at most 32 tokens, 40 tokens or more in all.
+    "repeated token": a run of at least 10 equal tokens anywhere (the paper's rule). "loop": the response ends in at least
+    three periods of a cycle of at most 32 tokens, together at least 40 tokens.
     """
     run = 0
     for position, token in enumerate(ids):
@@ -58,7 +58,7 @@ def degenerate(ids: Sequence[int]) -> str | None:
 
 
 def _loop_length(ids: Sequence[int], period: int) -> int:
-    """Tokens at the end of ``ids`` that repeat with this period (the first period included)."""
+    """The number of tokens at the end of ``ids`` that repeat with this period, the first period included."""
     position = len(ids) - 1
     while position >= period and ids[position] == ids[position - period]:
         position -= 1
@@ -66,10 +66,10 @@ def _loop_length(ids: Sequence[int], period: int) -> int:
 
 
 def augment(states: Sequence[Sequence[int]], rng: random.Random) -> list[list[int]]:
-    """Extra states of the paper's ``--use_aug`` for one trajectory (states, last one the fixed point).
+    """The extra states of the paper's ``--use_aug`` for one trajectory, whose last state is the fixed point.
 
-    Every state but the last two gives one copy in which a random half (rounded down) of the wrong positions is set
-    right. States with fewer than two wrong positions give none.
+    Each state but the last two gives a copy in which a random half (rounded down) of the wrong positions is corrected. States
+    with fewer than two wrong positions give none.
     """
     extra = []
     for state in states[:-2]:
@@ -84,13 +84,13 @@ def augment(states: Sequence[Sequence[int]], rng: random.Random) -> list[list[in
 
 
 class Seen:
-    """Remembers token sequences by 16-byte digests, to tell duplicates."""
+    """A set of token sequences, kept as 16-byte digests, for detecting duplicates."""
 
     def __init__(self) -> None:
         self._digests: set[bytes] = set()
 
     def add(self, ids: Sequence[int]) -> bool:
-        """Remember ``ids``; True if they are new."""
+        """Add ``ids``; returns whether they are new."""
         digest = self._digest(ids)
         if digest in self._digests:
             return False

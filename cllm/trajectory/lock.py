@@ -1,4 +1,4 @@
-"""A writer's claim on a folder. It ends with its process, however that ends."""
+"""A writer's lock on a folder. The system releases it when the process ends, however that happens."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ logger = logging.getLogger(__name__)
 
 
 class WriterLock:
-    """Held by the one writer of this ``rank`` in ``folder``, through ``flock`` on a hidden file; other ranks share the folder.
+    """An exclusive ``flock`` on a hidden file, one per ``rank``: writers of other ranks share the folder.
 
-    The writer of rank 0 opens the folder, so it is refused while a writer of any rank is at work there. On a file system
-    without locks there is a warning instead.
+    Rank 0 opens the folder, so its lock also fails while a writer of any other rank is active. On a file system without locks
+    a warning is logged instead.
 
     Raises:
-        UsageError: another writer has it, or the file cannot be made.
+        UsageError: another process holds the lock, or the file cannot be created.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / f".writer-{rank}.lock"
-        self._file = _take(self.path)
+        self._file = _acquire(self.path)
         if rank == 0:
             try:
                 for other in [path for path in folder.glob(".writer-*.lock") if path != self.path]:
-                    _give_back(other, _take(other))
+                    _release(other, _acquire(other))
             except UsageError:
                 self.release()
                 raise
 
     def release(self) -> None:
-        _give_back(self.path, self._file)
+        """Release the lock. Releasing it twice is allowed."""
+        _release(self.path, self._file)
 
 
-def _take(path: Path) -> BinaryIO:
-    import fcntl  # not on Windows, where stored trajectories can be read all the same
+def _acquire(path: Path) -> BinaryIO:
+    import fcntl  # imported here because Windows lacks it, and reading trajectories must work there
 
     while True:
         try:
@@ -51,20 +52,21 @@ def _take(path: Path) -> BinaryIO:
             file.close()
             raise UsageError(f"another process is writing into {path.parent}; wait until it ends, or write elsewhere") from None
         except OSError as error:
-            logger.warning("%s cannot be locked (%s); let nothing else write there", path.parent, error.strerror)
-        if _is_at(path, file):
+            logger.warning("%s cannot be locked (%s); make sure that nothing else writes there", path.parent, error.strerror)
+        if _names_file(path, file):
             return file
-        file.close()  # its last holder removed it before it was ours
+        file.close()  # the previous holder removed the file before we locked it
 
 
-def _is_at(path: Path, file: BinaryIO) -> bool:
+def _names_file(path: Path, file: BinaryIO) -> bool:
+    """Whether ``path`` still names the open ``file``."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _give_back(path: Path, file: BinaryIO) -> None:
+def _release(path: Path, file: BinaryIO) -> None:
     if not file.closed:
-        path.unlink(missing_ok=True)  # first, so that nobody can lock a file that is about to go
+        path.unlink(missing_ok=True)  # before closing, so that nobody locks a file that is about to be removed
         file.close()

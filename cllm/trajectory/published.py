@@ -11,8 +11,8 @@ A list with one item per block:
     teacher_output_ids           [[prompt .. this block]] (not read)
     complete_teacher_output_ids  [prompt .. last block]
 
-Id lists may be nested in further lists of one. A key of our own, ``augmented_len``, counts the augmented states; it is
-written only where `_count_augmented` would not find the same number, so that every row comes back as it was.
+Id lists may be nested in lists of length one. Our own key ``augmented_len``, the number of augmented states, is written only
+where `_count_augmented` would infer another number, so that every row survives a round trip.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from cllm.trajectory.record import MAX_TOKEN_ID, TrajectoryRow
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("data_id", "jacobian_itr_id", "prompt_ids", "answer_trajectory_ids")  # what reading needs
-CHUNK = 1 << 20  # characters
-SLACK = 1 << 12  # characters; an error further than this from the end of what was read is no cut-off item
+FIELDS = ("data_id", "jacobian_itr_id", "prompt_ids", "answer_trajectory_ids")  # required when reading
+CHUNK = 1 << 20  # characters read at a time
+SLACK = 1 << 12  # characters; a JSON error this far before the end of the buffer cannot come from a truncated item
 
 
 def read_published(path: str | Path, eos_ids: Collection[int] = ()) -> Iterator[TrajectoryRow]:
-    """Rows of a published JSON file (a list, or one item a line; maybe .gz), ordered by first appearance.
+    """The rows of a published JSON file (a list, or JSON lines; optionally .gz), in order of first appearance.
 
-    The response is cut after its first EOS if ``eos_ids`` are given, and every state with it. Blocks behind a gap (an
-    item that was taken out) are left out. The text is read a chunk at a time; tokens are held as int32 until the end.
+    Responses and their states are truncated after the first EOS if ``eos_ids`` are given. Blocks after a gap (a missing item)
+    are dropped. The file is read in chunks; its tokens stay in memory as int32 until the last row.
 
     Raises:
-        UsageError: the file cannot be read or has no item, or an item lacks a field or does not fit; says which one.
+        UsageError: the file cannot be read or is empty, or an item is malformed; the message names it.
     """
     responses: dict[str, _Response] = {}
     number = 0
@@ -60,21 +60,21 @@ def read_published(path: str | Path, eos_ids: Collection[int] = ()) -> Iterator[
             except ValueError as error:
                 raise UsageError(f"{path}: item {number}: {error}") from None
     if not number:
-        raise UsageError(f"{path}: no trajectories in it")
+        raise UsageError(f"{path} holds no trajectories")
     yield from _rows(responses, eos_ids, path)
 
 
 def write_published(path: str | Path, rows: Iterable[TrajectoryRow], block_size: int, pad_id: int) -> int:
-    """Write rows as a published JSON list, atomically and as they come. Returns the number of items.
+    """Write rows as a published JSON list, streaming and atomically. Returns the number of items.
 
-    Short blocks are filled with ``pad_id`` up to ``block_size``; complete_teacher_output_ids is left unfilled, which
-    tells the filling when the file is read again.
+    Short blocks are padded with ``pad_id`` to ``block_size``. ``complete_teacher_output_ids`` is not padded, which tells a
+    reader where the padding starts.
 
     Raises:
-        UsageError: blocks of a row do not start at multiples of ``block_size``, or the file cannot be written.
+        UsageError: the blocks of a row do not start at multiples of ``block_size``, or the file cannot be written.
     """
     path, count = Path(path), 0
-    with replacing(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as stream:
+    with atomic_write(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as stream:
         for row in rows:
             for item in published_items(row, block_size, pad_id):
                 text = json.dumps(item, separators=(",", ":"))
@@ -85,11 +85,11 @@ def write_published(path: str | Path, rows: Iterable[TrajectoryRow], block_size:
 
 
 @contextmanager
-def replacing(target: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """Write ``temporary``, which takes the place of ``target`` when all of it is on the disk, or goes on any error.
+def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
+    """Write ``temporary``, which replaces ``target`` once it is complete on disk and is removed on any error.
 
     Raises:
-        UsageError: it cannot be written (disk full, no permission); the message gives the system's reason.
+        UsageError: the file cannot be written (disk full, no permission); the message gives the system's reason.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,19 +119,15 @@ def _sync_folder(folder: Path) -> None:
 
 @dataclass
 class _Response:
-    """The items of one data_id.
+    """The items of one data_id. Arrays are int32."""
 
-    states: block number -> int32 [state, n]; extra: how many of them are augmented. first: the lowest block number;
-    before: int32, the prompt and the blocks before ``first``; labels: int32, prompt and answer.
-    """
-
-    states: dict[int, np.ndarray] = field(default_factory=dict)
-    extra: dict[int, int] = field(default_factory=dict)
-    first: int = -1
-    size: int = 0
-    before: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    labels: np.ndarray | None = None
-    complete_len: int = 0
+    states: dict[int, np.ndarray] = field(default_factory=dict)  # block number -> [state, n]
+    extra: dict[int, int] = field(default_factory=dict)  # block number -> number of augmented states, which come first
+    first: int = -1  # lowest block number
+    size: int = 0  # n
+    before: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # the prompt and the blocks before ``first``
+    labels: np.ndarray | None = None  # prompt and answer
+    complete_len: int = 0  # length of complete_teacher_output_ids
 
     def add(self, item: dict[str, Any]) -> None:
         number, states = _block_number(item["jacobian_itr_id"]), _state_array(item["answer_trajectory_ids"])
@@ -154,22 +150,22 @@ class _Response:
         return self.before[: len(self.before) - self.first * self.size]
 
     def label_ids(self) -> list[int] | None:
-        """The dataset's answer; None where the labels do not begin with the prompt."""
+        """The dataset's answer; None where there are no labels or they do not begin with the prompt."""
         length = len(self.prompt)
         if self.labels is None or len(self.labels) <= length or (self.labels[:length] != self.prompt).any():
             return None
         return self.labels[length:].tolist()
 
-    def run(self) -> list[int]:
-        """Block numbers from the first one up to a gap."""
+    def contiguous(self) -> list[int]:
+        """Block numbers from the first up to a gap."""
         last = self.first
         while last + 1 in self.states:
             last += 1
         return list(range(self.first, last + 1))
 
     def response(self, eos_ids: Collection[int]) -> tuple[np.ndarray, bool]:
-        """Tokens of the response, and whether an EOS cut it. A shorter complete_teacher_output_ids ends it too."""
-        tokens = np.concatenate([self.before[len(self.prompt) :], *(self.states[number][-1] for number in self.run())])
+        """The response's tokens, and whether an EOS truncated it. A shorter complete_teacher_output_ids ends it as well."""
+        tokens = np.concatenate([self.before[len(self.prompt) :], *(self.states[number][-1] for number in self.contiguous())])
         if self.complete_len > len(self.before):
             tokens = tokens[: self.complete_len - len(self.prompt)]
         eos = np.flatnonzero(np.isin(tokens, list(eos_ids)))
@@ -177,10 +173,10 @@ class _Response:
         return tokens[:end], end < len(tokens)
 
     def row(self, row_id: str, eos_ids: Collection[int]) -> TrajectoryRow | None:
-        """None if the response ends before the first block that is there."""
+        """The row; None if the response ends before its first block."""
         tokens, cut = self.response(eos_ids)
         starts, trajectories, augmented = [], [], []
-        for number in self.run():
+        for number in self.contiguous():
             start = number * self.size
             if start >= len(tokens):
                 break
@@ -188,7 +184,7 @@ class _Response:
             extra, states = states[: self.extra[number]], states[self.extra[number] :]
             starts.append(start)
             augmented.append(extra)
-            trajectories.append([state for state, _ in groupby(states)] if cut else states)  # equal but for what was cut
+            trajectories.append([state for state, _ in groupby(states)] if cut else states)  # truncation can make neighbours equal
         if not starts:
             return None
         return TrajectoryRow(
@@ -203,19 +199,19 @@ class _Response:
 
 
 def _rows(responses: dict[str, _Response], eos_ids: Collection[int], path: str | Path) -> Iterator[TrajectoryRow]:
-    """Empties ``responses`` as it goes."""
+    """The rows of ``responses``, removing each response as it is read. Logs what was dropped."""
     ended = unlabelled = gaps = 0
     for data_id in list(responses):
         response = responses.pop(data_id)
         row = response.row(data_id, eos_ids)
-        gaps += len(response.run()) < len(response.states)
+        gaps += len(response.contiguous()) < len(response.states)
         ended += row is None
         if row is not None:
             unlabelled += response.labels is not None and row.label_ids is None
             yield row
     for count, what in (
-        (gaps, "responses lack a block: those behind it are left out"),
-        (ended, "responses end before their first block: left out"),
+        (gaps, "responses lack a block: dropped the blocks after it"),
+        (ended, "responses end before their first block: dropped"),
         (unlabelled, "responses have labels that do not begin with the prompt: read without labels"),
     ):
         if count:
@@ -230,11 +226,11 @@ def _augmented_len(item: dict[str, Any], states: np.ndarray) -> int:
 
 
 def _count_augmented(states: np.ndarray) -> int:
-    """How many leading states are augmented ones. states: int32 [state, n].
+    """The number of augmented states, which come first, among ``states`` (int32 [state, n]).
 
-    Under greedy decoding each iteration makes at least one more leading token right, so the trajectory is the longest
-    tail of states whose number of leading right tokens rises strictly. An augmented copy in front of it has at least as
-    many leading right tokens as a later state of the trajectory, hence more than the random start.
+    Under greedy decoding each iteration fixes at least one more leading token, so the trajectory is the longest suffix of
+    states whose number of right leading tokens rises strictly. The augmented copy right before it has at least as many right
+    leading tokens as some later state of the trajectory, hence more than the random start.
     """
     right = states == states[-1]
     leading = np.where(right.all(axis=1), states.shape[1], right.argmin(axis=1))
@@ -247,7 +243,7 @@ def _check_fields(item: Any) -> None:
         raise ValueError(f"must be an object with the fields {', '.join(FIELDS)}, got {type(item).__name__}")
     missing = [name for name in FIELDS if name not in item]
     if missing:
-        raise ValueError(f"lacks {', '.join(missing)}; it has {', '.join(map(str, item)) or 'no fields'}")
+        raise ValueError(f"lacks {', '.join(missing)}; has {', '.join(map(str, item)) or 'no fields'}")
 
 
 def _block_number(itr_id: Any) -> int:
@@ -258,14 +254,14 @@ def _block_number(itr_id: Any) -> int:
 
 
 def _token_array(name: str, value: Any) -> np.ndarray:
-    """int32 [tokens] from a list of ids, maybe nested in lists of one."""
+    """int32 [tokens] from a list of ids, optionally nested in lists of length one."""
     while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]
     return _int32(name, value, dimensions=1)
 
 
 def _state_array(value: Any) -> np.ndarray:
-    """int32 [state, n], at least one state and one token."""
+    """int32 [state, n] with at least one state and one token."""
     states = _int32("answer_trajectory_ids", value, dimensions=2)
     if not states.size:
         raise ValueError("answer_trajectory_ids is empty")
@@ -283,12 +279,12 @@ def _int32(name: str, value: Any, dimensions: int) -> np.ndarray:
         shape = "a list of token ids" if dimensions == 1 else "equally long lists of token ids"
         raise ValueError(f"{name} must be {shape}")
     if tokens.size and not 0 <= tokens.min() <= tokens.max() <= MAX_TOKEN_ID:
-        raise ValueError(f"{name} must hold token ids of 0 .. {MAX_TOKEN_ID}, got {tokens.min()} .. {tokens.max()}")
+        raise ValueError(f"{name} must hold token ids from 0 to {MAX_TOKEN_ID}, got {tokens.min()} to {tokens.max()}")
     return tokens.astype(np.int32)
 
 
 def _items(stream: TextIO, path: str | Path) -> Iterator[Any]:
-    """The values of a JSON list, or of a file with one value a line, without holding the whole text."""
+    """The values of a JSON list or of JSON lines, without reading the whole file into memory."""
     decoder, buffer, at_end, number = json.JSONDecoder(), "", False, 0
     while True:
         buffer = buffer.lstrip("[,]\ufeff \t\r\n")
@@ -310,7 +306,7 @@ def _items(stream: TextIO, path: str | Path) -> Iterator[Any]:
 
 
 def published_items(row: TrajectoryRow, block_size: int, pad_id: int) -> Iterator[dict[str, Any]]:
-    """The items of one row, in the order of its blocks. See `write_published`."""
+    """The items of one row in the order of its blocks. Raises UsageError as `write_published` does."""
     first = row.block_starts[0]
     if first % block_size or row.block_starts != list(range(first, len(row.response_ids), block_size)):
         raise UsageError(

@@ -13,7 +13,7 @@ MAX_TOKEN_ID = 2**31 - 1  # stored as int32
 
 @dataclass(frozen=True)
 class Dropped:
-    """A prompt that gave no row, and why."""
+    """A prompt without a row, and the reason."""
 
     row_id: str
     reason: str
@@ -21,17 +21,17 @@ class Dropped:
 
 @dataclass
 class TrajectoryRow:
-    """A prompt, the target model's response to it, and how every block of the response came about.
+    """A prompt, the target model's response, and the trajectory of each block of the response.
 
-    row_id: names the row; unique within one collection.
+    row_id: unique within one collection.
     prompt_ids: the P tokens of the prompt.
-    response_ids: the N tokens of the response (EOS included where there is one).
-    block_starts: offsets into the response, strictly rising. Block j spans ``start_j .. min(start_{j+1}, N)``;
+    response_ids: the N tokens of the response, with EOS if it ends in one.
+    block_starts: offsets into the response, strictly increasing. Block j spans ``start_j .. min(start_{j+1}, N)``;
         tokens before the first start belong to no block.
-    trajectories: [block][state][token]; the first state is the random start, the last one is the fixed point, which is
-        the block's slice of the response.
-    augmented: [block][state][token]; extra states of ``--use_aug``. Empty without it.
-    label_ids: the dataset's own answer (EOS included, prompt not included), or None.
+    trajectories: [block][state][token]; the first state is the random start and the last the fixed point, which is the
+        block's slice of the response.
+    augmented: [block][state][token], the extra states of ``--use_aug``; empty without it.
+    label_ids: the dataset's own answer with EOS, without the prompt, or None.
     """
 
     row_id: str
@@ -43,18 +43,18 @@ class TrajectoryRow:
     label_ids: list[int] | None = None
 
     def spans(self) -> list[tuple[int, int]]:
-        """Start and end (exclusive) of every block, as offsets into the response."""
+        """Start and end (exclusive) of each block, as offsets into the response."""
         return list(pairwise([*self.block_starts, len(self.response_ids)]))
 
     def extra_states(self, block: int) -> list[list[int]]:
-        """The augmented states of one block; [] in a row that was stored without any."""
+        """The augmented states of one block; [] in a row stored without any."""
         return self.augmented[block] if self.augmented else []
 
-    def within(self, context: int) -> TrajectoryRow:
-        """The row as a model with so many positions has it: response, blocks and labels end where the positions do.
+    def truncated(self, context: int) -> TrajectoryRow:
+        """The row with response, blocks and labels truncated to a context of this many positions.
 
         Raises:
-            UsageError: the prompt fills them all.
+            UsageError: the prompt alone fills the context.
         """
         room = context - len(self.prompt_ids)
         if room < 1:
@@ -80,7 +80,7 @@ class TrajectoryRow:
         """Check that the parts fit together.
 
         Raises:
-            ValueError: names the row, the block and what does not fit.
+            ValueError: some part does not; the message names the row, the block and the part.
         """
         self._check_tokens()
         self._check_starts()
@@ -105,14 +105,14 @@ class TrajectoryRow:
     def _check_range(self, name: str, ids: Iterable[int]) -> None:
         bad = next((token for token in ids if not 0 <= token <= MAX_TOKEN_ID), None)
         if bad is not None:
-            self._fail(f"{name} must hold token ids of 0 .. {MAX_TOKEN_ID}, got {bad}")
+            self._fail(f"{name} must hold token ids from 0 to {MAX_TOKEN_ID}, got {bad}")
 
     def _check_starts(self) -> None:
         starts, length = self.block_starts, len(self.response_ids)
         if not starts:
             self._fail("block_starts is empty")
         if any(later <= earlier for earlier, later in pairwise(starts)):
-            self._fail(f"block_starts must rise strictly, got {starts}")
+            self._fail(f"block_starts must increase strictly, got {starts}")
         if starts[0] < 0 or starts[-1] >= length:
             self._fail(f"block_starts must lie within the response of {length} tokens, got {starts}")
         if len(self.trajectories) != len(starts):
@@ -129,4 +129,4 @@ class TrajectoryRow:
                 self._fail(f"block {block} spans {len(fixed_point)} tokens but has a state of {len(state)}")
             self._check_range(f"block {block}", state)
         if list(states[-1]) != list(fixed_point):
-            self._fail(f"block {block} does not end in its part of the response")
+            self._fail(f"the last state of block {block} is not its slice of the response")

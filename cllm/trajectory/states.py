@@ -1,10 +1,11 @@
 """The Jacobi trajectories of all blocks of several responses at once.
 
-The responses (fixed points) are known, so each iteration forwards only the guesses from each block's first wrong one on:
-what stands before it is clean text, whose keys and values are computed once (design: packed layout). In exact arithmetic the
-states are those of the paper's procedure (section 3.2), which runs the whole text for one block after the other.
+The responses (fixed points) are known. Each iteration forwards only each block's guesses from the first wrong one on; what
+precedes them is clean text, whose keys and values are computed once (:mod:`cllm.packing`). In exact arithmetic the states
+equal those of the paper's procedure (section 3.2), which forwards the whole text for one block after another.
 
-Shapes: B responses, K blocks of all of them, N longest block, C longest clean text, T packed tokens of a forward.
+Shapes: B responses, K blocks of all responses, S states, N longest block, C longest clean text, T packed tokens of a forward,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cllm.decoding.linear import LinearPatch
 from cllm.models import embedding_device
 from cllm.packing import PADDING, Layout, PackedRow, pack, packed_mask
 
-States = list[list[int]]  # one block: its states, each a list of token ids
+States = list[list[int]]  # [state][token] of one block
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class _Blocks:
     """All blocks of the batch, ordered by response."""
 
     row_K: torch.Tensor
-    start_K: torch.Tensor  # position of the first token
+    start_K: torch.Tensor  # absolute position of the first token
     length_K: torch.Tensor
     fixed_KN: torch.Tensor
 
@@ -39,7 +40,7 @@ class _Blocks:
 
 
 def block_starts(response_length: int, block_size: int, first: int = 0) -> list[int]:
-    """Offsets of the blocks of a response whose second block starts at ``first`` (0: the first block is a full one)."""
+    """Block offsets of a response: 0, then ``first``, then every ``block_size`` tokens."""
     return sorted({0, *range(first, response_length, block_size)})
 
 
@@ -53,11 +54,11 @@ def jacobi_states(
     seeds: Sequence[int],
     guess: FreshGuess = context_tokens,
 ) -> list[list[States]]:
-    """For each response and each of its blocks the states from the random start to the fixed point, both included.
+    """The trajectory of every block of every response, from the random start to the fixed point, both included.
 
-    ``starts``: offsets of the blocks in each response (see :func:`block_starts`). ``responses`` should be the model's greedy
-    ones; where another source differs, its token takes the place of the model's choice, so the last state always is the
-    response. Memory: one forward holds logits for every guess that is not yet right.
+    ``starts`` holds the block offsets of each response (see :func:`block_starts`), ``seeds`` one seed per response for
+    ``guess``. ``responses`` should be the model's greedy ones. Where they differ from the model's choice, the response's token
+    is taken, so the last state always equals the response. One forward holds logits for every guess not yet fixed.
     """
     device = embedding_device(model)
     clean = [[*prompt, *response] for prompt, response in zip(prompts, responses)]
@@ -121,16 +122,16 @@ def _iterate(model: PreTrainedModel, blocks: _Blocks, state_KN: torch.Tensor, ca
     order_N = torch.arange(state_KN.shape[1], device=state_KN.device)
     wrong_KN = (state_KN != blocks.fixed_KN) & blocks.valid_KN
     first_K = torch.where(wrong_KN, order_N, state_KN.shape[1]).amin(dim=1)
-    # A guess is forwarded for the sake of the next position; those before the first wrong one are clean text.
+    # Forwarding a guess gives the choice for the next position; guesses before the first wrong one are clean text.
     ask_KN = (order_N >= first_K[:, None]) & (order_N < blocks.length_K[:, None] - 1)
     following = state_KN.clone()
     if ask_KN.any():
         block, offset = ask_KN.nonzero(as_tuple=True)
-        following[block, offset + 1] = _choices(model, blocks, state_KN, first_K, block, offset, cache, clean)
+        following[block, offset + 1] = _next_tokens(model, blocks, state_KN, first_K, block, offset, cache, clean)
     return torch.where(order_N <= first_K[:, None], blocks.fixed_KN, following)
 
 
-def _choices(
+def _next_tokens(
     model: PreTrainedModel,
     blocks: _Blocks,
     state_KN: torch.Tensor,
@@ -140,7 +141,7 @@ def _choices(
     cache: RowCache,
     clean: Layout,
 ) -> torch.Tensor:
-    """What the model puts behind the guesses at (block, offset), each seeing clean text and its own block's guesses."""
+    """The model's choices after the guesses at (block, offset); each guess sees the clean text and its own block."""
     B, C = clean.position_BT.shape
     row = blocks.row_K[block]
     counts_B = torch.bincount(row, minlength=B)
@@ -168,7 +169,7 @@ def _choices(
 
 
 def _unstack(history_KSN: torch.Tensor, blocks: _Blocks, steps_K: torch.Tensor, responses: int) -> list[list[States]]:
-    """Each block's own states only: those after it reached its fixed point are dropped, and so is the padding."""
+    """The states of each block, without padding and without repetitions of the fixed point."""
     result: list[list[States]] = [[] for _ in range(responses)]
     columns = torch.stack([blocks.row_K, steps_K, blocks.length_K], dim=1).tolist()
     for states_SN, (row, steps, length) in zip(history_KSN.cpu(), columns):

@@ -1,7 +1,7 @@
 """Trajectories on disk: a folder of Parquet shards and settings.json. Token ids only, one row per response.
 
-A shard is written under a hidden name, forced to disk and renamed, so a file under a final name is whole. Its name is a
-digest of its row ids, so the writers of several processes share a folder without meeting. Dropped rows are stored
+A shard is written under a hidden name, synced to disk and renamed, so a file with a final name is complete. The name is a
+digest of the shard's row ids, so writers of several processes share a folder without collisions. Dropped rows are stored
 beside the kept ones (column ``dropped`` holds the reason), so that resuming does not try them again.
 """
 
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from cllm.errors import UsageError
 from cllm.files import write_json
 from cllm.trajectory.lock import WriterLock
-from cllm.trajectory.published import read_published, replacing
+from cllm.trajectory.published import atomic_write, read_published
 from cllm.trajectory.record import Dropped, TrajectoryRow
 
 if TYPE_CHECKING:
@@ -48,28 +48,28 @@ SCHEMA = pa.schema(
     ]
 )
 SETTINGS = "settings.json"
-ADDED = {"vocabulary", "weights", "source_rows"}  # settings that older folders do not have, and may go without
-BATCH_ROWS = 16  # rows held as Python lists while a shard is read
+OPTIONAL_SETTINGS = {"vocabulary", "weights", "source_rows"}  # settings that older folders lack; compared only where present
+BATCH_ROWS = 16  # rows held as Python lists while reading a shard
 
 
 class TrajectoryWriter:
-    """Writes shards into a folder, which nobody else may write into meanwhile. For use in a ``with`` statement.
+    """Writes shards into a folder under an exclusive lock. Use it in a ``with`` statement.
 
-    The processes of one run share the folder: that of rank 0 opens it first and alone, the others afterwards, with
-    ``resume=True``, and no two are given the same row.
+    The processes of one run share a folder: rank 0 opens it first and alone, then the others with ``resume=True``. No row may
+    be given to two of them.
 
     Args:
-        folder: made if missing.
+        folder: created if missing.
         settings: what the rows depend on; JSON values only.
-        resume: go on where the folder stops. False removes the shards that are there.
-        rank: of this process among those of the run.
+        resume: keep the stored rows and add to them. False removes them.
+        rank: this process's rank in the run.
 
     Attributes:
         done_ids: ids of all stored rows, kept and dropped.
 
     Raises:
-        UsageError: the folder cannot be used or read, another process is at work there, or it was written with other
-            settings; the message names each difference.
+        UsageError: the folder cannot be used or read, another run is writing there, or it was written with other settings;
+            the message names each difference.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], resume: bool, rank: int = 0) -> None:
@@ -101,15 +101,15 @@ class TrajectoryWriter:
         self.close()
 
     def close(self) -> None:
-        """Let others write into the folder."""
+        """Release the folder for other writers."""
         self._lock.release()
 
     def write(self, rows: Sequence[TrajectoryRow], dropped: Sequence[Dropped] = ()) -> None:
-        """Store rows and dropped rows as one shard, all or nothing. Safe on disk when it returns.
+        """Store rows and dropped rows atomically as one shard, which is synced to disk on return.
 
         Raises:
-            ValueError: a row does not fit together, or an id is stored already.
-            UsageError: the disk is full or the folder cannot be written. What was stored before is safe.
+            ValueError: a row is inconsistent, or an id is already stored.
+            UsageError: the disk is full or the folder cannot be written; earlier shards are safe.
         """
         ids = [row.row_id for row in rows] + [drop.row_id for drop in dropped]
         self._check_ids(ids)
@@ -119,14 +119,14 @@ class TrajectoryWriter:
             return
         name = hashlib.blake2b(json.dumps(ids).encode(), digest_size=12).hexdigest()
         payload = _encode([*map(_row_values, rows), *map(_dropped_values, dropped)])
-        with replacing(self.folder / f"part-{name}.parquet", self.folder / f".part-{name}.tmp") as stream:
+        with atomic_write(self.folder / f"part-{name}.parquet", self.folder / f".part-{name}.tmp") as stream:
             stream.write(payload)
         self.done_ids.update(ids)
         self._counts[None] += len(rows)
         self._counts.update(drop.reason for drop in dropped)
 
     def counts(self) -> dict[str, Any]:
-        """{"kept": rows, "dropped": {reason: rows}}: what was there when the writer opened and what it wrote since."""
+        """{"kept": rows, "dropped": {reason: rows}} of what the folder held on opening and what was written since."""
         return _as_counts(self._counts)
 
     def _make_folder(self) -> None:
@@ -141,8 +141,8 @@ class TrajectoryWriter:
         for shard in _shards(self.folder):
             try:
                 ids, reasons = _read_status(shard)
-            except BrokenShard as broken:
-                _set_aside(shard, broken)
+            except CorruptShard as error:
+                _set_aside(shard, error)
                 continue
             self.done_ids.update(ids)
             self._counts.update(reasons)
@@ -150,35 +150,33 @@ class TrajectoryWriter:
     def _check_ids(self, ids: list[str]) -> None:
         twice = [row_id for row_id, count in Counter(ids).items() if count > 1 or row_id in self.done_ids]
         if twice:
-            raise ValueError(f"rows stored already: {', '.join(map(repr, twice[:10]))}")
+            raise ValueError(f"rows already stored: {', '.join(map(repr, twice[:10]))}")
 
 
-class BrokenShard(UsageError):
-    """A shard that was read and is no whole one; others may only be out of reach for a while."""
+class CorruptShard(UsageError):
+    """A shard whose content is damaged, as opposed to one that cannot be read at the moment."""
 
 
 class TrajectoryDataset:
     """The kept rows of a folder of shards, or of a published JSON file, as a map-style dataset of `TrajectoryRow`.
 
-    What is no path and looks like a hub name, ``cllm/NAME``, is fetched from there first.
-
-    Rows of a folder are ordered by id (numbers in it by value), whatever the shards; ``datasets`` maps them from a
-    cache file that it makes of the shards. A JSON file is held in memory as int32.
+    Rows of a folder are ordered by id (numbers in it by value), however they are sharded; ``datasets`` memory-maps them from a
+    cache file that it builds from the shards. A JSON file is held in memory as int32.
 
     Args:
-        path: folder, file, or dataset of the hub that holds the one or the other.
-        eos_ids: where to cut the responses of a published JSON file; a folder's are cut when they are collected.
-        cache_dir: where the cache file goes; by default where ``datasets`` has its own.
+        path: a folder, a file, or the hub name of a dataset that holds either (``cllm/NAME``), which is downloaded.
+        eos_ids: tokens that end the responses of a published JSON file; those of a folder were truncated at collection.
+        cache_dir: where the cache file goes; default: the cache of ``datasets``.
 
     Attributes:
-        settings: those of the writer; {} for a JSON file.
+        settings: the writer's settings; {} for a JSON file.
 
     Raises:
-        UsageError: nothing there, nothing that the hub gives, no kept rows, or a file that cannot be read.
+        UsageError: nothing is there or on the hub, no row was kept, or a file cannot be read.
     """
 
     def __init__(self, path: str | Path, eos_ids: Collection[int] = (), cache_dir: str | Path | None = None) -> None:
-        path = _fetched(path)
+        path = _resolve(path)
         if path.is_dir():
             self.settings = _read_settings(path) or {}
             self._rows, self._order = _load_shards(path, cache_dir)
@@ -200,10 +198,10 @@ class TrajectoryDataset:
 
 
 def read_rows(path: str | Path, eos_ids: Collection[int] = ()) -> Iterator[TrajectoryRow]:
-    """The kept rows of a folder (a few at a time, in no set order) or of a published JSON file.
+    """Stream the kept rows of a folder, in no particular order, or of a published JSON file.
 
     Raises:
-        UsageError: as `TrajectoryDataset`, when the row is reached.
+        UsageError: as `TrajectoryDataset`, on reaching the row.
     """
     path = Path(path)
     if not path.is_dir():
@@ -216,10 +214,10 @@ def read_rows(path: str | Path, eos_ids: Collection[int] = ()) -> Iterator[Traje
 
 
 def stored_counts(folder: str | Path) -> dict[str, Any]:
-    """{"kept": rows, "dropped": {reason: rows}} of all shards of a folder, whoever wrote them.
+    """{"kept": rows, "dropped": {reason: rows}} over all shards of a folder.
 
     Raises:
-        UsageError: no shards, or one that cannot be read.
+        UsageError: there is no shard, or one cannot be read.
     """
     return _as_counts(Counter(reason for _, reason in _status(_require_shards(Path(folder)))))
 
@@ -249,15 +247,15 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     stored = _read_settings(folder)
     if stored is None:
         if _shards(folder):
-            raise UsageError(f"cannot resume in {folder}: it has shards but no {SETTINGS}; start over, or elsewhere")
+            raise UsageError(f"cannot resume in {folder}: it has shards but no {SETTINGS}; start over, or write elsewhere")
         return
     differences = [
         f"{name}: {_show(stored, name)} there, {_show(settings, name)} now"
-        for name in sorted((stored.keys() | settings.keys()) - (ADDED - stored.keys()))
+        for name in sorted((stored.keys() | settings.keys()) - (OPTIONAL_SETTINGS - stored.keys()))
         if _show(stored, name) != _show(settings, name)
     ]
     if differences:
-        raise UsageError(f"cannot resume in {folder}, which has other settings: {'; '.join(differences)}. Start over, or elsewhere")
+        raise UsageError(f"cannot resume in {folder}, which has other settings: {'; '.join(differences)}. Start over, or write elsewhere")
 
 
 def _show(settings: dict[str, Any], name: str) -> str:
@@ -274,30 +272,30 @@ def _shards(folder: Path) -> list[Path]:
 def _require_shards(folder: Path) -> list[Path]:
     shards = _shards(folder)
     if not shards:
-        raise UsageError(f"no trajectories in {folder}: no part-*.parquet there; collect some first")
+        raise UsageError(f"no trajectories in {folder}: it has no part-*.parquet; run cllm collect first")
     return shards
 
 
 def _remove_shards(folder: Path) -> None:
-    """Old shards first, their settings last: a kill in between leaves fewer rows, never rows under wrong settings."""
+    """Remove the settings last: a kill in between leaves fewer rows, never rows with the wrong settings."""
     for path in (*_shards(folder), *folder.glob("part-*.parquet.corrupt"), folder / SETTINGS):
         path.unlink(missing_ok=True)
 
 
-def _set_aside(shard: Path, broken: BrokenShard) -> None:
+def _set_aside(shard: Path, error: CorruptShard) -> None:
     aside = shard.with_name(shard.name + ".corrupt")
-    logger.warning("renamed to %s: %s", aside.name, broken)
+    logger.warning("renamed to %s: %s", aside.name, error)
     shard.replace(aside)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of writers that were killed: none is at work."""
+    """Remove temporary files of killed writers; the lock rules out active ones."""
     for path in folder.glob(".part-*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def _fetched(path: str | Path) -> Path:
-    """The path itself where it exists or cannot be a hub name; else what the hub has, its file where that is one JSON."""
+def _resolve(path: str | Path) -> Path:
+    """The path itself if it exists or cannot be a hub name; else the downloaded dataset: its folder, or its one JSON file."""
     from cllm.models import HUB_NAME, first_line
 
     name = str(path)
@@ -307,14 +305,14 @@ def _fetched(path: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, repo_type="dataset"))
-    except Exception as error:  # no network, no such dataset, a disk that is full: the library raises nearly anything
-        raise UsageError(f"no trajectories in {name}: no such path here, and from the hub: {first_line(error)}") from error
+    except Exception as error:  # no network, no such dataset, a full disk: the library raises nearly anything
+        raise UsageError(f"no trajectories in {name}: there is no such path, and the hub says: {first_line(error)}") from error
     files = sorted(file for file in folder.rglob("*") if file.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")))
     if _shards(folder) or not files:
         return folder
     if len(files) > 1:
         names = ", ".join(str(file.relative_to(folder)) for file in files[:10])
-        raise UsageError(f"{name} has several files: {names}; they are in {folder}, pass the path of one")
+        raise UsageError(f"{name} has several files: {names}; pass the path of one of them, in {folder}")
     return files[0]
 
 
@@ -336,7 +334,7 @@ def _to_row(values: dict[str, Any]) -> TrajectoryRow:
 
 
 def _encode(values: list[dict[str, Any]]) -> memoryview:
-    """One shard as Parquet: zstd, with page checksums."""
+    """A shard as Parquet bytes: zstd, with page checksums."""
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(values, schema=SCHEMA)
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -345,11 +343,11 @@ def _encode(values: list[dict[str, Any]]) -> memoryview:
 
 @contextmanager
 def _open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
-    """The file, for reading inside a ``with`` statement.
+    """Open a shard for reading inside a ``with`` statement.
 
     Raises:
-        BrokenShard: what was read is no whole shard.
-        UsageError: the system cannot read it, now or at all; its errors have a number, those of a decoder have none.
+        CorruptShard: its content is damaged.
+        UsageError: the system cannot read it. System errors have an errno, which tells them from decoding errors.
     """
     try:
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
@@ -362,41 +360,41 @@ def _open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
         number = getattr(error, "errno", None)
         if number is not None:
             raise UsageError(f"cannot read {shard}: {os.strerror(number)}") from error
-        raise BrokenShard(f"cannot read {shard}, it is damaged: {error}; resuming collects its rows again") from error
+        raise CorruptShard(f"{shard} is damaged: {error}; resuming collects its rows again") from error
 
 
 def _read_status(shard: Path) -> tuple[list[str], list[str | None]]:
-    """Row ids and reasons (None: kept) of a shard; no other column is read."""
+    """Row ids and drop reasons (None: kept) of a shard; reads no other column."""
     with _open_shard(shard) as file:
         table = file.read(columns=["row_id", "dropped"])
     return table["row_id"].to_pylist(), table["dropped"].to_pylist()
 
 
 def _status(shards: list[Path]) -> Iterator[tuple[str, str | None]]:
-    """Row id and reason of every stored row, in the order of the shards."""
+    """Row id and drop reason of every stored row, in the order of the shards."""
     for shard in shards:
         yield from zip(*_read_status(shard), strict=True)
 
 
 def _load_shards(folder: Path, cache_dir: str | Path | None) -> tuple[Dataset, list[int]]:
-    """All stored rows as a mapped dataset, and the places of the kept ones in the order of their ids."""
+    """All stored rows as a memory-mapped dataset, and the indices of the kept ones in the order of their ids."""
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
     shards = _require_shards(folder)
-    kept = {row_id: place for place, (row_id, reason) in enumerate(_status(shards)) if reason is None}
+    kept = {row_id: index for index, (row_id, reason) in enumerate(_status(shards)) if reason is None}
     try:
         patterns = [glob.escape(str(shard)) for shard in shards]
         rows = Dataset.from_parquet(patterns, cache_dir=str(cache_dir) if cache_dir else None)
     except (pa.ArrowException, OSError, DatasetsError) as error:
         raise UsageError(f"cannot read the trajectories in {folder}: {error}") from error
-    return rows, [kept[row_id] for row_id in sorted(kept, key=_natural)]
+    return rows, [kept[row_id] for row_id in sorted(kept, key=_natural_key)]
 
 
-def _natural(row_id: str) -> list[tuple[int, str]]:
-    """Sorting key: "x-2" before "x-10"."""
+def _natural_key(row_id: str) -> list[tuple[int, str]]:
+    """Natural sort key: "x-2" before "x-10"."""
     parts = re.split(r"([0-9]+)", row_id)  # text, number, text, ...
-    return [(int(part), "") if place % 2 else (0, part) for place, part in enumerate(parts)] + [(0, row_id)]
+    return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)] + [(0, row_id)]
 
 
 def _load_published(path: Path, eos_ids: Collection[int]) -> Dataset:

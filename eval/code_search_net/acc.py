@@ -1,4 +1,4 @@
-"""pass@1 of a CLLM on HumanEval or MBPP: python acc.py --model_dir PATH --use_consistency_decoding --filename FILE"""
+"""Measure a CLLM's pass@1 on HumanEval or MBPP: python acc.py --model_dir PATH --use_consistency_decoding --filename FILE"""
 
 from cllm.cli import acc
 

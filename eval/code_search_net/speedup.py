@@ -1,4 +1,4 @@
-"""Speed of a CLLM on code: python speedup.py --test_model PATH --max_new_tokens 16 --filename HumanEval.jsonl.gz"""
+"""Measure a CLLM's speed on code: python speedup.py --test_model PATH --max_new_tokens 16 --filename HumanEval.jsonl.gz"""
 
 from cllm.cli import speedup
 

@@ -1,4 +1,4 @@
-"""Accuracy of a CLLM on GSM8K: python acc.py --model_dir PATH --use_consistency_decoding --prompt_type math-single"""
+"""Measure a CLLM's accuracy on GSM8K: python acc.py --model_dir PATH --use_consistency_decoding --prompt_type math-single"""
 
 from cllm.cli import acc
 

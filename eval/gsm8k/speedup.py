@@ -1,4 +1,4 @@
-"""Speed of a CLLM on GSM8K: python speedup.py --test_model PATH --max_new_tokens 16 --filename ./test.jsonl"""
+"""Measure a CLLM's speed on GSM8K: python speedup.py --test_model PATH --max_new_tokens 16 --filename ./test.jsonl"""
 
 from cllm.cli import speedup
 

@@ -1,4 +1,4 @@
-"""A CLLM's answers to MT-bench: python acc.py --model_dir PATH --use_consistency_decoding --filename question.jsonl"""
+"""Answer MT-bench with a CLLM: python acc.py --model_dir PATH --use_consistency_decoding --filename question.jsonl"""
 
 from cllm.cli import acc
 

@@ -1,4 +1,4 @@
-"""Speed of a CLLM on chat: python speedup.py --test_model PATH --max_new_tokens 16 --filename ShareGPT.json"""
+"""Measure a CLLM's speed on chat: python speedup.py --test_model PATH --max_new_tokens 16 --filename ShareGPT.json"""
 
 from cllm.cli import speedup
 

@@ -1,4 +1,4 @@
-"""Accuracy of a CLLM on Spider: python acc.py --model_dir PATH --use_consistency_decoding --filename SPIDER_FOLDER"""
+"""Measure a CLLM's accuracy on Spider: python acc.py --model_dir PATH --use_consistency_decoding --filename SPIDER_FOLDER"""
 
 from cllm.cli import acc
 

@@ -1,4 +1,4 @@
-"""Speed of a CLLM on Spider: python speedup.py --test_model PATH --max_new_tokens 16 --filename SPIDER_FOLDER"""
+"""Measure a CLLM's speed on Spider: python speedup.py --test_model PATH --max_new_tokens 16 --filename SPIDER_FOLDER"""
 
 from cllm.cli import speedup
 

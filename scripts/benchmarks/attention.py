@@ -1,27 +1,25 @@
-"""What attention without copies of the cache brings (:mod:`cllm.decoding.grouped_attention`): iterations with it and without.
+"""The gain from attention without copies of the cache (:mod:`cllm.decoding.grouped_attention`): iterations with and without it.
 
-The two take turns, text by text; medians over all iterations behind the prefill. Only models with GQA have anything to gain.
+The two alternate text by text; medians over all iterations after the prefill. Only models with GQA can gain.
 
     python scripts/benchmarks/attention.py --model MODEL --filename gsm8k_train.jsonl --context 2048 --output attention.json
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common import add_options, add_shapes, each_shape, joined, load, publish, switched
+from common import add_shapes, each_shape, joined, load, model_parser, publish, switched
 
 from cllm.decoding import grouped_attention
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=16)
+    options = model_parser(__doc__, prompts=16)
     options.set_defaults(length=16)
-    options.add_argument("--context", type=int, default=512, help="tokens of a prompt")
-    options.add_argument("--rounds", type=int, default=3, help="texts")
+    options.add_argument("--context", type=int, default=512, help="tokens per prompt")
+    options.add_argument("--rounds", type=int, default=3, help="number of texts")
     add_shapes(options, widths=[1, 4, 16], batches=[1, 4])
     args = options.parse_args()
     model, _, prompts = load(args)

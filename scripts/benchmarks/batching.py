@@ -1,18 +1,17 @@
 """Continuous batching against fixed batches: tokens per second on the same requests of mixed length.
 
-All sides are the same engine at the same width and batch size. Fixed batches wait for their longest row: the usual ones compute
-finished rows until then, those whose finished rows leave do not. The queue puts the next request into every place that falls
-free. They take turns, round by round.
+All sides use the same engine, width and batch size. Fixed batches wait for their longest row; the usual ones compute finished
+rows until then, the others let finished rows leave. The queue gives every freed place to the next request. The sides
+alternate round by round.
 
     python scripts/benchmarks/batching.py --model MODEL --filename gsm8k_train.jsonl --block_size 1 --output batching.json
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 
-from common import add_options, load, publish
+from common import load, model_parser, publish
 
 from cllm.decoding import JacobiDecoder, Queue, Request
 from cllm.decoding.runner import Runner
@@ -20,15 +19,14 @@ from cllm.evaluation.speed import now
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=64)
+    options = model_parser(__doc__, prompts=64)
     options.add_argument("--batch_size", type=int, default=8)
     options.add_argument("--rounds", type=int, default=2)
     args = options.parse_args()
     model, _, prompts = load(args)
     decoder, draw = JacobiDecoder(model, args.block_size, prefix_cache=0), random.Random(0)
     usual = JacobiDecoder(model, args.block_size, compile="off", prefix_cache=0)
-    usual.runner = Staying(usual.step)
+    usual.runner = FixedBatchRunner(usual.step)
     requests = [Request(prompt, draw.randint(8, args.length)) for prompt in prompts]
     sides = {
         "fixed batches": lambda: fixed(usual, requests, args.batch_size),
@@ -43,24 +41,25 @@ def main() -> None:
             seconds[name].append(now(model.device) - start)
             print(f"round {at}, {name}: {tokens} tokens, {seconds[name][-1]:.1f} s", flush=True)
     total = {name: sum(times) for name, times in seconds.items()}
-    rates = {f"tokens/s, {name}": args.rounds * tokens / of for name, of in total.items()}
-    faster = {f"times faster than {name}": of / total["continuous batching"] for name, of in total.items() if "fixed" in name}
+    rates = {f"tokens/s, {name}": args.rounds * tokens / time for name, time in total.items()}
+    faster = {f"times faster than {name}": time / total["continuous batching"] for name, time in total.items() if "fixed" in name}
     publish(args, model, {"tokens": tokens, "seconds": seconds, **rates, **faster})
 
 
-class Staying(Runner):
-    """Computes finished rows, too, until their batch is done."""
+class FixedBatchRunner(Runner):
+    """Keeps computing finished rows until their batch is done."""
 
     def size(self, used: int, room: int) -> int:
         return room
 
 
 def fixed(decoder: JacobiDecoder, requests: list[Request], size: int) -> int:
-    """Batch after batch in the order of the requests; returns the number of tokens."""
+    """Decode batch after batch in the order of the requests; returns the number of tokens."""
     return sum(continuous(decoder, requests[at : at + size], size) for at in range(0, len(requests), size))
 
 
 def continuous(decoder: JacobiDecoder, requests: list[Request], size: int) -> int:
+    """Decode by a queue; returns the number of tokens."""
     return sum(len(result.token_ids) for _, result in Queue(decoder, size).run(requests))
 
 

@@ -1,21 +1,20 @@
-"""What would verifying two candidates at once gain over the single window?
+"""How much would verifying two candidates at once gain over the single window?
 
-Every iteration has the engine's window and beside it what another strategy would have put there; both are verified, and the
-text goes on behind the one that gained more. Every token is counted as it falls, by forwards over the whole text (not timed);
-with the window alone the count is the engine's own, which is checked. Time: two windows of W cost an iteration what one of 2W
-does, without the copying of keys and values that the winner would need, so the gain in tokens/s is an upper bound.
+Every iteration verifies the engine's window and the window that another strategy would have filled, and the text continues
+after the one that gained more. Forwards over the whole text (not timed) count tokens exactly; with the window alone, the count
+is checked against the engine's. For time, two windows of W are taken to cost as much as one of 2W, without the copying of the
+winner's keys and values, so the gain in tokens/s is an upper bound.
 
     python scripts/benchmarks/candidates.py --model CLLM --task spider --filename quickstart/data --block_size 8
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from typing import Any
 
 import torch
-from common import add_options, load, publish, race
+from common import load, model_parser, publish, race
 from tqdm import tqdm
 
 from cllm.decoding import GuessStrategy, JacobiDecoder, PartialWindow, make_guess
@@ -28,10 +27,9 @@ LOSER = OTHERS[-1]
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=8)
+    options = model_parser(__doc__, prompts=8)
     options.set_defaults(length=64)
-    options.add_argument("--guess", default="prompt_lookup+pool+context", help="of the window that is there anyway")
+    options.add_argument("--guess", default="prompt_lookup+pool+context", help="the strategy of the first window")
     args = options.parse_args()
     model, tokenizer, prompts = load(args)
     stops, W = stop_token_ids(model, tokenizer), args.block_size
@@ -57,19 +55,22 @@ def main() -> None:
 
 
 def engine(decoder: JacobiDecoder, prompts: list[list[int]], length: int) -> tuple[int, int]:
-    """Tokens, and forwards, the prefill's included."""
+    """The engine's tokens and forwards, prefills included."""
     results = [decoder.generate([prompt], max_new_tokens=length)[0] for prompt in prompts]
     return sum(len(r.token_ids) for r in results), sum(r.forwards for r in results)
 
 
 def forwards(decoder: JacobiDecoder, other: str | None, prompts: list[list[int]], length: int) -> int:
-    """How many it takes to write all texts, with a second candidate or without."""
+    """The number of forwards that all texts take, with a second candidate or without."""
     with torch.inference_mode(), LinearPatch.refreshed(decoder.model):
-        return sum(Race(decoder, other, prompt, length).run() for prompt in prompts)
+        return sum(CandidateDecoding(decoder, other, prompt, length).run() for prompt in prompts)
 
 
-class Race:
-    """One text, and the candidates for what follows it."""
+class CandidateDecoding:
+    """Decodes one text with one or two candidate windows per iteration.
+
+    Shapes: B = 1 rows, C candidates, W width, M memory of a guess strategy.
+    """
 
     def __init__(self, decoder: JacobiDecoder, other: str | None, prompt: list[int], length: int) -> None:
         self.decoder, self.width, self.end = decoder, decoder.width, len(prompt) + length
@@ -80,6 +81,7 @@ class Race:
         self.other_memory_BM = torch.full((1, self.other.memory_size), -1)
 
     def run(self) -> int:
+        """Decode to the end; returns the number of forwards."""
         stops = set(self.decoder.eos_ids.tolist())
         window_CW = self.candidates([self.text[-1:]])
         count = 0
@@ -99,13 +101,13 @@ class Race:
             window_CW = self.candidates([[self.text[-1], *choice_CW[c, gained[winner] :].tolist()] for c in order])
 
     def gained(self, window: list[int], choices: list[int], stops: set[int]) -> int:
-        """How many choices are verified and belong to the text."""
+        """The number of choices that are verified and belong to the text."""
         right = next((i for i, pair in enumerate(zip(window[1:], choices)) if pair[0] != pair[1]), self.width - 1)
         last = next((i + 1 for i, token in enumerate(choices) if token in stops), self.width)
         return min(right + 1, last, self.end - len(self.text))
 
     def candidates(self, refined: list[list[int]]) -> torch.Tensor:
-        """[C, W]: the window, made of the first refined tokens, and the second candidate."""
+        """The next windows [C, W]: the first from ``refined[0]``, and the second candidate."""
         rows = [self.fill(self.guess, self.memory_BM, refined[0])]
         if self.name == LOSER:
             rows.append(self.fill(self.guess, self.memory_BM, refined[-1]))
@@ -114,7 +116,7 @@ class Race:
         return torch.cat(rows)
 
     def fill(self, guess: GuessStrategy, memory_BM: torch.Tensor, kept: list[int]) -> torch.Tensor:
-        """A window that begins with these tokens, filled as the engine does: [1, W]."""
+        """A window [1, W] that starts with the tokens ``kept``, filled as the engine does."""
         room = torch.tensor([self.text + [0] * 2 * self.width])
         one, filled = torch.ones(1, dtype=torch.long), torch.tensor([len(kept)])
         window = torch.tensor([kept + [kept[-1]] * (self.width - len(kept))])
@@ -125,7 +127,7 @@ class Race:
         return guess.fill(memory_BM, partial).window_BW
 
     def learn(self, window_CW: torch.Tensor, choice_CW: torch.Tensor, winner: int) -> None:
-        """From the candidate that lost first: what the winner saw is nearer to the truth."""
+        """Update the strategies, from the losing candidate first, since what the winner saw is closer to the truth."""
         before = token_before(torch.tensor([self.text]), torch.tensor([len(self.text) - 1]))
         for c in [*(c for c in range(len(window_CW)) if c != winner), winner]:
             for guess, memory in ((self.guess, self.memory_BM), (self.other, self.other_memory_BM)):
@@ -133,12 +135,12 @@ class Race:
 
 
 def costs(model: Any, prompts: list[list[int]], widths: tuple[int, int], guess: str) -> dict[int, float]:
-    """Median seconds of the engine's iterations at each width; the widths take turns, prompt by prompt."""
+    """Median seconds of the engine's iterations at each width; the widths alternate prompt by prompt."""
     times: dict[int, list[float]] = {width: [] for width in widths}
     for prompt in prompts:
         for width in widths:
             times[width] += [ours for ours, *_ in race(JacobiDecoder(model, width, guess=guess), prompt, 1, 12)]
-    return {width: statistics.median(of) for width, of in times.items()}
+    return {width: statistics.median(seconds) for width, seconds in times.items()}
 
 
 if __name__ == "__main__":

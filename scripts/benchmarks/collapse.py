@@ -1,4 +1,4 @@
-"""Is collapse caught in time? The quick start's training with ten times its learning rate, and checks that may stop it.
+"""Is collapse detected in time? The paper-style training of the quick start at ten times its learning rate, with probes.
 
 bash scripts/quickstart.sh && python scripts/benchmarks/collapse.py --data quickstart --output collapse.json
 """
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import publish
+from common import add_output, parser, publish
 
 from cllm.cli import train
 from cllm.models import load_model, read_record
@@ -24,17 +24,17 @@ QUICKSTART = (
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="the quick start's folder: target, trajectories, questions")
     options.add_argument("--learning_rate", type=float, default=1.5e-3)
     options.add_argument("--prompts", type=int, default=16)
     options.add_argument("--length", type=int, default=64, help="new tokens per response")
-    options.add_argument("--output", help="where to write the result as JSON")
+    add_output(options)
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         train.main([*QUICKSTART, *_words(args), f"--output_dir={folder}"])
         state = json.loads(Path(folder, "trainer_state.json").read_text())
-        model = load_model(folder, device="cpu")  # the last good one, which training leaves there
+        model = load_model(folder, device="cpu")  # the best good model, which training has saved
     result = summary(state)
     result["the last good one loads, and says it is a CLLM"] = "block_size" in read_record(model.config)
     publish(args, model, result)
@@ -53,7 +53,7 @@ def _words(args: argparse.Namespace) -> list[str]:
 
 
 def summary(state: dict[str, Any]) -> dict[str, Any]:
-    """Where training stopped, what it kept, and the figures of all checks."""
+    """Where training stopped, which model it kept, and the metrics of all probes."""
     checks = [entry for entry in state["log_history"] if any(name.startswith("probe_") for name in entry)]
     return {
         "planned steps": state["max_steps"],

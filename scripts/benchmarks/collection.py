@@ -5,25 +5,21 @@ python scripts/benchmarks/collection.py --model MODEL --filename gsm8k_train.jso
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
-from common import Forwarded, add_options, collect, load, publish
+from common import Forwarded, aligned_collector, collect, load, model_parser, publish
 
 from cllm import reference
 from cllm.decoding.guess import context_tokens
-from cllm.trajectory.collect import CollectionSettings, Collector
+from cllm.trajectory.collect import Collector, derived_seed
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=8)
-    args = options.parse_args()
+    args = model_parser(__doc__, prompts=8).parse_args()
     model, tokenizer, prompts = load(args)
-    settings = CollectionSettings(args.model, "gsm8k", "chat", args.block_size, args.length, aligned=True)
-    collector = Collector(model, tokenizer, settings)
-    collect(collector, [prompts[0][:20]])
+    collector = aligned_collector(args, model, tokenizer)
+    collect(collector, [prompts[0][:20]])  # warm up
 
     with Forwarded(model) as ours:
         start = time.perf_counter()
@@ -39,7 +35,7 @@ def main() -> None:
         slow_tokens += forwarded
         if index in kept:
             for block, states_of_block in zip(blocks, kept[index].trajectories):
-                size = len(states_of_block[0])  # the last block is cut at the end of the text
+                size = len(states_of_block[0])  # the last block ends with the text
                 states += len(states_of_block)
                 equal += sum(a[:size] == b for a, b in zip(block.states, states_of_block))
         print(f"prompt {index}: paper's procedure so far {slow:.0f} s, ours took {fast:.1f} s for all", flush=True)
@@ -62,9 +58,7 @@ def main() -> None:
 
 def start_guess(collector: Collector, row_id: str) -> reference.StartGuess:
     """The starting guesses that the collector draws for this row."""
-    from cllm.trajectory.collect import draw
-
-    seed = torch.tensor([draw(collector.settings.seed, row_id, "guess")])
+    seed = torch.tensor([derived_seed(collector.settings.seed, row_id, "guess")])
 
     def guess(prefix, size):
         positions = torch.arange(len(prefix), len(prefix) + size)[None]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, model and prompts, races against a bare forward, memory, the result file."""
+"""Shared by the benchmarks: options, model and prompts, timing against a bare forward, memory, the result file."""
 
 from __future__ import annotations
 
@@ -25,23 +25,36 @@ from cllm.tasks.source import load_examples
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.examples import Collator, ExampleDataset
 from cllm.training.trainer import CllmTrainer
-from cllm.trajectory.collect import Collector, Prompt
+from cllm.trajectory.collect import CollectionSettings, Collector, Prompt
 from cllm.trajectory.record import Dropped, TrajectoryRow
 
-PATHS = ("output", "filename", "model", "data", "trajectories", "side")  # options that say nothing of a result
-COPYING = "copying"  # a --task: prompts whose answers repeat them
-QUESTIONS = 4  # in a text to copy
+PATHS = ("output", "filename", "model", "data", "trajectories", "side")  # options left out of the result file
+COPYING = "copying"  # a --task: generated prompts whose answers repeat them
+QUESTIONS = 4  # questions in a text to copy
 
 
-def add_options(options: argparse.ArgumentParser, prompts: int) -> None:
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows a benchmark's docstring as its help."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def model_parser(doc: str | None, prompts: int) -> argparse.ArgumentParser:
+    """A parser with the options that :func:`load` reads; ``prompts`` is their default number."""
+    options = parser(doc)
     options.add_argument("--model", required=True)
     options.add_argument("--dtype", choices=DTYPES, default="float32")
     options.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
-    options.add_argument("--task", default="gsm8k", help=f"whose questions to ask, or {COPYING}: generated, needs no file")
-    options.add_argument("--filename", help="its questions; default: the hub dataset")
+    options.add_argument("--task", default="gsm8k", help=f"the source of the prompts; {COPYING}: generated, needs no file")
+    options.add_argument("--filename", help="the task's data; default: the hub dataset")
     options.add_argument("--prompts", type=int, default=prompts)
     options.add_argument("--block_size", type=int, default=16)
     options.add_argument("--length", type=int, default=128, help="new tokens per response")
+    add_output(options)
+    return options
+
+
+def add_output(options: argparse.ArgumentParser) -> None:
+    """The option that :func:`publish` reads."""
     options.add_argument("--output", help="where to write the result as JSON")
 
 
@@ -57,21 +70,21 @@ def load_both(args: argparse.Namespace):
 
 
 def encode(model: PreTrainedModel, tokenizer, task_name: str, filename: str | None, count: int) -> list[list[int]]:
-    """The first prompts of a task, or of :func:`copying`, in the form that the model was trained with."""
+    """The token ids of a task's first prompts, or of :func:`copying`, in the model's prompt template."""
     if task_name == COPYING:
         return encode_messages(model, tokenizer, "gsm8k", [[{"role": "user", "content": text}] for text in copying(count)])
     examples = load_examples(get_task(task_name), filename, "train" if task_name == "gsm8k" else "test", count)
     return encode_messages(model, tokenizer, task_name, [example.messages for example in islice(examples, count)])
 
 
-def encode_messages(model: PreTrainedModel, tokenizer, task_name: str, asked: Iterable[Sequence[Any]]) -> list[list[int]]:
-    """Conversations of a task in the form that the model was trained with."""
+def encode_messages(model: PreTrainedModel, tokenizer, task_name: str, conversations: Iterable[Sequence[Any]]) -> list[list[int]]:
+    """The token ids of a task's conversations in the model's prompt template."""
     template = choose_template(None, get_task(task_name).plain_template, tokenizer, read_record(model.config))
-    return [template.encode(list(messages), tokenizer) for messages in asked]
+    return [template.encode(list(messages), tokenizer) for messages in conversations]
 
 
 def copying(count: int) -> list[str]:
-    """Requests whose answer is mostly a copy of what stands in them: a text again, with one word replaced."""
+    """Requests to repeat a text with one word replaced, so that answers mostly copy their prompts."""
     sys.path.append(str(Path(__file__).parents[1]))
     from sql_questions import questions
 
@@ -80,7 +93,7 @@ def copying(count: int) -> list[str]:
     texts = [" ".join(row["question"] for row in rows[at : at + QUESTIONS]) for at in range(0, len(rows), QUESTIONS)]
     wanted = [changes[at % len(changes)] for at in range(count)]
     return [
-        f'Repeat this text word for word, but write "{new}" in the place of "{old}".\n\n{text}'
+        f'Repeat this text word for word, but write "{new}" instead of "{old}".\n\n{text}'
         for text, (old, new) in zip(texts, wanted, strict=True)
     ]
 
@@ -91,7 +104,7 @@ def add_shapes(options: argparse.ArgumentParser, widths: list[int], batches: lis
 
 
 def each_shape(args: argparse.Namespace, figures: Callable[[int, int], dict[str, float]]) -> dict[str, dict[str, float]]:
-    """What ``figures`` says of every batch size and width, printed as it is known."""
+    """``figures(batch, width)`` for every batch size and width, each printed as soon as it is known."""
     result = {}
     for batch, width in product(args.batches, args.widths):
         name = f"batch {batch}, width {width}"
@@ -101,7 +114,7 @@ def each_shape(args: argparse.Namespace, figures: Callable[[int, int], dict[str,
 
 
 def joined(prompts: list[list[int]], length: int, batch: int, rounds: int) -> list[list[list[int]]]:
-    """``rounds`` batches of texts of ``length`` tokens: each the end of as many prompts in a row as it takes; 0: one prompt."""
+    """``rounds`` batches of texts of ``length`` tokens, each the end of several concatenated prompts; length 0: one prompt each."""
     texts = []
     for at in range(batch * rounds):
         text = prompts[at % len(prompts)]
@@ -119,9 +132,9 @@ def switched(
     count: int,
     switch: Callable[[bool], AbstractContextManager],
 ) -> dict[str, float]:
-    """Milliseconds of an iteration with something of the decoder's switched on, and off: medians of ``count`` of each batch.
+    """Milliseconds per iteration with a feature of the decoder on and off: medians over ``count`` iterations of each batch.
 
-    The two take turns, batch by batch. Captured steps would stay what they were, so each side has a decoder of its own.
+    The two sides alternate batch by batch. Each has a decoder of its own, since captured steps would not notice the switch.
     """
     decoders = {on: JacobiDecoder(model, width) for on in (True, False)}
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -133,7 +146,7 @@ def switched(
 
 
 def iterations(decoder: JacobiDecoder, prompts: list[list[int]], count: int) -> list[float]:
-    """Seconds of each iteration behind the prefill."""
+    """Seconds of each iteration after the prefill."""
     running, seconds = decoder.iterate(prompts, max_new_tokens=(count + 1) * decoder.width), []
     next(running)
     for _ in range(count):
@@ -147,11 +160,11 @@ def iterations(decoder: JacobiDecoder, prompts: list[list[int]], count: int) -> 
 
 @torch.inference_mode()
 def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int) -> list[tuple[float, ...]]:
-    """Seconds of the engine and of a bare forward of the same tokens, iteration by iteration in turn; with an adapter, also of
-    the same forward without it.
+    """Seconds per iteration of (engine, bare forward of the same tokens); with an adapter, also of the bare forward without it.
 
-    The bare one is ``model(...)`` over transformers' own DynamicCache, which is cropped afterwards (not timed), with the
-    decoder's way to compute linear layers and attention. The prefill and the next two iterations are left out.
+    The sides alternate iteration by iteration. The bare forward is ``model(...)`` over transformers' DynamicCache, cropped
+    afterwards (not timed), with the decoder's linear layers and attention. The prefill and the next two iterations are
+    left out.
     """
     model, step, times = decoder.model, decoder.step, []
     cache = DynamicCache(config=model.config)
@@ -183,7 +196,7 @@ def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int)
 
 
 def bare_inputs(window_BW: torch.Tensor, drafts: int, past: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What a model needs for a window, and after it for its guesses as draft tokens, over a cache of ``past`` tokens."""
+    """The model's inputs for a window, followed by its guesses as draft tokens, over a cache of ``past`` tokens."""
     if not drafts:
         return {"input_ids": window_BW}
     B, W = window_BW.shape
@@ -202,9 +215,9 @@ def bare_inputs(window_BW: torch.Tensor, drafts: int, past: int, dtype: torch.dt
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """A list that holds, afterwards, the peak in bytes: of CUDA's allocator, or of the process; empty where none is known."""
+    """Yield a list that holds the peak in bytes on exit: of CUDA's allocator or of the process; empty where unknown."""
     peak: list[int] = []
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    clear = Path("/proc/self/clear_refs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
@@ -212,38 +225,42 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
     elif clear.exists():
         clear.write_text("5")
         yield peak
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        peak.append(int(line.split()[1]) << 10)
+        peak.append(process_memory("VmHWM"))
     else:
         yield peak
 
 
+def process_memory(entry: str) -> int:
+    """Bytes of memory of this process by an entry of /proc/self/status: VmRSS now, VmHWM at the peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
+    return int(line.split()[1]) << 10
+
+
+def aligned_collector(args: argparse.Namespace, model: PreTrainedModel, tokenizer) -> Collector:
+    """A collector whose blocks start where those of the paper's procedure do."""
+    return Collector(model, tokenizer, CollectionSettings(args.model, "gsm8k", "chat", args.block_size, args.length, aligned=True))
+
+
 def collect(collector: Collector, prompts: list[list[int]]) -> tuple[list[TrajectoryRow], list[Dropped]]:
     """The rows of some prompts, decoded together; a row's id is the prompt's number."""
-    asked = [Prompt(str(number), ids, None) for number, ids in enumerate(prompts)]
-    (responses,) = collector.respond(asked, len(asked))
+    numbered = [Prompt(str(number), ids, None) for number, ids in enumerate(prompts)]
+    (responses,) = collector.respond(numbered, len(numbered))
     return collector.rows(responses)
-
-
-class Rows(list):
-    """Trajectories at hand, in the place of stored ones."""
-
-    settings = None
 
 
 def cllm_trainer(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer, rows: list[TrajectoryRow], folder: str, **options: Any
 ) -> CllmTrainer:
-    """A trainer of ``model`` over some rows, with the frozen target where the options need one."""
+    """A trainer of ``model`` on some rows, with a frozen target where the options need one."""
     training = CllmTrainingArguments(output_dir=folder, use_cpu=model.device.type == "cpu", report_to="none", **options)
     target = load_model(args.model, dtype=args.dtype, device=args.device) if training.needs_target else None
     collator = Collator(tokenizer.pad_token_id, training.distance_decay, training.max_row_tokens)
-    dataset = ExampleDataset(Rows(rows), training.sampling)
+    dataset = ExampleDataset(rows, training.state_sampling)
     return CllmTrainer(model=model, args=training, train_dataset=dataset, data_collator=collator, target_model=target)
 
 
 class Forwarded:
-    """Counts the tokens, padding included, that go through a model's forward."""
+    """Counts the forwards of a model and their tokens, padding included."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.tokens, self.calls = model, 0, 0
@@ -261,7 +278,7 @@ class Forwarded:
 
 
 def publish(args: argparse.Namespace, model: PreTrainedModel, result: dict[str, Any]) -> None:
-    """Print the result, and write it with settings, versions and device."""
+    """Print the result and write it with settings, versions and device."""
     for name, value in result.items():
         if isinstance(value, (dict, list)):
             continue

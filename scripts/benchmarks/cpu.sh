@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The decoder on a CPU, in one run: what its linear layers and its attention bring, time of an iteration over the bare forward, AR
-# against Hugging Face's generate, prompt lookup against Hugging Face's own on prompts whose answers copy them, continuous against
-# fixed batches.
+# The decoder on a CPU, in one run: gains from its linear layers and attention, an iteration against a bare forward, AR against
+# Hugging Face's generate, prompt lookup against Hugging Face's on prompts whose answers copy them, continuous against fixed
+# batches.
 #
 #   bash scripts/benchmarks/cpu.sh MODEL gsm8k_train.jsonl [FOLDER]
 set -euo pipefail

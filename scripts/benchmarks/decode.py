@@ -1,9 +1,9 @@
-"""Decoding speed of all methods in one run: they take turns, prompt batch by prompt batch, on the same prompts and budget.
+"""Decoding speed of all methods in one run, alternating batch by batch on the same prompts and token budget.
 
-Ours at every width with every guess and at width 1 (AR); Hugging Face's generate, eager, and with a static cache compiled (on
-a GPU, or with --compile); its prompt lookup and plain Jacobi decoding as in the paper (both at batch 1 only). On a CPU what is
-Hugging Face's also with our way to compute linear layers and attention, so that the algorithm alone is compared. For ours also:
-the time of an iteration over that of a bare forward of the same shape. A table of every cell, one JSON, one picture.
+Methods: ours at every width with every guess and at width 1 (AR); Hugging Face's generate, eager and compiled with a static
+cache (on a GPU, or with --compile); its prompt lookup and the paper's plain Jacobi decoding (both at batch 1 only). On a CPU,
+Hugging Face's methods also run with our linear layers and attention, which compares the algorithms alone. For ours, the time
+of an iteration is also compared with that of a bare forward of the same shape. Writes a table per cell, one JSON, one picture.
 
     python scripts/benchmarks/decode.py --model CLLM --task spider --filename quickstart/data --prompts 48 --widths 4 8 16 \\
         --batches 1 2 4 8 16 --most_tokens 2048 --rounds 3 --guess context prompt_lookup+pool --output docs/results/decode.json
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_options, joined, load, peak_memory, publish, race
+from common import joined, load, model_parser, peak_memory, publish, race
 
 from cllm import reference
 from cllm.decoding import JacobiDecoder
@@ -35,20 +35,19 @@ from cllm.evaluation.table import format_table, number, with_interval
 from cllm.models import context_length, stop_token_ids
 
 PAPER, COMPILED, ONEDNN = "paper", "generate_compiled", "onednn"
-RACED = 12  # iterations that are timed against a bare forward
+RACED = 12  # iterations timed against a bare forward
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=8)
+    options = model_parser(__doc__, prompts=8)
     options.set_defaults(length=32)
     options.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     options.add_argument("--widths", type=int, nargs="+", default=[4, 16])
-    options.add_argument("--contexts", type=int, nargs="+", default=[128, 512], help="tokens of a prompt; 0: as it is")
-    options.add_argument("--most_tokens", type=int, help="of the prompts of a batch; larger ones are left out")
+    options.add_argument("--contexts", type=int, nargs="+", default=[128, 512], help="tokens per prompt; 0: unchanged")
+    options.add_argument("--most_tokens", type=int, help="leave out batches with more prompt tokens than this")
     options.add_argument("--guess", nargs="+", default=CANDIDATES)
     options.add_argument("--rounds", type=int, default=2, help="prompt batches per cell")
-    options.add_argument("--compile", action="store_true", help="Hugging Face's compiled generate on a CPU, too")
+    options.add_argument("--compile", action="store_true", help="include Hugging Face's compiled generate on a CPU")
     args = options.parse_args()
     model, tokenizer, prompts = load(args)
     stops, most = stop_token_ids(model, tokenizer), context_length(model.config)
@@ -57,21 +56,21 @@ def main() -> None:
     for context in args.contexts:
         for batch in args.batches:
             if most is not None and context + max(args.length, (RACED + 3) * max(args.widths)) > most:
-                print(f"left out: context {context}, with the model's {most} tokens")
+                print(f"left out: context {context}, since the model has {most} positions")
                 continue
             if args.most_tokens is not None and context * batch > args.most_tokens:
                 continue
             batches = joined(prompts, context, batch, args.rounds)
-            methods = [Watched(method) for method in all_methods(args, model, stops, batch)]
+            methods = [MemoryMeasured(method) for method in all_methods(args, model, stops, batch)]
             cells.append({"context": context, "batch": batch, "methods": cell(methods, batches, args)})
             print(f"\ncontext {context}, batch {batch}\n{table(cells[-1]['methods'])}", flush=True)
-            publish(args, model, {"cells": cells})  # after each, or hours may be lost
+            publish(args, model, {"cells": cells})  # after each cell, so that an interruption loses little
             if args.output:
                 draw(cells, Path(args.output).with_suffix(".png"))
 
 
 def all_methods(args: argparse.Namespace, model: Any, stops: list[int], batch: int) -> list[Method]:
-    ar = JacobiDecoder(model, 1, eos_token_ids=stops, prefix_cache=0)  # Hugging Face's prompts start anew, so do ours
+    ar = JacobiDecoder(model, 1, eos_token_ids=stops, prefix_cache=0)  # like Hugging Face's, without prefix reuse
     methods: list[Method] = [Engine(ar, AR, "ours, AR"), HuggingFace(model, stops)]
     if args.compile:
         methods.append(named(HuggingFace(model, stops, compiled=True), COMPILED))
@@ -83,12 +82,12 @@ def all_methods(args: argparse.Namespace, model: Any, stops: list[int], batch: i
             methods.append(named(HuggingFace(model, stops, lookup=max(1, width - 1)), f"{PROMPT_LOOKUP}:{width}"))
             methods.append(Paper(model, stops, width))
     if model.device.type == "cpu":
-        methods += [Borrowing(method) for method in methods if isinstance(method, HuggingFace) and not method.compiled]
+        methods += [OurLayers(method) for method in methods if isinstance(method, HuggingFace) and not method.compiled]
     return methods
 
 
-class Borrowing:
-    """A method of Hugging Face's on linear layers and attention computed as our decoder does."""
+class OurLayers:
+    """A method of Hugging Face's with our decoder's linear layers and attention."""
 
     def __init__(self, method: HuggingFace) -> None:
         self.method = method
@@ -122,8 +121,8 @@ class Paper:
         return self.draw.choices(prefix, k=size)
 
 
-class Watched:
-    """A method whose peak memory is kept: that of its first batch, without what methods before it hold (on a GPU)."""
+class MemoryMeasured:
+    """A method with its peak memory over the first batch, on a GPU without the memory that earlier methods hold."""
 
     def __init__(self, method: Method) -> None:
         self.method, self.peak = method, 0
@@ -138,10 +137,10 @@ class Watched:
         return responses
 
 
-def cell(methods: list[Watched], batches: list, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def cell(methods: list[MemoryMeasured], batches: list, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The figures of every method at one batch size and context length."""
     for method in methods if args.compile else ():
-        method.decode(batches[0], args.length)  # what is compiled or captured is so at this very length before it counts
+        method.decode(batches[0], args.length)  # compile and capture for this length before timing
     measured = measure(methods, batches, args.length)
     figures = summarise(measured)
     for method in methods:
@@ -159,7 +158,7 @@ def rate_interval(measured: Measurement, name: str) -> Any:
 
 
 def iteration_cost(method: Method, batch: list[list[int]]) -> dict[str, float]:
-    """Milliseconds of our iterations and of bare forwards, and their ratio: medians."""
+    """Median milliseconds of our iterations and of bare forwards, and their ratio."""
     if not isinstance(method, Engine):
         return {}
     endless = JacobiDecoder(method.model, method.decoder.width, guess=method.decoder.guess)
@@ -170,22 +169,22 @@ def iteration_cost(method: Method, batch: list[list[int]]) -> dict[str, float]:
 def table(methods: dict[str, dict[str, Any]]) -> str:
     rows = [
         [
-            of["label"],
-            with_interval(of["tokens_per_second"], of["tokens_per_second_interval"], 1),
-            number(of["speedup"]),
-            with_interval(of["tokens_per_forward"], of["tokens_per_forward_interval"]),
-            number(of.get("iteration_over_bare")),
-            number(of["peak_bytes"] and of["peak_bytes"] / 2**30),
-            number(of["same_as_ar"]),
+            figures["label"],
+            with_interval(figures["tokens_per_second"], figures["tokens_per_second_interval"], 1),
+            number(figures["speedup"]),
+            with_interval(figures["tokens_per_forward"], figures["tokens_per_forward_interval"]),
+            number(figures.get("iteration_over_bare")),
+            number(figures["peak_bytes"] and figures["peak_bytes"] / 2**30),
+            number(figures["same_as_ar"]),
         ]
-        for of in methods.values()
+        for figures in methods.values()
     ]
     header = ["method", "tokens/s", "over\nour AR", "tokens per\nforward", "iteration\nover bare", "peak\nGiB", "same\nas AR"]
     return format_table(header, rows)
 
 
 def draw(cells: list[dict[str, Any]], path: Path) -> None:
-    """Tokens/s over the batch size, a picture for each context length; of several widths the best."""
+    """Plot tokens/s over batch size, one panel per context length; of several widths the fastest."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,9 +195,9 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
     for context, axis in zip(contexts, axes[0]):
         lines: dict[str, dict[int, float]] = {}
         for cell in (c for c in cells if c["context"] == context):
-            for name, of in cell["methods"].items():
+            for name, figures in cell["methods"].items():
                 line = lines.setdefault(line_name(name), {})
-                line[cell["batch"]] = max(line.get(cell["batch"], 0.0), of["tokens_per_second"])
+                line[cell["batch"]] = max(line.get(cell["batch"], 0.0), figures["tokens_per_second"])
         for name, line in lines.items():
             axis.plot(*zip(*line.items()), marker="o", label=name, linestyle="-" if name.startswith("ours") else "--")
         axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel="tokens/s", title=f"context {context}")

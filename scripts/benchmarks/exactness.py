@@ -1,12 +1,12 @@
-"""Is the text that of autoregressive decoding? Three parts, each with a result file of its own.
+"""Does the text equal that of AR decoding? Three parts, each with its own result file.
 
-tiny: 1,000 generated cases in float32: six architectures, every guess and combination, both windows, ragged batches, and rows
-that join and leave; against Hugging Face's generate. ``--lossless``: every case drafts with a random adapter.
-``--prefixes``: prompts start like those of earlier cases of their decoder, with or without the response, or like each other;
-keys and values are kept within budgets from nothing to all.
-``--compile MODE`` decodes with compiled or captured steps; since compiling takes longer than a case, ``--share N`` cases that
-follow one another then have a decoder in common. ``--compile rehearsal`` needs no GPU: steps are kept and run again as
-captured ones are, in buffers of fixed size, but not as CUDA graphs.
+tiny: 1,000 generated cases in float32 (six architectures, every guess and combination, both windows, ragged batches, rows that
+join and leave) against Hugging Face's generate. With ``--lossless`` every case drafts with a random adapter. With ``--prefixes``
+prompts share prefixes with each other and with earlier texts of their decoder, whose prefix cache has budgets from zero to
+unlimited.
+``--compile MODE`` decodes with compiled or captured steps. Since compiling takes longer than a case, ``--share N`` consecutive
+cases then share a decoder. ``--compile rehearsal`` needs no GPU: it keeps steps and reruns them on fixed buffers as captured
+ones are, but not as CUDA graphs.
 
     python scripts/benchmarks/exactness.py tiny --output docs/results/exactness_tiny.json
     python scripts/benchmarks/exactness.py tiny --compile compile --share 125 --output docs/results/exactness_compiled.json
@@ -14,14 +14,14 @@ captured ones are, in buffers of fixed size, but not as CUDA graphs.
     python scripts/benchmarks/exactness.py tiny --lossless --output docs/results/exactness_lossless.json
     python scripts/benchmarks/exactness.py tiny --prefixes --share 10 --output docs/results/exactness_prefixes.json
 
-real: prompts of several data sets in float32, every guess in a queue and the paper's window, against Hugging Face's generate.
-A model with a consistency adapter drafts with it, in the windows that ``cllm tune`` stored or of --width.
+real: prompts of several datasets in float32, every guess in a queue and the paper's window, against Hugging Face's generate.
+A model with a consistency adapter drafts with it, at the widths that ``cllm tune`` stored or at --width.
 
     python scripts/benchmarks/exactness.py real --model MODEL --data gsm8k=FILE code_search_net=FILE sharegpt=FILE \\
         --prompts 34 --length 64 --output docs/results/exactness_real.json
 
-bfloat16: how often, per 1,000 tokens, a text leaves that of AR decoding, and by what logit margin; beside it how often
-Hugging Face's generate in batches of 8 leaves what it writes prompt by prompt.
+bfloat16: how often per 1,000 tokens a text departs from AR decoding's, and by what logit margin; for comparison, how often the
+text of Hugging Face's generate in batches of 8 departs from its text prompt by prompt.
 
     python scripts/benchmarks/exactness.py bfloat16 --model MODEL --data gsm8k=FILE --prompts 32 --length 64 \\
         --output docs/results/exactness_bfloat16.json
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import encode, publish
+from common import add_output, encode, parser, publish
 from tqdm import tqdm
 
 from cllm.adapter import attached
@@ -55,20 +55,20 @@ REHEARSAL = "rehearsal"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("part", choices=PARTS)
-    options.add_argument("--cases", type=int, default=1000, help="tiny: how many")
-    options.add_argument("--share", type=int, default=1, help="tiny: cases for each decoder")
+    options.add_argument("--cases", type=int, default=1000, help="tiny: number of cases")
+    options.add_argument("--share", type=int, default=1, help="tiny: cases per decoder")
     options.add_argument("--lossless", action="store_true", help="tiny: draft with a random adapter in every case")
-    options.add_argument("--prefixes", action="store_true", help="tiny: prompts that start alike")
-    options.add_argument("--compile", default="auto", help="tiny, real: the decoder's way to run steps")
+    options.add_argument("--prefixes", action="store_true", help="tiny: prompts that share prefixes")
+    options.add_argument("--compile", default="auto", help="tiny, real: how the decoder runs steps")
     options.add_argument("--model")
     options.add_argument("--device")
     options.add_argument("--data", nargs="+", metavar="TASK=FILE", default=[])
-    options.add_argument("--prompts", type=int, default=34, help="of each file")
+    options.add_argument("--prompts", type=int, default=34, help="prompts per file")
     options.add_argument("--length", type=int, default=64, help="new tokens per response")
     options.add_argument("--width", type=int, default=8)
-    options.add_argument("--output", help="where to write the result as JSON")
+    add_output(options)
     args = options.parse_args()
     if args.part != "tiny" and not (args.model and args.data):
         options.error(f"{args.part} needs --model and --data")
@@ -115,7 +115,7 @@ def real(args: argparse.Namespace) -> None:
         way = {"guess": guess, "window": window, "compile": args.compile}
         got = ours(model, stops, prompts, args.length, BATCH, args.width, **way)
         result["ways"][f"{window}, {guess}"] = found = departures(model, prompts, expected, got)
-        print(f"{window}, {guess}: {found['texts that depart']} of {len(prompts)} texts depart from AR's", flush=True)
+        print(f"{window}, {guess}: {found['texts that depart']} of {len(prompts)} texts depart from AR decoding", flush=True)
     publish(args, model, result)
 
 
@@ -125,7 +125,7 @@ def bfloat16(args: argparse.Namespace) -> None:
     sides = {f"HF generate, batch {BATCH}, from batch 1": (alone, hugging_face(model, stops, prompts, args.length, BATCH))}
     ar = ours(model, stops, prompts, args.length, 1, 1)
     sides["our AR from HF generate, both at batch 1"] = (alone, ar)
-    for guess in (CANDIDATES[0], CANDIDATES[-1]):  # what is guessed decides on the rounding no more than the width does
+    for guess in (CANDIDATES[0], CANDIDATES[-1]):  # rounding depends on the width, hardly on the guesses
         got = ours(model, stops, prompts, args.length, 1, args.width, guess=guess)
         sides[f"Jacobi {args.width}, {guess}, from our AR, both at batch 1"] = (ar, got)
     result: dict[str, Any] = {"prompts": len(prompts), "tokens": sum(map(len, alone)), "sides": {}}
@@ -160,11 +160,11 @@ def parts(prompts: list, size: int) -> Iterator[list]:
 
 
 def departures(model: Any, prompts: Sequence, expected: Sequence, got: Sequence) -> dict[str, Any]:
-    """Where texts leave the expected ones: first divergences per 1,000 tokens up to there, and the logit margins."""
+    """Where texts depart from the expected ones: first divergences per 1,000 tokens up to there, and the logit margins."""
     found = [divergence(model, *texts) for texts in zip(prompts, expected, got, strict=True)]
     departed = [where for where in found if where]
     tokens = sum(where["token"] + 1 if where else len(text) for where, text in zip(found, expected))
-    known = [where for where in departed if where["margin"] is not None]  # else one text ends where the other goes on
+    known = [where for where in departed if where["margin"] is not None]  # None where one text ends and the other continues
     margins = [where["margin"] for where in known]
     return {
         "texts that depart": len(departed),

@@ -1,4 +1,4 @@
-"""``cllm`` with a model that fails whenever a request with the seed FAULT joins a batch, and so fails the whole batch.
+"""``cllm`` with a model whose step fails for the whole batch as soon as a request with the seed FAULT joins it.
 
 python scripts/benchmarks/faulty.py serve MODEL
 """
@@ -12,11 +12,11 @@ from cllm.decoding.rows import Rows
 from cllm.decoding.step import Step
 
 FAULT = 2**63 - 1
-MESSAGE = "a fault on purpose"
+MESSAGE = "an injected fault"
 
 
 class FaultyStep(Step):
-    """Where tokens are accepted, after the forward, so that the others have lost its work."""
+    """Fails after the forward, where tokens are accepted, so that the other rows lose its work."""
 
     def advance(self, rows: Rows, choices_BK: torch.Tensor, refined_BR: torch.Tensor) -> torch.Tensor:
         if bool((~rows.done_B & (rows.noise_seed_B == FAULT)).any()):

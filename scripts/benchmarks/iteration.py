@@ -1,7 +1,7 @@
-"""The engine's time per iteration over that of a bare forward of the same tokens over a cache of the same length.
+"""The engine's overhead: time of an iteration over that of a bare forward of the same tokens with a cache of the same length.
 
-The two take turns, iteration by iteration, see ``common.race``. With ``--rank`` a random adapter of that rank drafts on all of
-the window's guesses, and a third forward, without the adapter, says what the adapter adds.
+The two alternate iteration by iteration (``common.race``). With ``--rank`` a random adapter of that rank drafts on all guesses
+of the window, and a third forward without the adapter shows the adapter's cost.
 
     python scripts/benchmarks/iteration.py --model MODEL --filename gsm8k_train.jsonl --output iteration.json
     python scripts/benchmarks/iteration.py --model MODEL --filename gsm8k_train.jsonl --rank 64 --widths 4 8 16 \\
@@ -10,12 +10,11 @@ the window's guesses, and a third forward, without the adapter, says what the ad
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
-from common import add_options, add_shapes, each_shape, load, publish, race
+from common import add_shapes, each_shape, load, model_parser, publish, race
 
 from cllm.adapter import attach
 from cllm.decoding import JacobiDecoder
@@ -26,10 +25,9 @@ sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the tests' random a
 def main() -> None:
     from tiny import random_adapter
 
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=3)
+    options = model_parser(__doc__, prompts=3)
     add_shapes(options, widths=[1, 8, 16, 32], batches=[1, 4])
-    options.add_argument("--rank", type=int, default=0, help="of a random adapter; 0: none")
+    options.add_argument("--rank", type=int, default=0, help="rank of a random adapter; 0: no adapter")
     args = options.parse_args()
     model, _, prompts = load(args)
     if args.rank:

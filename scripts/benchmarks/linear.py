@@ -1,21 +1,18 @@
-"""What linear layers by oneDNN bring on a CPU (:mod:`cllm.decoding.linear`): iterations with them and with torch's own layers.
+"""The gain from linear layers by oneDNN on a CPU (:mod:`cllm.decoding.linear`) over torch's own layers.
 
-The two take turns, text by text; medians over all iterations behind the prefill.
+The two alternate text by text; medians over all iterations after the prefill.
 
     python scripts/benchmarks/linear.py --model MODEL --filename gsm8k_train.jsonl --output docs/results/linear.json
 """
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from common import add_options, add_shapes, each_shape, load, publish, switched
+from common import add_shapes, each_shape, load, model_parser, publish, switched
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=4)
+    options = model_parser(__doc__, prompts=4)
     options.set_defaults(length=16)
     add_shapes(options, widths=[1, 2, 8, 16, 32], batches=[1, 8])
     args = options.parse_args()

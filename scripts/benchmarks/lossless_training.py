@@ -1,7 +1,7 @@
 """Training of a consistency adapter against the default objective of `cllm train`, on the same stored responses.
 
-The two take turns, each time in a process of its own, which runs whole optimizer steps of the command with its defaults; the
-first one is left out. Peak memory is the process's, the model's weights included.
+The two alternate, each turn in a new process that runs whole optimizer steps of the command with its defaults; the first step
+is not counted. Peak memory is the process's, including the model's weights.
 
     python scripts/benchmarks/lossless_training.py --model MODEL --trajectories FOLDER --output lossless_training.json
 """
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-from common import peak_memory, publish
+from common import add_output, parser, peak_memory, publish
 from transformers import TrainerCallback
 
 from cllm.cli.train import arguments, build_trainer
@@ -40,14 +40,14 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--model", required=True)
     options.add_argument("--trajectories", required=True, help="a folder that `cllm collect` wrote")
     options.add_argument("--batch_size", type=int, default=4)
-    options.add_argument("--steps", type=int, default=6, help="that are timed, in each turn")
+    options.add_argument("--steps", type=int, default=6, help="timed steps per turn")
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--output", help="where to write the result as JSON")
-    options.add_argument("--side", choices=SIDES, help="measure this one, in this process")
+    add_output(options)
+    options.add_argument("--side", choices=SIDES, help="measure only this side, in this process")
     args = options.parse_args()
     if args.side:
         print(json.dumps(measure(args)))
@@ -56,11 +56,11 @@ def main() -> None:
     for _ in range(args.rounds):
         for side, measured in turns.items():
             measured.append(turn(side))
-    middles = {side: middle(measured) for side, measured in turns.items()}
-    default, lossless = middles.values()
+    medians = {side: median(measured) for side, measured in turns.items()}
+    default, lossless = medians.values()
     result = {
-        "responses per second": {side: args.batch_size / of["seconds per step"] for side, of in middles.items()},
-        "peak bytes": {side: of["peak bytes"] for side, of in middles.items()},
+        "responses per second": {side: args.batch_size / measured["seconds per step"] for side, measured in medians.items()},
+        "peak bytes": {side: measured["peak bytes"] for side, measured in medians.items()},
         "times faster": default["seconds per step"] / lossless["seconds per step"],
         "times faster, by round": [a["seconds per step"] / b["seconds per step"] for a, b in zip(*turns.values())],
         "peak memory over the default objective's": lossless["peak bytes"] / default["peak bytes"],
@@ -68,13 +68,13 @@ def main() -> None:
     publish(args, load_model(args.model, device="cpu"), result)
 
 
-def middle(turns: list[dict[str, float]]) -> dict[str, float]:
-    """The medians over turns."""
+def median(turns: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure over turns."""
     return {name: statistics.median(measured[name] for measured in turns) for name in turns[0]}
 
 
 def turn(side: str) -> dict[str, float]:
-    """What a process of its own measures."""
+    """The figures of one side, measured in a new process."""
     done = subprocess.run([sys.executable, *sys.argv, "--side", side], check=True, capture_output=True, text=True)
     measured = json.loads(done.stdout.splitlines()[-1])
     print(f"{side}: {measured['seconds per step']:.2f} s per step, {measured['peak bytes'] / 2**20:.0f} MiB", flush=True)
@@ -82,6 +82,7 @@ def turn(side: str) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
+    """The figures of ``args.side``, measured in this process."""
     with tempfile.TemporaryDirectory() as folder:
         words = [f"--model={args.model}", f"--trajectories={args.trajectories}", f"--output_dir={folder}"]
         words += [f"--per_device_train_batch_size={args.batch_size}", f"--max_steps={WARM_UP + args.steps}"]

@@ -1,10 +1,10 @@
-"""What prefix reuse saves, and what it costs where prompts share nothing: the same decoder with and without it, in turns.
+"""The gain from prefix reuse, and its cost where prompts share nothing: the same decoder with and without it, alternating.
 
     python scripts/benchmarks/prefix.py --model MODEL --filename SPIDER --output docs/results/prefix.json
 
-SPIDER: a Spider folder, such as scripts/sql_questions.py writes. Four parts: the second turn of a conversation, up to its first
-tokens; questions about one database, one batch after the other; samples of one prompt, together; the questions again, each with
-another first token.
+SPIDER is a Spider folder such as scripts/sql_questions.py writes. There are four parts: the second turn of a conversation, up to
+its first tokens; questions about one database, one batch after another; several samples of one prompt in a batch; and the questions
+again, each with a different first token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from common import Forwarded, add_options, encode_messages, joined, load_both, publish
+from common import Forwarded, encode_messages, joined, load_both, model_parser, publish
 from tqdm import tqdm
 
 from cllm.decoding import GREEDY, JacobiDecoder, Sampling
@@ -30,16 +30,14 @@ PARTS = ("second turn", "questions about one database", "samples of one prompt",
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=60)
+    options = model_parser(__doc__, prompts=60)
     options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    options.add_argument("--database", help="whose questions; default: the one that has most")
     options.add_argument("--batch_size", type=int, default=1, help="questions about one database that are asked together")
-    options.add_argument("--conversation", type=int, default=1500, help="tokens of it when the second turn is asked")
-    options.add_argument("--question", type=int, default=24, help="tokens of that turn's question")
+    options.add_argument("--conversation", type=int, default=1500, help="tokens of the conversation including the second question")
+    options.add_argument("--question", type=int, default=24, help="tokens of the second question")
     options.add_argument("--samples", type=int, default=8)
-    options.add_argument("--sampled", type=int, default=500, help="tokens of the prompt that they answer")
-    options.add_argument("--rounds", type=int, default=5, help="conversations, and sets of samples")
+    options.add_argument("--sampled", type=int, default=500, help="tokens of the prompt to sample from")
+    options.add_argument("--rounds", type=int, default=5, help="number of conversations, and of sets of samples")
     options.set_defaults(task="spider", block_size=None)
     args = options.parse_args()
     model, tokenizer = load_both(args)
@@ -63,15 +61,14 @@ SIDES: dict[str, dict[str, Any]] = {ON: {}, OFF: {"prefix_cache": 0}}
 
 
 def one_database(args: argparse.Namespace) -> list[Sequence[Any]]:
-    """Questions about one database, in the file's order."""
+    """The questions about the database with the most, in the file's order."""
     examples = list(load_examples(get_task(args.task), args.filename, "test"))
-    (most, _), *_ = Counter(example.target["db_id"] for example in examples).most_common(1)
-    database = args.database or most
+    (database, _), *_ = Counter(example.target["db_id"] for example in examples).most_common(1)
     return [example.messages for example in examples if example.target["db_id"] == database][: args.prompts]
 
 
 class Race:
-    """Two decoders that take turns, each beginning a part of the benchmark without prefixes."""
+    """Two decoders that alternate, each starting every part of the benchmark with an empty prefix cache."""
 
     def __init__(self, decoders: dict[str, JacobiDecoder], args: argparse.Namespace) -> None:
         self.decoders, self.args = decoders, args
@@ -93,25 +90,25 @@ class Race:
 
     def questions(self, prompts: list[list[int]]) -> dict[str, Any]:
         prefills: dict[str, list[float]] = {side: [] for side in SIDES}
-        wholes: dict[str, list[float]] = {side: [] for side in SIDES}
+        totals: dict[str, list[float]] = {side: [] for side in SIDES}
         texts: dict[str, list[list[int]]] = {side: [] for side in SIDES}
         self._clear()
         size = self.args.batch_size
         for at, batch in enumerate(tqdm([prompts[start : start + size] for start in range(0, len(prompts), size)])):
             for side in self._turns(at):
-                prefill, whole, together = answer(self.decoders[side], batch, self.args.length)
+                prefill, total, replies = answer(self.decoders[side], batch, self.args.length)
                 prefills[side].append(prefill)
-                wholes[side].append(whole)
-                texts[side] += together
+                totals[side].append(total)
+                texts[side] += replies
         different = sum(one != other for one, other in zip(*texts.values()))
-        figures = _compared("seconds of prefill", prefills) | _compared("seconds", wholes)
+        figures = _compared("seconds of prefill", prefills) | _compared("seconds", totals)
         return {"tokens": sum(map(len, prompts)), "texts that differ": different} | figures
 
     def samples(self, prompts: list[list[int]]) -> dict[str, Any]:
         args, count = self.args, self.args.samples
         samplings = [Sampling(temperature=1.0, seed=seed) for seed in range(count)]
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-        through: dict[str, int] = {}
+        forwarded_tokens: dict[str, int] = {}
         for at, (text,) in enumerate(joined(prompts, args.sampled, 1, args.rounds)):
             for side in self._turns(at):
                 decoder = self.decoders[side]
@@ -119,8 +116,8 @@ class Race:
                 with Forwarded(decoder.model) as forwarded:
                     prefill, *_ = answer(decoder, [text] * count, 1, samplings)
                 seconds[side].append(prefill)
-                through[side] = forwarded.tokens
-        counted = {f"tokens through the model, {side}": tokens for side, tokens in through.items()}
+                forwarded_tokens[side] = forwarded.tokens
+        counted = {f"tokens through the model, {side}": tokens for side, tokens in forwarded_tokens.items()}
         return counted | {"of which windows": count * decoder.width} | _compared("seconds of prefill", seconds)
 
     def _turns(self, at: int) -> Iterator[str]:
@@ -134,7 +131,7 @@ class Race:
 def answer(
     decoder: JacobiDecoder, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling | list[Sampling] = GREEDY
 ) -> tuple[float, float, list[list[int]]]:
-    """Seconds of the prefill, seconds in all, and the texts."""
+    """Seconds of the prefill, total seconds, and the texts."""
     start, times, tally = now(decoder.device), [], Tally(decoder.eos_ids.tolist())
     for iteration in decoder.iterate(prompts, max_new_tokens=length, sampling=sampling):
         tally.add(iteration)
@@ -144,7 +141,7 @@ def answer(
 
 
 def _compared(what: str, seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Sums, how many times shorter it is with reuse, and the share of the time without reuse that it takes."""
+    """Total seconds of both sides, their ratio, and the median ratio."""
     on, off = sum(seconds[ON]), sum(seconds[OFF])
     shares = [one / other for one, other in zip(seconds[ON], seconds[OFF])]
     return {

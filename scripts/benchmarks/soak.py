@@ -1,11 +1,11 @@
-"""Many clients at once against ``cllm serve``: errors, leaked rows, memory, equality of the answers.
+"""Soak test of ``cllm serve`` with many concurrent clients: errors, leaked rows, memory, equality of answers.
 
-Some of them hang up, some ask for what must be refused, and some for what makes the model fail on its whole batch
-(:mod:`faulty`): their requests fail, and no other does.
+Some clients hang up, some send requests that must be refused, and some inject a fault that fails the whole batch
+(:mod:`faulty`). Only their own requests may fail.
 
     python scripts/benchmarks/soak.py --model MODEL --seconds 300 --output docs/results/soak.json
 
-Exit status 1 where anything is wrong.
+Exit status 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from faulty import FAULT, MESSAGE
 from cllm.evaluation.environment import environment
 from cllm.files import write_json
 
-ALLOWED = {408, 429}  # what an overloaded server may say
+ALLOWED = {408, 429}  # status codes allowed to an overloaded server
 HANG_UP, BAD, FAULTY = 0.3, 0.1, 0.02  # shares of the requests
 BAD_REQUESTS: list[dict[str, Any]] = [
     {"temperature": 1.0, "top_k": 10**30},
@@ -45,9 +45,9 @@ BAD_REQUESTS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "word " * 10_000}]},
     {"bogus": 1},
 ]
-GROWTH = 1.1  # of the memory, from the first third of the time to the end
+GROWTH = 1.1  # allowed factor on memory from the first third of the time to the end
 PROMPTS = 24
-SAMPLES = 12  # of the memory
+SAMPLES = 12  # measurements of memory
 MEMORY, PREFIXES = "process_resident_memory_bytes", "cllm_prefix_cache_bytes"
 
 
@@ -82,15 +82,15 @@ def options() -> argparse.ArgumentParser:
     result.add_argument("--model", required=True)
     result.add_argument("--seconds", type=float, default=300.0)
     result.add_argument("--clients", type=int, default=64)
-    result.add_argument("--length", type=int, default=32, help="new tokens per answer at most")
+    result.add_argument("--length", type=int, default=32, help="maximum number of new tokens per answer")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--output", help="where to write the result as JSON")
-    result.add_argument("options", nargs="*", help="more options of cllm serve, behind --")
+    result.add_argument("options", nargs="*", help="more options of cllm serve, after --")
     return result
 
 
 def wrong(result: dict[str, Any]) -> bool:
-    """Whether the server did anything that it must not."""
+    """Whether the server violated anything."""
     memory = result["memory, MiB"]
     grown = memory[-1] > GROWTH * memory[len(memory) // 3]
     over = result["prefixes, MiB at most"] > result["prefixes, MiB allowed"]
@@ -99,7 +99,7 @@ def wrong(result: dict[str, Any]) -> bool:
 
 
 class Soak:
-    """Clients that ask and compare, hang up, or ask for what must fail, at random."""
+    """Clients that at random compare answers, hang up, or send requests that must fail."""
 
     def __init__(self, url: str, args: argparse.Namespace) -> None:
         self.url, self.args = url.removesuffix("/v1"), args
@@ -125,7 +125,7 @@ class Soak:
         return {name: self.counts[name] for name in counted} | {"rows left over": rows, "memory, MiB": memory} | kept
 
     async def _ask_alone(self) -> None:
-        """The answers of a single client, which all others must equal."""
+        """Record the answers that a single client gets, for comparison."""
         for number in range(PROMPTS):
             body = self._body(number, random.Random(number).randint(1, self.args.length))
             answer = await self.client.post("/v1/chat/completions", json=body)
@@ -137,19 +137,18 @@ class Soak:
         while time.monotonic() < end:
             (text, length), expected = draw.choice([*self.expected.items()])
             body = self._body(text, length)
-            way = draw.random()
+            kind = draw.random()
             try:
-                if way < HANG_UP:
+                if kind < HANG_UP:
                     await self._hang_up(body, draw)
-                elif way < HANG_UP + BAD:
+                elif kind < HANG_UP + BAD:
                     await self._fail("bad requests", HTTPStatus.BAD_REQUEST, body | draw.choice(BAD_REQUESTS), draw)
-                elif way < HANG_UP + BAD + FAULTY:
+                elif kind < HANG_UP + BAD + FAULTY:
                     await self._fail("faulty requests", HTTPStatus.INTERNAL_SERVER_ERROR, body | {"seed": FAULT}, draw)
                 else:
                     await self._compare(body, expected, stream=draw.random() < 0.5)
             except httpx.HTTPStatusError as error:
-                kind = "refused" if error.response.status_code in ALLOWED else "errors"
-                self.counts[kind] += 1
+                self.counts["refused" if error.response.status_code in ALLOWED else "errors"] += 1
                 await asyncio.sleep(draw.random())
             except httpx.HTTPError:
                 self.counts["errors"] += 1
@@ -162,7 +161,7 @@ class Soak:
         self.counts["unequal answers"] += text != expected
 
     async def _fail(self, name: str, status: int, body: dict[str, Any], draw: random.Random) -> None:
-        """Get just this error, as the status or, where a stream had begun, in an event of its own."""
+        """Expect exactly this error, as the status or, once a stream has started, as an event."""
         answer = await self.client.post("/v1/chat/completions", json=body | {"stream": draw.random() < 0.5})
         if answer.status_code == HTTPStatus.OK and status == HTTPStatus.INTERNAL_SERVER_ERROR:
             self.counts["errors"] += '"server_error"' not in answer.text
@@ -172,7 +171,7 @@ class Soak:
         self.counts[name] += 1
 
     async def _hang_up(self, body: dict[str, Any], draw: random.Random) -> None:
-        """After some events of a stream, or after some time without any."""
+        """Disconnect after a few events of a stream, or after a while without one."""
         self.counts["hung up"] += 1
         if draw.random() < 0.5:
             try:
@@ -190,7 +189,7 @@ class Soak:
                     return
 
     async def _rows_left(self) -> int:
-        """Rows that are still there when all clients have gone for a while."""
+        """The number of rows left some time after all clients have gone."""
         for _ in range(100):
             rows = await self._metric("cllm_rows_running") + await self._metric("cllm_requests_waiting")
             if not rows:
@@ -215,7 +214,7 @@ class Soak:
 
 
 def _streamed(text: str) -> str:
-    """The text of a stream of events."""
+    """The text of a stream of server-sent events."""
     events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     chunks = [json.loads(event) for event in events if event != "[DONE]"]
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)

@@ -1,16 +1,17 @@
 """Training throughput against the paper's step, and training memory against ordinary fine-tuning, in one run.
 
-Responses of --length tokens are answers of the data set, one behind the other. Only time and memory are measured, so their
-trajectories are made up: state k of a block has its first k tokens right and others of the context behind them, as with a model
-that gains one token per iteration. For each response one state of every block is trained on both sides (two are timed as
-well), forward and backward, without the optimizer.
+Responses of --length tokens are concatenated answers of the dataset. Only time and memory are measured, so trajectories are
+synthetic: state k of a block has its first k tokens right and random tokens of the context after them, as with a model that
+gains one token per iteration. Both sides train on one state of every block of a response (ours also on two), forward and
+backward, without the optimizer.
 
-The paper's step (cllm/reference.py) takes one block: three forwards and two backwards. A round times one such step, at a block
-in the middle of the round's share of the response, in turn with our passes over the whole response. The mean over rounds times
-the number of blocks is the paper's time per response: a block's cost grows about linearly with what stands before it.
+The paper's step (cllm/reference.py) processes one block with three forwards and two backwards. A round times one such step, on
+the middle block of the round's share of the response, alternating with our passes over the whole response. The paper's time
+per response is the mean over rounds times the number of blocks, since a block's cost grows about linearly with the text before
+it.
 
-Memory is the peak of two AdamW steps at batch 1, each side in a process of its own, above what the process holds before the
-model is loaded; fine-tuning is that of ``cllm sft``.
+Memory is the peak of two AdamW steps at batch size 1, minus the process's memory before the model is loaded, each side in a
+process of its own. Fine-tuning is that of ``cllm sft``.
 
     python scripts/benchmarks/throughput.py --model MODEL --filename gsm8k_train.jsonl --output throughput.json
 """
@@ -25,10 +26,9 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
-from common import add_options, cllm_trainer, load, peak_memory, publish
+from common import cllm_trainer, load, model_parser, peak_memory, process_memory, publish
 from transformers import TrainingArguments
 
 from cllm import reference
@@ -46,12 +46,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "default objective, two states per block": dict(states_per_block=2),
 }
 FINE_TUNING = "fine-tuning"
-ANSWER = 20  # tokens that an answer has at least, about: how many to read
+ANSWER = 20  # about the shortest answer in tokens, which bounds how many to read
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=4)
+    options = model_parser(__doc__, prompts=4)
     options.set_defaults(length=512)
     options.add_argument("--rounds", type=int, default=4)
     args = options.parse_args()
@@ -72,14 +71,14 @@ def main() -> None:
 
 
 def responses(args: argparse.Namespace, tokenizer, prompts: list[list[int]]) -> list[TrajectoryRow]:
-    """A row for each prompt: the answers from its own on, cut to the length, with made-up states."""
+    """A row for each prompt: its answer and the following ones, truncated to the length, with synthetic states."""
     examples = load_examples(get_task(args.task), args.filename, "train", len(prompts) + args.length // ANSWER)
     answers = [tokenizer(example.reference, add_special_tokens=False).input_ids for example in examples if example.reference]
     draw, rows = random.Random(0), []
     for index, prompt in enumerate(prompts):
         response = list(islice(chain.from_iterable(answers[index:]), args.length))
         if len(response) < args.length:
-            raise SystemExit(f"the answers from number {index} on have {len(response)} tokens, --length wants {args.length}")
+            raise SystemExit(f"the answers from number {index} on have {len(response)} tokens, but --length is {args.length}")
         starts = block_starts(len(response), args.block_size)
         states = []
         for start in starts:
@@ -90,7 +89,7 @@ def responses(args: argparse.Namespace, tokenizer, prompts: list[list[int]]) -> 
 
 
 def race(args: argparse.Namespace, model, tokenizer, rows: list[TrajectoryRow]) -> dict[str, list[float]]:
-    """Seconds of each side, round by round in turn; a round's response is the next one. The first of each warms up."""
+    """Seconds of each side in each round; sides alternate, and each round takes the next response. A warm-up round is left out."""
     model.train()
     passes: dict[str, Callable[[int], None]] = {"the paper's step": partial(papers_step, model, rows, args.rounds)}
     with tempfile.TemporaryDirectory() as folder:
@@ -110,13 +109,13 @@ def race(args: argparse.Namespace, model, tokenizer, rows: list[TrajectoryRow]) 
 
 
 def our_pass(trainer, responses: int, number: int) -> None:
-    """All blocks of one response, packing included."""
+    """One pass over all blocks of one response, packing included."""
     batch = trainer.data_collator([trainer.train_dataset[number % responses]])
     trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).backward()
 
 
 def papers_step(model, rows: list[TrajectoryRow], rounds: int, number: int) -> None:
-    """One block of one response, the middle one of the round's share."""
+    """One step of the paper's, on the middle block of the round's share of a response."""
     row = rows[number % len(rows)]
     block = (2 * number + 1) * len(row.block_starts) // (2 * rounds)
     states, prefix = row.trajectories[block], row.prompt_ids + row.response_ids[: row.block_starts[block]]
@@ -133,8 +132,8 @@ def peak_alone(args: argparse.Namespace, row: TrajectoryRow, name: str) -> int:
 
 
 def peak(args: argparse.Namespace, row: TrajectoryRow, name: str) -> int:
-    """Bytes that two optimizer steps over one response hold at most: weights, gradients, AdamW's moments, activations."""
-    before = resident()
+    """Peak bytes of two optimizer steps on one response: weights, gradients, AdamW's moments, activations."""
+    before = process_memory("VmRSS")
     model, tokenizer, _ = load(args)
     with tempfile.TemporaryDirectory() as folder:
         steps = dict(per_device_train_batch_size=1, max_steps=2, save_strategy="no", disable_tqdm=True)
@@ -148,12 +147,6 @@ def peak(args: argparse.Namespace, row: TrajectoryRow, name: str) -> int:
         with peak_memory(model.device) as found:
             trainer.train()
     return found[0] - (before if model.device.type == "cpu" else 0)
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) << 10
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One training pass against the paper's, over the same responses in one run.
 
-Forward and backward only; the optimizer's step is the same on both sides. The paper's pass takes three forwards and two
+Forward and backward only, since the optimizer step is the same on both sides. The paper's pass takes three forwards and two
 backwards per block, ours one of each per batch.
 
     python scripts/benchmarks/training.py --model MODEL --filename gsm8k_train.jsonl --output training.json
@@ -8,23 +8,18 @@ backwards per block, ours one of each per batch.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 
-from common import Forwarded, add_options, cllm_trainer, collect, load, publish
+from common import Forwarded, aligned_collector, cllm_trainer, collect, load, model_parser, publish
 
 from cllm import reference
-from cllm.trajectory.collect import CollectionSettings, Collector
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=4)
-    args = options.parse_args()
+    args = model_parser(__doc__, prompts=4).parse_args()
     model, tokenizer, prompts = load(args)
-    settings = CollectionSettings(args.model, "gsm8k", "chat", args.block_size, args.length, aligned=True)
-    rows, _ = collect(Collector(model, tokenizer, settings), prompts)
+    rows, _ = collect(aligned_collector(args, model, tokenizer), prompts)
     print(f"{len(rows)} responses collected", flush=True)
 
     papers = dict(teacher="self", ar_loss="fixed_point", distance_decay=1.0, states_per_block=1)
@@ -46,7 +41,7 @@ def main() -> None:
 
 
 def ours(args, model, tokenizer, rows, objective) -> tuple[float, int]:
-    """Seconds and forwarded tokens of one batch of all rows, after one to warm up."""
+    """Seconds and forwarded tokens of one batch of all rows, after a warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = cllm_trainer(args, model, tokenizer, rows, folder, **objective)
         batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))]))
@@ -62,7 +57,7 @@ def ours(args, model, tokenizer, rows, objective) -> tuple[float, int]:
 
 
 def paper(model, rows) -> tuple[float, int]:
-    """Seconds and forwarded tokens of the plain procedure over all blocks of all rows."""
+    """Seconds and forwarded tokens of the paper's procedure over all blocks of all rows."""
     model.train()
     tokens, start = 0, time.perf_counter()
     for index, row in enumerate(rows):

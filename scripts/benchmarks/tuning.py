@@ -1,17 +1,16 @@
-"""How near ``cllm tune`` comes to the best: its pick against an exhaustive sweep, both on the same device in one run.
+"""How close ``cllm tune`` comes to the optimum: its pick against an exhaustive sweep, on the same device in one run.
 
-The pick is made on the first prompts. Then every width with every guess decodes the others end to end, in turn, round by round;
-the ratio is the tokens/s of the pick over those of the fastest.
+The pick is made on the first half of the prompts. Then every pair of width and guess decodes the others end to end, alternating
+round by round. The ratio is the tokens/s of the pick over those of the fastest.
 
     python scripts/benchmarks/tuning.py --model CLLM --task spider --filename quickstart/data --output docs/results/tuning.json
 """
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from common import add_options, load, publish
+from common import load, model_parser, publish
 from tqdm import tqdm
 
 from cllm.decoding import JacobiDecoder
@@ -23,8 +22,7 @@ from cllm.models import stop_token_ids
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=16)
+    options = model_parser(__doc__, prompts=16)
     options.set_defaults(length=64)
     options.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 6, 8, 12, 16, 24, 32])
     options.add_argument("--guess", nargs="+", default=CANDIDATES)
@@ -41,7 +39,7 @@ def main() -> None:
         decoder = JacobiDecoder(model, choice.width, eos_token_ids=stops, guess=choice.guess, prefix_cache=0)
         methods.append(Engine(decoder, name(choice), name(choice)))
     swept = measure(methods, [[ids] for ids in prompts[half:] * args.rounds], args.length, progress=tqdm)
-    figures = {key: of["tokens_per_second"] for key, of in summarise(swept).items() if key != AR}
+    figures = {key: summary["tokens_per_second"] for key, summary in summarise(swept).items() if key != AR}
     fast = max(figures, key=lambda key: figures[key])
     result = {
         "tune picks": name(best),
@@ -61,7 +59,7 @@ def name(choice: Any) -> str:
 
 
 def ratio(swept: Measurement, pick: str, fast: str) -> list[float] | None:
-    """95% bootstrap interval over the texts; both write the same ones, so tokens cancel."""
+    """95% bootstrap interval over texts. Both sides write the same texts, so tokens cancel."""
     seconds = [[run.seconds for run in swept.runs[method]] for method in (fast, pick)]
     interval = bootstrap(seconds, lambda sums: sums[0] / sums[1])
     return list(interval) if interval else None

@@ -1,17 +1,16 @@
-"""Tokens per forward of a consistency adapter, decoded in UNO's two passes and by the engine, which has one for both.
+"""Tokens per forward of a consistency adapter in UNO's two passes and in the engine's one.
 
-Both texts are held against AR decoding's. The adapter should have been trained with ``--guess uniform``.
+Both texts are compared with AR decoding's. The adapter should have been trained with ``--guess uniform``.
 
     python scripts/benchmarks/uno.py --model ADAPTER --filename gsm8k_test.jsonl --block_size 8 --output uno.json
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Sequence
 
-from common import add_options, load, publish
+from common import load, model_parser, publish
 
 from cllm.adapter import attached
 from cllm.decoding import JacobiDecoder
@@ -20,9 +19,7 @@ from cllm.reference import decode_two_passes
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=16)
-    args = options.parse_args()
+    args = model_parser(__doc__, prompts=16).parse_args()
     model, tokenizer, prompts = load(args)
     adapter = attached(model)
     if adapter is None:

@@ -1,13 +1,13 @@
 # Sourced by the recipes: the whole chain from a general model to a report on its CLLM.
 #
-#   recipe NAME TASK MODEL TARGET BLOCK LENGTH [TRAIN TEST]   what is made, where (in recipes/NAME), and from which data
-#   chain                                                     run it, as the arrays sft, collect, train, speedup and acc say
+#   recipe NAME TASK MODEL TARGET BLOCK LENGTH [TRAIN TEST]   set up the recipe; results go to recipes/NAME
+#   chain                                                     run it with the flags in the arrays sft, collect, train, speedup, acc
 #
-# TARGET: a target model that is there already; "" makes one of MODEL, by fine-tuning on the task's answers.
-# TRAIN and TEST: files or folders as `cllm collect --filename` and `cllm acc --filename` take them; "" for the task's hub
-# dataset. A finished stage is skipped when a recipe is run again, an interrupted one goes on where it stopped; to start anew,
-# remove the folder. The environment may set MODEL, TARGET, BLOCK, LENGTH and OUT (the folder), NUM_PROCESSES (GPUs) and
-# ACCELERATE_ARGS; REDUCED=1 asks for the reduced form on a CPU where the recipe has one.
+# TARGET is an existing target model; "" makes one by fine-tuning MODEL on the task's answers. TRAIN and TEST are files or folders
+# as `cllm collect --filename` and `cllm acc --filename` take them, "" for the task's hub dataset. Run again, a recipe skips
+# finished stages and resumes an interrupted one; remove the folder to start over. The environment may set MODEL, TARGET, BLOCK,
+# LENGTH, OUT (the folder), NUM_PROCESSES (GPUs) and ACCELERATE_ARGS; REDUCED=1 selects the reduced form for a CPU, if there is
+# one.
 # shellcheck disable=SC2034
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 export TOKENIZERS_PARALLELISM=false
@@ -27,7 +27,7 @@ recipe() {
     --save_strategy epoch --save_total_limit 1 --resume_from_checkpoint True --report_to none)
   if [ -n "${REDUCED:-}" ]; then
     common+=(--use_cpu --logging_steps 4)
-    # Large tensors come and go in every step; without these, glibc hands their memory back to the system each time.
+    # Every step allocates and frees large tensors; without these settings, glibc returns their memory to the system each time.
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
   else
     common+=(--bf16 --logging_steps 20)
@@ -37,11 +37,11 @@ recipe() {
   touch "$out/seconds.txt"
 }
 
-place() { # a path that is there as one that holds everywhere, anything else (a hub name) as it is
+place() { # print the absolute form of an existing path, and anything else (a hub name) unchanged
   if [ -e "$1" ]; then realpath "$1"; else echo "$1"; fi
 }
 
-shards() { # GPUS: train in shards on so many, unless the environment says how; sets what a 7B model is trained with
+shards() { # GPUS: shard training over this many GPUs unless the environment says otherwise; sets the flags for 7B models
   export NUM_PROCESSES=${NUM_PROCESSES-$1} ACCELERATE_ARGS=${ACCELERATE_ARGS---config_file cllm/configs/fsdp2.yaml}
   local steps=$((NUM_PROCESSES < 8 ? 8 / NUM_PROCESSES : 1)) # 32 responses each
   seven_billion=(--per_device_train_batch_size 4 --gradient_accumulation_steps $steps --learning_rate 2e-5
@@ -51,7 +51,7 @@ shards() { # GPUS: train in shards on so many, unless the environment says how; 
 chain() {
   if [ -z "$target" ]; then
     target=$out/target
-    stage target "fine-tuning $model on the answers: the target model" on_all_gpus sft --model "$model" --task "$task" \
+    stage target "fine-tuning $model on the answers, which makes the target model" on_all_gpus sft --model "$model" --task "$task" \
       "${train_data[@]}" --output_dir "$target" "${common[@]}" "${sft[@]}"
     rm -rf "$target"/checkpoint-*
   fi
@@ -65,7 +65,7 @@ chain() {
   stage report "writing $out/report.html" python -m cllm report "$out" --output "$out/report.html"
 }
 
-measure() { # NAME MODEL FLAGS...: its speed and accuracy
+measure() { # NAME MODEL FLAGS...: measure a model's speed and accuracy
   local name=$1 measured=$2
   shift 2
   stage "speedup of $name" "measuring the speed of $name" python -m cllm speedup --task "$task" --test_model "$measured" \
@@ -76,15 +76,15 @@ measure() { # NAME MODEL FLAGS...: its speed and accuracy
     --output_file_name "$out/$name.answers.jsonl" "${acc[@]}"
 }
 
-stage() { # NAME TEXT COMMAND...: run it unless it has finished before
+stage() { # NAME TEXT COMMAND...: run a stage unless it has already finished
   if grep -q "^$1: " "$out/seconds.txt"; then
-    echo "==> $1: done before"
+    echo "==> $1: already done"
   else
     timed "$out/seconds.txt" "$@"
   fi
 }
 
-on_all_gpus() { # COMMAND FLAGS...: `cllm COMMAND`, in NUM_PROCESSES processes
+on_all_gpus() { # COMMAND FLAGS...: run `cllm COMMAND` in NUM_PROCESSES processes
   if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
     # shellcheck disable=SC2086
     python -m accelerate.commands.launch --num_processes "$NUM_PROCESSES" ${ACCELERATE_ARGS:-} -m cllm "$@"

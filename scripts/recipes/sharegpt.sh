@@ -3,13 +3,13 @@
 #
 #   bash scripts/recipes/sharegpt.sh TRAIN TEST     # ShareGPT's JSON, or "" for the hub dataset; MT-bench's question.jsonl
 #
-# data      20,000 first turns of ShareGPT to collect from, MT-bench's 80 questions to measure on
-# tokens    up to 10 M of responses an epoch (512 each at most), one epoch
+# data      20,000 first turns of ShareGPT for collection, MT-bench's 80 questions for measurement
+# tokens    up to 10 M response tokens per epoch (at most 512 each), one epoch
 # time      has not been run
-# memory    has not been run; as gsm8k_7b.sh
+# memory    has not been run; as in gsm8k_7b.sh
 # result    has not been run
 #
-# The answers are not graded here: `cllm acc --task sharegpt --eval_only --judge_model ...` does that.
+# The answers are not graded here; `cllm acc --task sharegpt --eval_only --judge_model ...` does that.
 set -euo pipefail
 if [ $# -ne 2 ]; then
   echo "usage: bash $0 TRAIN TEST: ShareGPT's JSON (\"\" for the hub dataset) and MT-bench's question.jsonl" >&2

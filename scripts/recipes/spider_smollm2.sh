@@ -2,11 +2,11 @@
 # Spider (text to SQL) with SmolLM2-135M-Instruct on one GPU.
 #
 #   bash scripts/recipes/spider_smollm2.sh SPIDER                  # the folder as it is distributed, databases included
-#   REDUCED=1 bash scripts/recipes/spider_smollm2.sh SPIDER        # a check of the path on a CPU: 256 questions
+#   REDUCED=1 bash scripts/recipes/spider_smollm2.sh SPIDER        # a functional check on a CPU: 256 questions
 #
-# data      7,000 questions to learn from, 1,034 of dev to measure on; the checks during training look at the first 64 of these
-# tokens    0.24 M of queries an epoch (34 each, behind the schemas in the prompts), three epochs; the target writes about as many
-# time      has not been run; meant for minutes on one GPU
+# data      7,000 questions for training, dev's 1,034 for measurement; probes during training use the first 64 of the latter
+# tokens    0.24 M query tokens per epoch (34 each, after the schemas in the prompts), three epochs; the target writes about as many
+# time      has not been run; should take minutes on one GPU
 # memory    has not been run
 # result    has not been run
 set -euo pipefail

@@ -257,9 +257,9 @@ def test_every_prompt_too_long(words: Build, tmp_path: Path, capsys, refuse) -> 
     ("make", "message"),
     [
         (lambda path: None, "cannot read"),
-        (lambda path: path.mkdir(), "collect some first"),
+        (lambda path: path.mkdir(), "run cllm collect first"),
         (lambda path: path.write_text(""), "empty file"),
-        (lambda path: path.write_text("[]"), "no trajectories in it"),
+        (lambda path: path.write_text("[]"), "holds no trajectories"),
         (lambda path: path.write_text('[{"data_id": "d"}]'), "item 1: lacks jacobian_itr_id"),
         (lambda path: path.write_text("[{"), "bad"),
     ],

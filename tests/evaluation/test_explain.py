@@ -6,7 +6,6 @@ import pytest
 import torch
 from cases import generate
 from tiny import random_adapter, tiny_model
-from training.test_trainer import Rows
 
 from cllm.adapter import Adapter, attach
 from cllm.decoding import JacobiDecoder
@@ -18,7 +17,7 @@ from cllm.evaluation.method_name import AR
 from cllm.evaluation.speed import measure
 from cllm.training.arguments import LosslessTrainingArguments
 from cllm.training.drafts import DraftCollator, DraftDataset
-from cllm.training.lora import AdapterArguments, adapt, live_adapter
+from cllm.training.lora import AdapterArguments, add_adapter, current_adapter
 from cllm.training.lossless import LosslessTrainer
 from cllm.trajectory.record import TrajectoryRow
 
@@ -52,14 +51,14 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
         learning_rate=1e-2,
         disable_tqdm=True,
     )
-    trained = adapt(model, AdapterArguments(lora_r=16), seed=0)
+    trained = add_adapter(model, AdapterArguments(lora_r=16), seed=0)
     LosslessTrainer(
         model=trained,
         args=args,
-        train_dataset=DraftDataset(Rows(rows), 2, STARTS["filler"](VOCABULARY)),
+        train_dataset=DraftDataset(rows, 2, STARTS["filler"](VOCABULARY)),
         data_collator=DraftCollator(0),
     ).train()
-    adapter = live_adapter(trained)
+    adapter = current_adapter(trained)
     copies = ({name: weight.clone() for name, weight in weights.items()} for weights in (adapter.down, adapter.up))
     return Adapter(*copies)
 

@@ -1,4 +1,4 @@
-"""cllm.scoring.code_extraction: programs found in real and made-up replies, by running them."""
+"""cllm.scoring.code_extraction: programs extracted from real and invented replies give the right results when run."""
 
 import ast
 import gzip
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm.scoring.code_extraction import completion, find_program
+from cllm.scoring.code_extraction import completion, extract_program
 
 PROMPT = '''from typing import List
 
@@ -198,43 +198,43 @@ def test_real_replies(task_id: str, right: bool, shared_data: Path) -> None:
         f"<|im_end|>{DEFINITION}",
     ],
 )
-def test_nothing_is_found_where_nothing_is(reply: str) -> None:
-    assert find_program(reply, "total") is None
+def test_replies_without_a_program_give_none(reply: str) -> None:
+    assert extract_program(reply, "total") is None
     assert completion(reply, PROMPT, "total") == reply
 
 
 @pytest.mark.parametrize("name", [name for name in FOUND if "body" not in name])
 def test_program_is_found_without_a_prompt(name: str) -> None:
     names: dict = {"List": list}
-    exec(find_program(FOUND[name], "total") or "", names)
+    exec(extract_program(FOUND[name], "total") or "", names)
     assert names["total"]([1, 2, 3]) == 6
 
 
-def test_unneeded_blocks_after_the_program_are_left_out() -> None:
+def test_unneeded_later_blocks_are_left_out() -> None:
     reply = f"```python\n{DEFINITION}\n```\n```python\ndef other():\n    return 1\n```"
-    assert find_program(reply, "total") == DEFINITION
+    assert extract_program(reply, "total") == DEFINITION
 
 
 def test_program_alone_has_no_usage() -> None:
-    assert find_program(f"```python\n{DEFINITION}\n\nprint(total([]))\n```", "total") == DEFINITION
+    assert extract_program(f"```python\n{DEFINITION}\n\nprint(total([]))\n```", "total") == DEFINITION
 
 
-def test_prompt_without_a_docstring_is_closed() -> None:
+def test_a_prompt_without_a_docstring_is_completed() -> None:
     prompt = "def total(numbers):\n    # add up\n"
     assert result_of(DEFINITION.replace("List[int]", "list"), prompt) == 6
     assert result_of("    return sum(numbers)\n", prompt) == 6
 
 
 @given(st.text(alphabet="`~ \n\tdefrtunpas():=#'\"\\total", max_size=80))
-def test_any_reply_is_answered(reply: str) -> None:
-    found = find_program(reply, "total")
+def test_no_reply_raises(reply: str) -> None:
+    found = extract_program(reply, "total")
     assert found is None or ast.parse(found)
     assert isinstance(completion(reply, PROMPT, "total"), str)
 
 
 @pytest.mark.parametrize("reply", ["(" * 5000, "def total(" * 500, "import os\n" * 5000, "x = 1\n" * 300 + "def total(\n"])
-def test_long_nonsense_is_answered_soon(reply: str) -> None:
-    assert find_program(reply, "total") is None
+def test_long_nonsense_is_fast(reply: str) -> None:
+    assert extract_program(reply, "total") is None
 
 
 def test_canonical_solutions_survive_as_bodies_and_as_definitions(shared_data: Path) -> None:
@@ -243,7 +243,7 @@ def test_canonical_solutions_survive_as_bodies_and_as_definitions(shared_data: P
             prompt, name, body = problem["prompt"], problem["entry_point"], problem["canonical_solution"]
             whole = ast.dump(ast.parse(prompt + body))
             assert ast.dump(ast.parse(prompt + completion(body, prompt, name))) == whole
-            found = find_program(f"Yes:\n```python\n{prompt}{body}```\nDone.", name)
+            found = extract_program(f"Yes:\n```python\n{prompt}{body}```\nDone.", name)
             assert found is not None and ast.dump(ast.parse(found)) == whole
-            found = find_program(f"<think>No.</think>```python\n{prompt}{body.rstrip()}```<|im_end|>", name)
+            found = extract_program(f"<think>No.</think>```python\n{prompt}{body.rstrip()}```<|im_end|>", name)
             assert found is not None and ast.dump(ast.parse(found)) == whole

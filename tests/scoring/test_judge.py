@@ -1,4 +1,4 @@
-"""Grading through a real HTTP server that speaks the OpenAI protocol, and fails as servers do."""
+"""Grading against a real HTTP server that speaks the OpenAI protocol and fails as servers do."""
 
 import json
 import threading
@@ -90,7 +90,7 @@ def endpoint(server, key=None, **options):
     return Endpoint(server.url, "judge-1", key, **({"first_pause": 0.001, "timeout": 5} | options))
 
 
-def in_turn(*answers):
+def sequence(*answers):
     return lambda number, body: answers[min(number, len(answers) - 1)]
 
 
@@ -100,8 +100,8 @@ ASK = [{"role": "user", "content": "Grade this."}]
 # ------------------------------------------------------------------ endpoint
 
 
-def test_what_is_sent():
-    with serving(in_turn(reply("Rating: [[8]]"))) as server:
+def test_the_request():
+    with serving(sequence(reply("Rating: [[8]]"))) as server:
         assert endpoint(server, key="secret").complete(ASK) == "Rating: [[8]]"
         ((path, headers, body),) = server.seen
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
@@ -109,7 +109,7 @@ def test_what_is_sent():
 
 
 def test_no_key_no_header():
-    with serving(in_turn(reply("x"))) as server:
+    with serving(sequence(reply("x"))) as server:
         endpoint(server).complete(ASK)
         assert "Authorization" not in server.seen[0][1]
 
@@ -130,30 +130,30 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_passing_faults_are_tried_again(name):
-    with serving(in_turn(FAULTS[name], FAULTS[name], reply("done"))) as server:
+def test_transient_errors_are_retried(name):
+    with serving(sequence(FAULTS[name], FAULTS[name], reply("done"))) as server:
         assert endpoint(server).complete(ASK) == "done"
         assert len(server.seen) == 3
 
 
 def test_parts_are_joined():
     parts = {"choices": [{"message": {"content": [{"type": "text", "text": "Rating: "}, {"type": "text", "text": "7"}]}}]}
-    with serving(in_turn((200, {}, json.dumps(parts)))) as server:
+    with serving(sequence((200, {}, json.dumps(parts)))) as server:
         assert endpoint(server).complete(ASK) == "Rating: 7"
 
 
-def test_tries_are_limited_and_the_last_fault_is_named():
-    with serving(in_turn(fault(503, "busy"))) as server, pytest.raises(UsageError, match=r"4 tries.*HTTP 503 \(busy\)"):
+def test_retries_are_limited_and_the_last_error_is_named():
+    with serving(sequence(fault(503, "busy"))) as server, pytest.raises(UsageError, match=r"4 tries.*HTTP 503 \(busy\)"):
         endpoint(server, tries=4).complete(ASK)
     assert len(server.seen) == 4
 
 
-def test_nobody_there():
+def test_an_unreachable_server():
     with pytest.raises(UsageError, match=r"no answer in 2 tries.*refused"):
         Endpoint("http://127.0.0.1:9/v1", "m", tries=2, first_pause=0.001).complete(ASK)
 
 
-def test_back_off_grows_and_retry_after_is_obeyed(monkeypatch):
+def test_backoff_grows_and_retry_after_is_obeyed(monkeypatch):
     pauses = []
     answers = [
         fault(500),
@@ -162,7 +162,7 @@ def test_back_off_grows_and_retry_after_is_obeyed(monkeypatch):
         fault(429, **{"Retry-After": "2.5"}),
         fault(429, **{"Retry-After": "0"}),
     ]
-    with serving(in_turn(*answers, reply("x"))) as server:
+    with serving(sequence(*answers, reply("x"))) as server:
         judge = endpoint(server, first_pause=4.0)
         monkeypatch.setattr(judge._stopped, "wait", pauses.append)
         judge.complete(ASK)
@@ -178,24 +178,24 @@ def test_retry_after_as_a_date():
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_hopeless_answers_are_not_tried_again(status):
+def test_permanent_errors_are_not_retried(status):
     with (
-        serving(in_turn(fault(status, "bad key"))) as server,
+        serving(sequence(fault(status, "bad key"))) as server,
         pytest.raises(UsageError, match=f"HTTP {status}.*bad key"),
     ):
         endpoint(server, key="secret").complete(ASK)
     assert len(server.seen) == 1
 
 
-def test_an_empty_account_is_hopeless():
+def test_an_exhausted_quota_is_not_retried():
     spent = (429, {}, json.dumps({"error": {"message": "pay", "code": "insufficient_quota"}}))
-    with serving(in_turn(spent)) as server, pytest.raises(UsageError, match="insufficient_quota"):
+    with serving(sequence(spent)) as server, pytest.raises(UsageError, match="insufficient_quota"):
         endpoint(server).complete(ASK)
     assert len(server.seen) == 1
 
 
 def test_a_redirect_never_gets_the_key():
-    with serving(in_turn(reply("stolen"))) as other, serving(in_turn((302, {"Location": other.url}, ""))) as server:
+    with serving(sequence(reply("stolen"))) as other, serving(sequence((302, {"Location": other.url}, ""))) as server:
         with pytest.raises(UsageError, match="redirects to"):
             endpoint(server, key="secret").complete(ASK)
         assert other.seen == []
@@ -203,13 +203,13 @@ def test_a_redirect_never_gets_the_key():
 
 def test_one_refused_request():
     with (
-        serving(in_turn(fault(400, "context length exceeded"))) as server,
+        serving(sequence(fault(400, "context length exceeded"))) as server,
         pytest.raises(Refused, match="context length"),
     ):
         endpoint(server).complete(ASK)
 
 
-def test_parameters_that_a_model_does_not_take():
+def test_unsupported_parameters_are_left_out():
     def script(number, body):
         if "max_tokens" in body:
             return fault(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
@@ -300,7 +300,7 @@ def test_a_bracketed_score_is_always_found(score, before, after):
 
 @settings(deadline=None)
 @given(st.text(alphabet="[]0123456789./, ratingscore:ofut-%\n", max_size=60))
-def test_no_text_breaks_the_parser(text):
+def test_the_parser_accepts_any_text(text):
     score = parse_score(text)
     assert score is None or 0 <= score <= 10
 
@@ -325,7 +325,7 @@ SCORES = {"w1": "[[8.5]]", "w2": "8/10", "2": "**Rating:** 10", "5": "[[one]]", 
 
 
 def grade(number, body):
-    """Scores by the last answer in the request, in odd forms."""
+    """A score derived from the last answer in the request, in odd forms."""
     text = body["messages"][-1]["content"]
     found = max(SCORES, key=lambda answer: text.rfind(f"\n{answer}\n"))
     return reply(f"Well. {SCORES[found]}")
@@ -356,8 +356,8 @@ def test_scores_by_category_and_turn(tmp_path):
     assert names[121, 1][1] == "single-math-v1" and names[121, 2][1] == "single-v1-multi-turn"
 
 
-def test_an_unsteady_server_gives_the_same_scores(tmp_path):
-    """A third of all requests fails, in every way there is."""
+def test_an_unreliable_server_gives_the_same_scores(tmp_path):
+    """A third of all requests fail, in every possible way."""
     kinds = list(FAULTS.values())
 
     def script(number, body):
@@ -370,7 +370,7 @@ def test_an_unsteady_server_gives_the_same_scores(tmp_path):
         assert len(server.seen) > 6
 
 
-def test_going_on_after_a_stop_asks_only_for_what_is_missing(tmp_path):
+def test_resuming_requests_only_missing_scores(tmp_path):
     path = tmp_path / "j.jsonl"
     with serving(lambda n, body: grade(n, body) if n < 3 else fault(401, "key expired")) as server:
         with pytest.raises(UsageError, match="key expired"):
@@ -384,16 +384,16 @@ def test_going_on_after_a_stop_asks_only_for_what_is_missing(tmp_path):
         assert len(server.seen) == 3 + sum(row["score"] == -1 for row in kept)
     with serving(grade) as server:
         assert judge(server).review(CASES, "mine", path) == review
-        assert len(server.seen) == 1  # the one without a score is asked again
+        assert len(server.seen) == 1  # the judgment without a score is requested again
     assert Counter((row["question_id"], row["turn"]) for row in rows_of(path) if row["score"] != -1).most_common(1)[0][1] == 1
 
 
-def test_other_answers_and_other_judges_are_judged_anew(tmp_path):
+def test_a_new_answer_or_judge_is_judged_again(tmp_path):
     path = tmp_path / "j.jsonl"
     with serving(grade) as server:
         judge(server).review(CASES[:1], "mine", path)
         judge(server).review([Case(81, "writing", ("write", "again"), ("w1", "5"))], "mine", path)
-        assert len(server.seen) == 3  # the first turn is the same
+        assert len(server.seen) == 3  # the first turn is unchanged
         other = Judge(Endpoint(server.url, "judge-2", first_pause=0.001))
         other.review(CASES[:1], "mine", path)
         assert len(server.seen) == 5
@@ -408,7 +408,7 @@ def test_a_refused_request_does_not_stop_the_others(tmp_path):
     assert review["judge: all"]["no score"] == 1 and review["writing"]["turn 2"] is None
 
 
-def test_given_references_are_the_only_ones(tmp_path):
+def test_given_references_replace_the_default_ones(tmp_path):
     with serving(grade) as server:
         given_ones = judge(server, references={"81": ("r1", "r2")})
         named = {(r.case.question_id, r.turn): r.prompt.name for case in CASES for r in given_ones.requests(case)}
@@ -418,7 +418,7 @@ def test_given_references_are_the_only_ones(tmp_path):
 # ------------------------------------------------------------------- prompts
 
 
-def test_own_prompts_hold_everything():
+def test_built_in_prompts_hold_everything():
     prompts = own_prompts()
     assert set(prompts) == {prompt_name(turn, ref) for turn in (1, 2) for ref in (False, True)}
     with serving(grade) as server:
@@ -428,7 +428,7 @@ def test_own_prompts_hold_everything():
     assert "[[n]]" in second.prompt.system
 
 
-def test_braces_in_an_answer_stay():
+def test_braces_in_an_answer_are_kept():
     case = Case(1, "", ("q {answer}",), ("{question} {0} {{x}}",))
     with serving(grade) as server:
         (request,) = judge(server).requests(case)
@@ -446,7 +446,7 @@ def test_fastchats_own_prompts_and_references(shared_data):
     assert "{" not in request.text.replace(references["101"][0], "").replace(references["101"][1], "")
 
 
-def test_files_that_are_no_prompts_or_references(tmp_path):
+def test_malformed_prompt_and_reference_files(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n')
     with pytest.raises(UsageError, match="no prompt called single-v1; found none"):
@@ -469,7 +469,7 @@ def test_files_that_are_no_prompts_or_references(tmp_path):
         (["--judge_model", "m", "--judge_base_url", "http://x", "--judge_prompts", "no.jsonl"], "cannot read no.jsonl"),
     ],
 )
-def test_options_that_do_not_fit(words, message, monkeypatch):
+def test_invalid_options(words, message, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     options = ArgumentParser()
     add_options(options)
@@ -478,7 +478,7 @@ def test_options_that_do_not_fit(words, message, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["sec\nret", "s\u00e9cret", "\u2713"])
-def test_a_key_that_no_header_can_carry_is_refused(key, monkeypatch):
+def test_a_key_that_is_not_a_valid_header_is_refused(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     options = ArgumentParser()
     add_options(options)

@@ -1,4 +1,4 @@
-"""cllm.scoring.pass_at_k: the estimator against its definition, and means that leave out what cannot be estimated."""
+"""cllm.scoring.pass_at_k: the estimator matches its definition, and means leave out what cannot be estimated."""
 
 from itertools import combinations
 from typing import Any
@@ -26,11 +26,11 @@ def test_known_values() -> None:
 
 
 @pytest.mark.parametrize("wrong", [(3, 1, 0), (3, 1, 4), (3, 4, 1), (3, -1, 1), (0, 0, 1)])
-def test_refuses_what_makes_no_sense(wrong: tuple[int, int, int]) -> None:
+def test_invalid_counts_are_refused(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="must be between"):
         pass_at_k(*wrong)
 
 
-def test_mean_leaves_out_k_that_a_problem_has_too_few_samples_for() -> None:
+def test_the_mean_leaves_out_k_above_the_fewest_samples() -> None:
     assert mean_pass_at_k([(2, 1), (3, 0)], (1, 2, 3)) == {1: 0.25, 2: 0.5}
     assert mean_pass_at_k([], (1, 2)) == {}

@@ -1,10 +1,10 @@
-"""cllm.scoring.reply: what counts of a reply that has thinking, special tokens or further questions in it."""
+"""cllm.scoring.reply: candidates in replies with reasoning, special tokens or further questions."""
 
 import time
 
 import pytest
 
-from cllm.scoring.reply import parts
+from cllm.scoring.reply import answer_candidates
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,8 @@ from cllm.scoring.reply import parts
         ("print('<think>') and `</think>`", ["print('<think>') and `</think>`"]),
     ],
 )
-def test_thinking_is_left_out(reply: str, answers: list[str]) -> None:
-    assert parts(reply) == answers
+def test_reasoning_is_left_out(reply: str, answers: list[str]) -> None:
+    assert answer_candidates(reply) == answers
 
 
 @pytest.mark.parametrize(
@@ -35,15 +35,15 @@ def test_thinking_is_left_out(reply: str, answers: list[str]) -> None:
      "[INST]", "<|im_start|>", "<|user|>"],
 )  # fmt: skip
 def test_a_special_token_ends_the_reply(token: str) -> None:
-    assert parts(f"Yes.{token}\nNo.") == ["Yes."]
-    assert parts(f"Say '{token}'.") == [f"Say '{token}'."]
+    assert answer_candidates(f"Yes.{token}\nNo.") == ["Yes."]
+    assert answer_candidates(f"Say '{token}'.") == [f"Say '{token}'."]
 
 
 @pytest.mark.parametrize(
     "opening", ["<s>", "<|im_start|>assistant", "<|assistant|>", "<|start_header_id|>assistant<|end_header_id|>", "[/INST]"]
 )
 def test_special_tokens_may_open_the_reply(opening: str) -> None:
-    assert parts(f"{opening} Yes.</s>") == [" Yes."]
+    assert answer_candidates(f"{opening} Yes.</s>") == [" Yes."]
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_special_tokens_may_open_the_reply(opening: str) -> None:
      "> Q2. And then?", "- Exercise: And then?", "Next question: And then?", "Here is another problem: And then?",
      "-- Question: And then?", "user\nAnd then?", "question: and then?"],
 )  # fmt: skip
-def test_the_next_question_starts_a_part(turn: str) -> None:
-    assert parts(f"Yes.\n{turn}\nA: No.") == ["Yes.\n", f"{turn}\nA: No."]
-    assert parts(f"{turn}\nA: Yes.") == [f"{turn}\nA: Yes."]
+def test_a_further_question_starts_a_candidate(turn: str) -> None:
+    assert answer_candidates(f"Yes.\n{turn}\nA: No.") == ["Yes.\n", f"{turn}\nA: No."]
+    assert answer_candidates(f"{turn}\nA: Yes.") == [f"{turn}\nA: Yes."]
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_the_next_question_starts_a_part(turn: str) -> None:
     ["The question: none.", "Questions: 3", "Problem solved: 3.", "Users: 3", "Q: int = 3", "User: type[list] = list",
      "    Question: inside of code", "#### 3\n## User's cost"],
 )  # fmt: skip
-def test_other_lines_start_none(text: str) -> None:
-    assert parts(f"Yes.\n{text}") == [f"Yes.\n{text}"]
+def test_other_lines_start_no_candidate(text: str) -> None:
+    assert answer_candidates(f"Yes.\n{text}") == [f"Yes.\n{text}"]
 
 
 @pytest.mark.parametrize("piece", ["<think>", "</think>", "<think ", "'<think>", "<|a", "##", "- ", "\n-", "\nQ", "\n ", "Q:"])
-def test_long_replies_are_quick(piece: str) -> None:
+def test_long_replies_are_fast(piece: str) -> None:
     start = time.process_time()
-    parts(piece * (100_000 // len(piece)))
+    answer_candidates(piece * (100_000 // len(piece)))
     assert time.process_time() - start < 2

@@ -1,4 +1,4 @@
-"""cllm.scoring.sandbox: right programs pass, wrong ones fail, hostile ones do neither harm nor pass nor hang."""
+"""cllm.scoring.sandbox: right programs pass, wrong ones fail, and hostile ones neither pass nor do harm nor hang."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def program(source: str, test: str = TEST) -> Program:
     return Program(source, test, ("double",))
 
 
-# Each would pass, harm or hang with a careless harness. Where it can, it is a right solution with something added.
+# With a careless harness, each of these would pass, do harm or hang. Where possible, it is a right solution plus an attack.
 HOSTILE = {
     "fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n",
     "endless loop": "while True:\n    pass\n",
@@ -61,7 +61,7 @@ HOSTILE = {
     "own builtins": "__builtins__ = {{'abs': lambda x: 0, '__import__': __import__}}\ndef double(x):\n    return x\n",
     "equal to everything": "class All(int):\n    def __eq__(self, other): return True\n"
     "    def __sub__(self, other): return 0\ndef double(x):\n    return All()\n",
-    "a class in the place of the function": "class double(int):\n    def __new__(cls, x): return int.__new__(cls, 0)\n"
+    "a class instead of the function": "class double(int):\n    def __new__(cls, x): return int.__new__(cls, 0)\n"
     "    def __eq__(self, other): return True\n    def __sub__(self, other): return 0\n",
     "a callable that claims to be a type hint": "class Hint:\n    __module__ = 'typing'\n"
     "    def __call__(self, x): return All()\nclass All(int):\n    def __eq__(self, other): return True\n"
@@ -83,7 +83,7 @@ HOSTILE = {
     "surrogate": "x = '\ud800'\n",
 }
 
-# How those end that never get as far as a solution.
+# How programs end that never reach a solution.
 ENDS = {
     "fork bomb": {"time"},
     "memory hog": {"memory"},
@@ -148,15 +148,15 @@ def test_a_class_under_test_can_be_right(kind: str) -> None:
     assert verdict.passed, verdict
 
 
-def test_programs_side_by_side_have_users_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_programs_run_as_different_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    users = {sandbox._Place(LIMITS).uid for _ in range(4000)}
+    users = {sandbox._Workspace(LIMITS).uid for _ in range(4000)}
     assert len(users) == 4000 and min(u for u in users if u) >= 61184 and max(u for u in users if u) < 65184
 
 
 @pytest.mark.parametrize("linked", [True, False])
-def test_a_python_that_others_cannot_enter_is_copied(monkeypatch: pytest.MonkeyPatch, linked: bool) -> None:
-    """By links, or over the border of a file system; and the copy goes with the process."""
+def test_a_private_python_is_copied(monkeypatch: pytest.MonkeyPatch, linked: bool) -> None:
+    """By hard links, or by copies to another file system; the process removes the copy when it ends."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
     code = """
@@ -232,17 +232,17 @@ def test_namespaces_hide_files_network_and_processes(tmp_path: Path) -> None:
         ("x = bytearray(1 << 40)", "memory", Limits()),
     ],
 )
-def test_limits_are_reported_by_name(source: str, reason: str, limits: Limits, kind: str) -> None:
+def test_exceeded_limits_are_named(source: str, reason: str, limits: Limits, kind: str) -> None:
     assert run(program(source), limits, kind=kind).reason == reason
 
 
-def test_many_keep_their_order() -> None:
+def test_verdicts_keep_the_order_of_programs() -> None:
     programs = [program(SOLUTION if number % 2 else "def double(x): return x") for number in range(6)]
     assert [verdict.passed for verdict in run_all(programs, workers=3)] == [False, True] * 3
     assert run_all([]) == []
 
 
-def test_refused_where_nothing_protects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_refused_without_protection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "protection_of", lambda kind: "no")
     with pytest.raises(UsageError, match="cannot be run safely"):
         sandbox.protection.__wrapped__()
@@ -263,4 +263,4 @@ def test_humaneval_canonical_solutions_pass_and_stubs_fail(shared_data: Path) ->
     assert [p["task_id"] for p, v in zip(problems, verdicts[:164]) if not v.passed] == []
     assert [p["task_id"] for p, v in zip(problems, verdicts[164:]) if v.passed] == []
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert cpu < 120  # the wall time of a busy machine says nothing
+    assert cpu < 120  # CPU time, since wall time on a busy machine means nothing

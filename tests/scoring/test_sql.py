@@ -1,4 +1,4 @@
-"""cllm.scoring.sql: execution accuracy judges as the official test-suite evaluator does."""
+"""cllm.scoring.sql: execution accuracy by the rules of the official test-suite evaluator."""
 
 import sqlite3
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cllm.errors import UsageError
-from cllm.scoring.sql import Judge
+from cllm.scoring.sql import SqlJudge
 from cllm.scoring.sql_query import Limits
 
 SCRIPT = """
@@ -73,51 +73,51 @@ NAMES_BY_AGE = "SELECT name FROM singer ORDER BY age DESC, id"
     ],
 )  # fmt: skip
 def test_official_rules(folder: Path, why: str, gold: str, query: str, right: bool) -> None:
-    assert Judge(folder, limits=Limits(seconds=0.3)).right("music", gold, query) is right, why
+    assert SqlJudge(folder, limits=Limits(seconds=0.3)).is_correct("music", gold, query) is right, why
 
 
 def test_keep_distinct(folder: Path) -> None:
     gold, query = "SELECT DISTINCT age FROM singer", "SELECT age FROM singer"
-    assert Judge(folder).right("music", gold, query)
-    assert not Judge(folder, keep_distinct=True).right("music", gold, query)
-    assert not Judge(folder, keep_distinct=True).right("music", query, gold)
+    assert SqlJudge(folder).is_correct("music", gold, query)
+    assert not SqlJudge(folder, keep_distinct=True).is_correct("music", gold, query)
+    assert not SqlJudge(folder, keep_distinct=True).is_correct("music", query, gold)
 
 
 def test_all_variants_must_agree(folder: Path) -> None:
     gold, query = "SELECT name FROM singer WHERE age > 50", "SELECT name FROM singer WHERE age > 45"
-    assert Judge(folder).right("music", gold, query)
+    assert SqlJudge(folder).is_correct("music", gold, query)
     add(folder, "music_v1", SCRIPT)
-    assert Judge(folder).right("music", gold, query)
+    assert SqlJudge(folder).is_correct("music", gold, query)
     add(folder, "music_v2", SCRIPT.replace("41", "48"))
-    assert not Judge(folder).right("music", gold, query)
-    assert Judge(folder).right("music", gold, gold)
-    assert [file.name for file in Judge(folder).variants("music")] == [
+    assert not SqlJudge(folder).is_correct("music", gold, query)
+    assert SqlJudge(folder).is_correct("music", gold, gold)
+    assert [file.name for file in SqlJudge(folder).variants("music")] == [
         "music.sqlite",
         "music_v1.sqlite",
         "music_v2.sqlite",
     ]
 
 
-def test_what_cannot_be_judged(folder: Path) -> None:
-    judge = Judge(folder)
-    assert judge.unfit("music", "SELECT name FROM singer WHERE age > 99") is None
-    assert judge.unfit("music", "SELECT count(*) FROM singer WHERE id NOT IN (SELECT id FROM Empty)") == (
+def test_gold_queries_that_cannot_judge(folder: Path) -> None:
+    judge = SqlJudge(folder)
+    assert judge.gold_problem("music", "SELECT name FROM singer WHERE age > 99") is None
+    assert judge.gold_problem("music", "SELECT count(*) FROM singer WHERE id NOT IN (SELECT id FROM Empty)") == (
         "gold query reads an empty table", "music.empty",
     )  # fmt: skip
-    assert judge.unfit("music", "SELECT count(*) FROM empty", keep_empty=True) is None
-    assert judge.unfit("music", "SELECT name FROM singer WHERE age > = 41") is None
-    assert judge.unfit("music", "SELECT x FROM singer") == ("gold query fails", "no such column: x")
-    reason, _ = judge.unfit("film", "SELECT 1") or ("", "")
+    assert judge.gold_problem("music", "SELECT count(*) FROM empty", keep_empty=True) is None
+    assert judge.gold_problem("music", "SELECT name FROM singer WHERE age > = 41") is None
+    assert judge.gold_problem("music", "SELECT x FROM singer") == ("gold query fails", "no such column: x")
+    reason, _ = judge.gold_problem("film", "SELECT 1") or ("", "")
     assert reason == "no database file"
     add(folder, "music_v1", SCRIPT + "INSERT INTO empty VALUES (1);")
-    assert judge.unfit("music", "SELECT count(*) FROM empty") is None
+    assert judge.gold_problem("music", "SELECT count(*) FROM empty") is None
 
 
 def test_a_gold_query_that_fails_matches_nothing_and_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert not Judge(folder).right("music", "SELECT x FROM singer", "SELECT x FROM singer")
+    assert not SqlJudge(folder).is_correct("music", "SELECT x FROM singer", "SELECT x FROM singer")
     assert "gold query fails" in caplog.text
 
 
 def test_missing_database(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no database of 'film': expected .*film\.sqlite"):
-        Judge(tmp_path).right("film", "SELECT 1", "SELECT 1")
+        SqlJudge(tmp_path).is_correct("film", "SELECT 1", "SELECT 1")

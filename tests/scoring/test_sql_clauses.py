@@ -1,4 +1,4 @@
-"""cllm.scoring.sql_clauses and sql_hardness: set match and levels, by Spider's rules."""
+"""cllm.scoring.sql_clauses and sql_hardness: exact set match and hardness levels by Spider's rules."""
 
 import builtins
 import gzip
@@ -114,7 +114,7 @@ def test_hardness(level: str, query: str) -> None:
 
 
 def test_levels_of_the_real_data(shared_data: Path) -> None:
-    """The counts of the dev set are those that the official evaluator prints."""
+    """The counts on the dev set equal those that the official evaluator prints."""
     rows = json.loads((shared_data / "spider" / "dev.json").read_text())
     assert Counter(hardness(row["query"]) for row in rows) == {"easy": 248, "medium": 446, "hard": 174, "extra": 166}
     with gzip.open(shared_data / "spider" / "train_spider.json.gz") as file:
@@ -122,7 +122,7 @@ def test_levels_of_the_real_data(shared_data: Path) -> None:
             assert parse(row["query"])
 
 
-def test_deep_and_long_queries_are_quick() -> None:
+def test_deep_and_long_queries_are_fast() -> None:
     nested = "SELECT * FROM " + "(SELECT * FROM " * 30 + "singer" + ")" * 30
     start = time.process_time()
     assert same_clauses(nested, nested, SCHEMA)
@@ -135,7 +135,7 @@ def test_deep_and_long_queries_are_quick() -> None:
     assert time.process_time() - start < 20
 
 
-def test_no_query() -> None:
+def test_texts_that_are_not_queries() -> None:
     for text in ("", "DROP TABLE singer", "SELECT 1 FROM", "SELECT 1; SELECT 2", "SELECT " + "1, " * 9000 + "1"):
         with pytest.raises(ParseFailure):
             parse(text)

@@ -1,4 +1,4 @@
-"""cllm.scoring.sql_query: what untrusted queries may do, and what they cannot."""
+"""cllm.scoring.sql_query: what untrusted queries can and cannot do."""
 
 import hashlib
 import os
@@ -78,7 +78,7 @@ def test_rows(file: Path) -> None:
         f"{COUNT_UP} SELECT x FROM t ORDER BY -x",
     ],
 )
-def test_refused_and_harmless(file: Path, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_queries_are_refused_and_harmless(file: Path, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = hashlib.sha256(file.read_bytes()).hexdigest()
     start = time.process_time()
@@ -89,7 +89,7 @@ def test_refused_and_harmless(file: Path, query: str, tmp_path: Path, monkeypatc
     assert os.listdir(tmp_path) == [file.name]
 
 
-def test_one_slow_call_cannot_outlast_the_limit_by_much(file: Path) -> None:
+def test_one_slow_call_hardly_exceeds_the_time_limit(file: Path) -> None:
     x = f"(SELECT group_concat(x, '') FROM ({COUNT_UP} SELECT 'aaaaaaaaaa' AS x FROM t LIMIT 9000))"
     start = time.process_time()
     assert run_query(file, f"SELECT instr({x}, {x} || 'b')") == [(0,)]
@@ -115,7 +115,7 @@ def test_tables_read(file: Path) -> None:
         tables_read(file, "DELETE FROM t")
 
 
-def test_no_database(tmp_path: Path) -> None:
+def test_files_that_are_not_databases(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no such database file: .*none\.sqlite"):
         run_query(tmp_path / "none.sqlite", "SELECT 1")
     (tmp_path / "text.sqlite").write_text("this is a text and no database at all" * 100)

@@ -1,4 +1,4 @@
-"""cllm.scoring.sql_result: results are equal under some order of columns, and of rows where that is free."""
+"""cllm.scoring.sql_result: results are equal under some order of columns, and of rows where their order is free."""
 
 import random
 import time
@@ -60,7 +60,7 @@ def test_cases(gold: list, other: list, unordered: bool, ordered: bool) -> None:
     assert same_result(gold, other, ordered=True) is ordered
 
 
-def test_many_columns_are_quick() -> None:
+def test_many_columns_are_fast() -> None:
     rng = random.Random(0)
     gold = [tuple(rng.randrange(2) for _ in range(40)) for _ in range(300)]
     order = rng.sample(range(40), 40)

@@ -1,4 +1,4 @@
-"""cllm.scoring.sql_schema: one schema, whether read from SQLite or from tables.json."""
+"""cllm.scoring.sql_schema: SQLite files and tables.json give the same schema."""
 
 import json
 import sqlite3
@@ -41,14 +41,14 @@ def test_both_sources_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", '[{"db_id": "a"}]', '{"a": 1}', "[1]", '["a"]'])
-def test_no_tables_json(tmp_path: Path, content: str) -> None:
+def test_malformed_tables_json(tmp_path: Path, content: str) -> None:
     (tmp_path / "tables.json").write_text(content)
-    with pytest.raises(UsageError, match=r"not a tables\.json of Spider: "):
+    with pytest.raises(UsageError, match=r"not a Spider tables\.json: "):
         schemas_of_json(tmp_path / "tables.json")
 
 
 def test_real_databases_equal_tables_json(shared_data: Path) -> None:
-    """Names, their letter case and their order are the same in all 20, and so are the foreign keys."""
+    """Names, their case and order, and foreign keys are the same in all 20 databases."""
     listed = schemas_of_json(shared_data / "spider" / "tables.json.gz")
     files = sorted((shared_data / "spider" / "database").glob("*/*.sqlite"))
     assert len(files) == 20

@@ -1,4 +1,4 @@
-"""cllm.scoring.sql_text: SQL is found in chatty replies."""
+"""cllm.scoring.sql_text: SQL is extracted from chatty replies."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm.scoring.sql_query import is_query
-from cllm.scoring.sql_text import find_sql, pieces, without_distinct
+from cllm.scoring.sql_text import extract_sql, lexemes, without_distinct
 
 Q = "SELECT count(*) FROM singer"
 
@@ -84,8 +84,8 @@ Q = "SELECT count(*) FROM singer"
         f"({Q})",
     ],
 )
-def test_found(reply: str) -> None:
-    assert find_sql(reply) == Q
+def test_sql_is_extracted(reply: str) -> None:
+    assert extract_sql(reply) == Q
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_found(reply: str) -> None:
         "SELECT name FROM singer WHERE song = 'The end. It is'",
     ],
 )
-def test_whole_queries_are_kept(query: str) -> None:
-    assert find_sql(query) == query
-    assert find_sql(f"```sql\n{query};\n```\nThis is it.") == query
+def test_queries_are_not_truncated(query: str) -> None:
+    assert extract_sql(query) == query
+    assert extract_sql(f"```sql\n{query};\n```\nThis is it.") == query
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_whole_queries_are_kept(query: str) -> None:
         f"```sql\n{Q};\n{Q};\n```",
     ],
 )
-def test_several_statements_stay_several(reply: str) -> None:
-    sql = find_sql(reply)
+def test_several_statements_are_all_kept(reply: str) -> None:
+    sql = extract_sql(reply)
     assert sql.count("singer") == 2 and ";" in sql
 
 
@@ -137,11 +137,11 @@ def test_several_statements_stay_several(reply: str) -> None:
         "select a from t where b in (select b from u)",
     ],
 )
-def test_whole_queries_in_json_and_sentences(query: str) -> None:
-    assert find_sql(json.dumps({"sql": query})) == query
-    assert find_sql(json.dumps({"calls": [{"name": "run", "arguments": json.dumps({"query": query})}]})) == query
-    assert find_sql(f"The query is: {query} so that you see them.") == query
-    assert find_sql(f"I would use {query} to get them.") == query
+def test_queries_in_json_and_sentences_are_not_truncated(query: str) -> None:
+    assert extract_sql(json.dumps({"sql": query})) == query
+    assert extract_sql(json.dumps({"calls": [{"name": "run", "arguments": json.dumps({"query": query})}]})) == query
+    assert extract_sql(f"The query is: {query} so that you see them.") == query
+    assert extract_sql(f"I would use {query} to get them.") == query
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_whole_queries_in_json_and_sentences(query: str) -> None:
     ],
 )
 def test_wrong_queries_stay_wrong(query: str) -> None:
-    assert not is_query(find_sql(query))
+    assert not is_query(extract_sql(query))
 
 
 @pytest.mark.parametrize("quote", ['"', "'"])
-def test_quotes_inside_of_quotes(quote: str) -> None:
+def test_quotes_inside_quotes(quote: str) -> None:
     query = f"SELECT name FROM singer WHERE song = {quote}Hey You{quote} AND age = 1"
-    assert find_sql(f"I say: {quote}{query}{quote}.") == query
+    assert extract_sql(f"I say: {quote}{query}{quote}.") == query
 
 
 @pytest.mark.parametrize(
@@ -168,19 +168,19 @@ def test_quotes_inside_of_quotes(quote: str) -> None:
     ["", "   ", "I do not know.", "With this in mind, select a row.", "Now select one from the list.", "```python\nx\n```", ";",
      f"<think>{Q}", f"</s>{Q}"],
 )  # fmt: skip
-def test_nothing_found(reply: str) -> None:
-    assert find_sql(reply) == ""
+def test_replies_without_sql(reply: str) -> None:
+    assert extract_sql(reply) == ""
 
 
-def test_distinct_outside_of_quotes() -> None:
+def test_distinct_is_removed_outside_quotes() -> None:
     query = "SELECT DISTINCT count(distinct a), 'DISTINCT', \"distinct\", distincts FROM t -- DISTINCT"
     assert without_distinct(query) == "SELECT  count( a), 'DISTINCT', \"distinct\", distincts FROM t -- DISTINCT"
 
 
 @given(st.text(alphabet="aS;'\"`-/*\n ()[]:#", max_size=40))
-def test_pieces_are_the_whole(text: str) -> None:
-    assert "".join(pieces(text)) == text
-    assert find_sql(f"{Q} {text}").startswith(Q)
+def test_lexemes_join_to_the_text(text: str) -> None:
+    assert "".join(lexemes(text)) == text
+    assert extract_sql(f"{Q} {text}").startswith(Q)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_pieces_are_the_whole(text: str) -> None:
      "SELECT 1" + " ." * 15_000, "[" * 90_000, '{"a":' * 20_000, '["' * 40_000, "SELECT 1 " + "(" * 30_000,
      "SELECT a FROM b to the " * 2000],
 )  # fmt: skip
-def test_long_replies_are_quick(reply: str) -> None:
+def test_long_replies_are_fast(reply: str) -> None:
     start = time.process_time()
-    find_sql(reply)
+    extract_sql(reply)
     assert time.process_time() - start < 5

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from cllm.errors import UsageError
-from cllm.scoring.sql import Judge
+from cllm.scoring.sql import SqlJudge
 from cllm.scoring.sql_query import run_query
-from cllm.scoring.sql_text import find_sql
+from cllm.scoring.sql_text import extract_sql
 from cllm.tasks import get_task
 from cllm.tasks.base import Example, Task
 from cllm.tasks.source import load_examples
@@ -201,7 +201,7 @@ def test_a_query_runs_once(with_databases: Path, monkeypatch: pytest.MonkeyPatch
     task = configured("acc", "--filename", with_databases / "dev.json")
     (example,) = load(with_databases, "test", task)
     first = task.score("SELECT 2", example)
-    monkeypatch.setattr(Judge, "right", None)
+    monkeypatch.setattr(SqlJudge, "is_correct", None)
     assert task.score("```sql\nSELECT 2;\n```", example) == first == {"execution_accuracy": True, "exact_set_match": False}
 
 
@@ -246,12 +246,12 @@ def test_gold_queries_of_complete_databases_are_all_right(dev: tuple[Task, list[
 
 def test_gold_queries_without_rows_are_not_matched_by_empty_or_failed_ones(shared_data: Path) -> None:
     rows = json.loads((shared_data / "spider" / "dev.json").read_text())
-    judge = Judge(shared_data / "spider" / "database")
+    judge = SqlJudge(shared_data / "spider" / "database")
     without = [row for row in rows if not run_query(judge.file(row["db_id"]), row["query"])]
     assert len(without) == 57
     for reply in ("", "I cannot answer that.", "SELECT nothing FROM nowhere", "DELETE FROM singer", "-- SELECT 1"):
-        assert not any(judge.right(row["db_id"], row["query"], find_sql(reply)) for row in without), reply
-    assert all(judge.right(row["db_id"], row["query"], row["query"]) for row in without)
+        assert not any(judge.is_correct(row["db_id"], row["query"], extract_sql(reply)) for row in without), reply
+    assert all(judge.is_correct(row["db_id"], row["query"], row["query"]) for row in without)
 
 
 def test_real_prompts_are_the_same_from_both_sources(shared_data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Options of the objective that are refused."""
+"""Invalid options of the objective are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Adapters: which weights they are, what is refused, and what comes out."""
+"""LoRA adapters: which weights are trained, what is refused, and what is saved."""
 
 from pathlib import Path
 
@@ -9,24 +9,24 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from cllm.errors import UsageError
 from cllm.models import load_model, read_record, write_record
-from cllm.training.lora import LoraArguments, adapt, finish
+from cllm.training.lora import LoraArguments, add_adapter, merge_saved_adapter
 
 pytest.importorskip("peft")
 IDS = torch.arange(3, 20)[None]
 
 
-def test_only_adapters_are_trained_and_the_output_layer_has_none() -> None:
-    model = adapt(tiny_model(), LoraArguments(lora_r=2), seed=0)
+def test_only_the_adapter_is_trained_and_the_output_layer_has_none() -> None:
+    model = add_adapter(tiny_model(), LoraArguments(lora_r=2), seed=0)
     learned = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert len(learned) == 3 * 7 * 2 and all("lora_" in name and "lm_head" not in name for name in learned)
-    one = adapt(tiny_model(), LoraArguments(lora_r=2, lora_target_modules=["q_proj"]), seed=0)
+    one = add_adapter(tiny_model(), LoraArguments(lora_r=2, lora_target_modules=["q_proj"]), seed=0)
     assert sum(weight.requires_grad for weight in one.parameters()) == 3 * 2
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_merged_or_not_the_folder_loads_as_the_adapted_model(tmp_path: Path, tied: bool) -> None:
     base = save_tiny_checkpoint(tmp_path / "base", tie_word_embeddings=tied)
-    model = adapt(load_model(str(base)), LoraArguments(lora_r=2), seed=0)
+    model = add_adapter(load_model(str(base)), LoraArguments(lora_r=2), seed=0)
     write_record(model.config, {"block_size": 4})
     for weight in model.parameters():
         if weight.requires_grad:
@@ -37,7 +37,7 @@ def test_merged_or_not_the_folder_loads_as_the_adapted_model(tmp_path: Path, tie
         folder = tmp_path / f"merged-{merge}"
         model.save_pretrained(folder)
         model.config.save_pretrained(folder)
-        finish(str(folder), LoraArguments(lora_r=2, merge_lora=merge), "float32")
+        merge_saved_adapter(str(folder), LoraArguments(lora_r=2, merge_lora=merge), "float32")
         loaded = load_model(str(folder))
         torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-4, rtol=1e-4)
         assert read_record(loaded.config)["block_size"] == 4
@@ -46,12 +46,12 @@ def test_merged_or_not_the_folder_loads_as_the_adapted_model(tmp_path: Path, tie
     assert not [path.name for path in folder.iterdir() if "adapter" in path.name]
 
 
-def test_modules_that_do_not_exist_are_refused_with_those_that_do() -> None:
+def test_unknown_modules_are_refused_with_a_list_of_known_ones() -> None:
     with pytest.raises(UsageError, match="has no attn, lm_head; choose from down_proj, gate_proj, k_proj, o_proj"):
-        adapt(tiny_model(), LoraArguments(lora_r=2, lora_target_modules=["attn", "q_proj", "lm_head"]), seed=0)
+        add_adapter(tiny_model(), LoraArguments(lora_r=2, lora_target_modules=["attn", "q_proj", "lm_head"]), seed=0)
 
 
-def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in [
         ({"lora_r": -1}, "lora_r must be >= 0, got -1"),
         ({"lora_r": 2, "lora_alpha": 0}, "lora_alpha must be >= 1, got 0"),

@@ -1,4 +1,4 @@
-"""The training of a consistency adapter: its loss, its gradient however the batch is split, and what it leaves alone."""
+"""Training a consistency adapter: its loss, its gradient under any split of the batch, and what it leaves unchanged."""
 
 import random
 import sys
@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch.nn import Module
-from training.test_trainer import ROWS, SHOWN, Rows, in_two_processes, loss_sums, prepare, random_row
+from training.test_trainer import ROWS, SHOWN, in_two_processes, loss_sums, prepare, random_row
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from cllm.adapter import attached, read_adapter
@@ -19,7 +19,7 @@ from cllm.errors import UsageError
 from cllm.evaluation.probe import DraftProbe
 from cllm.training.arguments import LosslessTrainingArguments
 from cllm.training.drafts import DraftCollator, DraftDataset, DraftExample
-from cllm.training.lora import AdapterArguments, adapt, live_adapter
+from cllm.training.lora import AdapterArguments, add_adapter, current_adapter
 from cllm.training.lossless import LosslessTrainer
 from cllm.training.objective import DIVERGENCES
 from cllm.trajectory.record import TrajectoryRow
@@ -30,8 +30,8 @@ SPLITS = [(4, 2), (2, 4), (1, 8)]  # batch size and accumulation
 
 
 def draft_model(kind: str = "llama", **changes):
-    """A tiny model with an adapter that does something."""
-    model = adapt(tiny_model(kind, vocab_size=97, **changes), AdapterArguments(lora_r=4), seed=0)
+    """A tiny model with a nonzero adapter."""
+    model = add_adapter(tiny_model(kind, vocab_size=97, **changes), AdapterArguments(lora_r=4), seed=0)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         for name, weight in model.named_parameters():
@@ -41,7 +41,7 @@ def draft_model(kind: str = "llama", **changes):
 
 
 def dataset(rows: list[TrajectoryRow], states_per_block: int = 2, guess: str = "context") -> DraftDataset:
-    return DraftDataset(Rows(rows), states_per_block, STARTS[guess](97))
+    return DraftDataset(rows, states_per_block, STARTS[guess](97))
 
 
 def make_trainer(folder: Path, model=None, rows: list[TrajectoryRow] | None = None, **options) -> LosslessTrainer:
@@ -67,8 +67,8 @@ def step(folder: Path, **options) -> torch.Tensor:
 
 
 def merged(kind: str, model: Module) -> Module:
-    """A plain model with the adapter in its weights."""
-    copy, adapter = tiny_model(kind, vocab_size=97), live_adapter(model)
+    """A plain model with the adapter merged into its weights."""
+    copy, adapter = tiny_model(kind, vocab_size=97), current_adapter(model)
     layers = dict(copy.named_modules())
     for name, down in adapter.down.items():
         layers[name].weight.data += adapter.up[name] @ down
@@ -78,7 +78,7 @@ def merged(kind: str, model: Module) -> Module:
 def plain_loss(base: Module, draft: Module, example: DraftExample, decay: float, divergence: Callable, on_policy: bool = False) -> float:
     """Block by block over the base's own keys and values, without a packed layout."""
     teacher, loss = base(torch.tensor([example.row.clean])).logits[0], 0.0
-    for block, wrong in zip(example.row.blocks, example.wrong, strict=True):
+    for block, wrong in zip(example.row.blocks, example.first_wrong, strict=True):
 
         def drafted(tokens: torch.Tensor, start: int = block.start) -> torch.Tensor:
             cache = DynamicCache()
@@ -141,7 +141,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, kind: str) -> None:
     model = draft_model()
     make_trainer(tmp_path, model, per_device_train_batch_size=8, on_policy=1.0).train()
     in_two_processes(__file__, tmp_path, kind)
-    alone, together = live_adapter(model), read_adapter(tmp_path)
+    alone, together = current_adapter(model), read_adapter(tmp_path)
     for name in alone.down:
         torch.testing.assert_close(together.down[name], alone.down[name], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(together.up[name], alone.up[name], atol=1e-5, rtol=1e-4)
@@ -172,8 +172,8 @@ def test_which_steps_are_on_policy_depends_on_seed_and_step_alone(tmp_path) -> N
     assert 70 < sum(drawn()) < 130 and not any(drawn(on_policy=0.0)) and all(drawn(on_policy=1.0))
 
 
-def test_the_target_model_stays_as_it_is(tmp_path) -> None:
-    """Bit for bit, its weights and what it makes of a text."""
+def test_the_target_model_is_unchanged(tmp_path) -> None:
+    """Bit for bit, in its weights and its logits."""
     base, model = tiny_model(vocab_size=97), draft_model()
     make_trainer(tmp_path, model, max_steps=3, learning_rate=0.1).train()
     trained = {name.replace(".base_layer", ""): weight for name, weight in model.get_base_model().named_parameters()}
@@ -183,7 +183,7 @@ def test_the_target_model_stays_as_it_is(tmp_path) -> None:
     assert not torch.equal(learned(model), learned(draft_model()))
 
 
-def test_it_teaches_without_dropout(tmp_path) -> None:
+def test_the_teacher_has_no_dropout(tmp_path) -> None:
     model = draft_model(attention_dropout=0.5)
     trainer = make_trainer(tmp_path, model, divergence="hard")
     batch = trainer.data_collator([trainer.train_dataset[0]])
@@ -205,19 +205,19 @@ def test_training_lowers_the_loss(tmp_path) -> None:
 
 
 def bare(row: TrajectoryRow) -> TrajectoryRow:
-    """As ``cllm collect --responses_only`` stores it."""
+    """The row as ``cllm collect --responses_only`` stores it: without states other than fixed points."""
     return replace(row, trajectories=[states[-1:] for states in row.trajectories])
 
 
 @pytest.mark.parametrize("guess", STARTS)
-def test_responses_alone_give_random_starts(guess: str) -> None:
+def test_bare_responses_get_random_starts(guess: str) -> None:
     rows = [bare(random_row(index)) for index in range(ROWS)]
     drafts, again = dataset(rows, guess=guess), dataset(rows, guess=guess)
     again.epoch = 1
     for index, row in enumerate(rows):
         example = drafts[index]
         assert example == drafts[index] and (guess == "filler" or example != again[index])
-        for block, wrong in zip(example.row.blocks, example.wrong, strict=True):
+        for block, wrong in zip(example.row.blocks, example.first_wrong, strict=True):
             fixed = row.response_ids[block.start - len(row.prompt_ids) :]
             assert list(block.tokens[:wrong]) == fixed[:wrong] and block.tokens[wrong] != fixed[wrong]
             known = set((row.prompt_ids + row.response_ids)[: block.start])
@@ -227,7 +227,7 @@ def test_responses_alone_give_random_starts(guess: str) -> None:
     assert len(example.row.blocks) == 2 * len(starts) and len(starts) >= len(row.block_starts) - 1
 
 
-def test_responses_alone_train(tmp_path) -> None:
+def test_training_on_bare_responses_lowers_the_loss(tmp_path) -> None:
     rows = [bare(random_row(index)) for index in range(ROWS)]
     trainer = make_trainer(tmp_path, rows=rows, optim="adamw_torch", learning_rate=1e-2, max_steps=20, logging_steps=10)
     trainer.train()
@@ -235,12 +235,12 @@ def test_responses_alone_train(tmp_path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_row_without_anything_to_learn(tmp_path) -> None:
+def test_a_row_with_nothing_to_learn(tmp_path) -> None:
     row = TrajectoryRow("a", [5, 6], [7, 8, 9], [0, 2], [[[7, 3], [7, 8]], [[4], [9]]])
     still = replace(row, trajectories=[[[7, 8]], [[9]]])
     trainer = make_trainer(tmp_path, rows=[replace(still, block_starts=[2], trajectories=[[[4], [9]]])])
     example = trainer.train_dataset[0]
-    assert (example.wrong, list(example.row.blocks[0].tokens)) == ([1], [7])
+    assert (example.first_wrong, list(example.row.blocks[0].tokens)) == ([1], [7])
     assert loss_sums(trainer, [example]) == [0.0]
     trainer.train()
     assert trainer.state.global_step == 1
@@ -256,7 +256,7 @@ def test_the_log_counts_clean_text_and_blocks(tmp_path) -> None:
     assert trainer.state.log_history[0]["useful_tokens"] == pytest.approx(share, abs=1e-4)
 
 
-def test_checks_measure_the_target_with_the_adapter_as_it_is() -> None:
+def test_probes_measure_the_target_with_the_current_adapter() -> None:
     model = draft_model()
     base, plain = model.get_base_model(), tiny_model(vocab_size=97)
     seen = []
@@ -268,17 +268,17 @@ def test_checks_measure_the_target_with_the_adapter_as_it_is() -> None:
     check = DraftProbe(measure, model)
     check(model)
     check(base)
-    adapter = live_adapter(model)
+    adapter = current_adapter(model)
     assert seen[1] is None and attached(base) is None
     assert all(torch.equal(seen[0].up[name], up) for name, up in adapter.up.items()) and len(adapter.up) == 3 * 7
     assert learned(model).numel() == adapter.parameters
 
 
-def test_what_cannot_work_is_refused(tmp_path) -> None:
+def test_invalid_set_ups_are_refused(tmp_path) -> None:
     for options, message in [
         ({"gradient_checkpointing": True}, "gradient_checkpointing is on: .* leave it out"),
         ({"label_smoothing_factor": 0.1}, "lossless training has none"),
-        ({"on_policy": 1.5}, "on_policy must be a share of 0 .. 1, got 1.5"),
+        ({"on_policy": 1.5}, "on_policy must be between 0 and 1, got 1.5"),
         ({"divergence": "kl"}, "divergence must be one of forward_kl, .*, got 'kl'"),
         ({"states_per_block": 0}, "states_per_block must be >= 1, got 0"),
     ]:
@@ -292,7 +292,7 @@ def test_what_cannot_work_is_refused(tmp_path) -> None:
         AdapterArguments(lora_r=0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(UsageError, match="no torch.nn.Linear layers, which adapters need"):
-        adapt(gpt2, AdapterArguments(), seed=0)
+        add_adapter(gpt2, AdapterArguments(), seed=0)
 
 
 if __name__ == "__main__":  # one of two processes of test_two_processes_give_the_gradient_of_one

@@ -6,9 +6,9 @@ import torch
 from cllm.training.objective import (
     CHUNK,
     DIVERGENCES,
-    choices,
     cross_entropy_sum,
     distillation_sum,
+    greedy_tokens,
     hard_targets,
     kl_divergence,
     reverse_kl,
@@ -23,7 +23,7 @@ class Linear:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ self.weight
 
-    def whole(self, work, hidden: torch.Tensor) -> torch.Tensor:
+    def with_full_weights(self, work, hidden: torch.Tensor) -> torch.Tensor:
         return work(hidden)
 
 
@@ -55,20 +55,20 @@ def test_total_variation_is_the_largest_difference_of_any_event():
     assert (student.grad.abs().sum(dim=-1) > 0).all()
 
 
-def test_tokens_that_share_a_goal_have_the_gradient_of_a_teacher_for_each():
+def test_sharing_teacher_rows_does_not_change_the_gradient():
     count, head = 2 * CHUNK + 5, Linear(torch.randn(8, 17))
     student, teacher, weight = torch.randn(count, 8, requires_grad=True), torch.randn(40, 8), torch.rand(count)
-    goal = torch.randint(40, (count,))
-    sums = [distillation_sum(student, head, teacher[goal], head, weight)]
-    sums.append(distillation_sum(student, head, teacher, head, weight, goal_M=goal))
+    teacher_row = torch.randint(40, (count,))
+    sums = [distillation_sum(student, head, teacher[teacher_row], head, weight)]
+    sums.append(distillation_sum(student, head, teacher, head, weight, teacher_row_M=teacher_row))
     gradients = [torch.autograd.grad(loss, student)[0] for loss in sums]
     torch.testing.assert_close(*sums)
     torch.testing.assert_close(*gradients)
 
 
-def test_choices_are_the_likeliest_tokens():
+def test_greedy_tokens_are_the_likeliest():
     hidden, head = torch.randn(CHUNK + 3, 8), Linear(torch.randn(8, 17))
-    assert torch.equal(choices(hidden, head), head(hidden).argmax(dim=-1))
+    assert torch.equal(greedy_tokens(hidden, head), head(hidden).argmax(dim=-1))
 
 
 def test_hard_targets_are_cross_entropy_on_the_teachers_choice():
@@ -78,7 +78,7 @@ def test_hard_targets_are_cross_entropy_on_the_teachers_choice():
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
-def test_nothing_flows_into_the_teacher(divergence):
+def test_the_teacher_gets_no_gradient(divergence):
     teacher, student = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     weight = torch.randn(4, 9, requires_grad=True)
     teacher_weight = torch.randn(4, 9, requires_grad=True)
@@ -90,7 +90,7 @@ def test_nothing_flows_into_the_teacher(divergence):
 @pytest.mark.parametrize("count", [1, CHUNK, 2 * CHUNK + 3])
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_chunks_change_nothing(count, divergence, smoothing):
+def test_chunking_does_not_change_loss_or_gradient(count, divergence, smoothing):
     torch.manual_seed(count)
     hidden, teacher = torch.randn(count, 6, requires_grad=True), torch.randn(count, 6)
     weight, target = torch.randn(6, 17, requires_grad=True), torch.randint(0, 17, (count,))
@@ -113,8 +113,8 @@ def test_without_gradients_the_sum_is_the_same():
     torch.testing.assert_close(quiet, cross_entropy_sum(hidden, Linear(weight), target).detach())
 
 
-class Watching(Linear):
-    """Notes whether a graph was built."""
+class GraphRecorder(Linear):
+    """Records whether an autograd graph was built."""
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = super().__call__(hidden)
@@ -123,8 +123,8 @@ class Watching(Linear):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_no_graph_is_built_where_none_is_wanted(mode):
-    hidden, head = torch.randn(CHUNK + 3, 4, requires_grad=True), Watching(torch.randn(4, 9, requires_grad=True))
+def test_without_gradients_no_graph_is_built(mode):
+    hidden, head = torch.randn(CHUNK + 3, 4, requires_grad=True), GraphRecorder(torch.randn(4, 9, requires_grad=True))
     target = torch.randint(9, (CHUNK + 3,))
     expected = cross_entropy_sum(hidden, head, target)
     assert head.graph
@@ -142,7 +142,7 @@ def test_a_second_derivative_is_refused():
         grad.pow(2).sum().backward()
 
 
-def test_no_tokens_give_zero_with_a_graph():
+def test_the_sum_over_no_tokens_is_zero_and_differentiable():
     hidden = torch.randn(0, 4, requires_grad=True)
     loss = cross_entropy_sum(hidden, Linear(torch.randn(4, 5)), torch.zeros(0, dtype=torch.long))
     loss.backward()

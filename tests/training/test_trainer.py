@@ -1,4 +1,4 @@
-"""The trainer's gradients: right, and the same however the global batch is split."""
+"""The trainer's gradients: correct, and the same under any split of the global batch."""
 
 import os
 import random
@@ -18,8 +18,8 @@ from cllm import reference
 from cllm.errors import UsageError
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.base import TokenMeanTrainer
-from cllm.training.examples import Collator, ExampleDataset, Sampling, build_example
-from cllm.training.lora import LoraArguments, adapt
+from cllm.training.examples import Collator, ExampleDataset, StateSampling, build_example
+from cllm.training.lora import LoraArguments, add_adapter
 from cllm.training.objective import DIVERGENCES
 from cllm.training.trainer import CllmTrainer
 from cllm.trajectory.record import TrajectoryRow
@@ -44,11 +44,7 @@ def random_row(index: int) -> TrajectoryRow:
     return TrajectoryRow(f"row-{index}", prompt, response, starts, trajectories, [], tokens(4))
 
 
-class Rows(list):
-    settings = None
-
-
-SHOWN = dict(  # the optimizer step shows the gradient: plain SGD without momentum at learning rate 1
+SHOWN = dict(  # one optimizer step exposes the gradient: plain SGD without momentum at learning rate 1
     per_device_train_batch_size=4,
     optim="sgd",
     learning_rate=1.0,
@@ -65,12 +61,12 @@ SHOWN = dict(  # the optimizer step shows the gradient: plain SGD without moment
 
 
 def make_trainer(folder, model=None, rows: int = ROWS, **options) -> CllmTrainer:
-    model, target = model or tiny_model(vocab_size=97), tiny_model(seed=9, vocab_size=97)  # whole: before ZeRO-3 is known
+    model, target = model or tiny_model(vocab_size=97), tiny_model(seed=9, vocab_size=97)  # unsharded: built before ZeRO-3 is configured
     args = CllmTrainingArguments(output_dir=str(folder), **SHOWN | options)
     return CllmTrainer(
         model=model,
         args=args,
-        train_dataset=ExampleDataset(Rows(map(random_row, range(rows))), args.sampling),
+        train_dataset=ExampleDataset(list(map(random_row, range(rows))), args.state_sampling),
         data_collator=Collator(0, args.distance_decay, args.max_row_tokens),
         target_model=target if args.needs_target else None,
     )
@@ -133,7 +129,7 @@ SHARDED = {"ddp": None, "fsdp2": "fsdp2.yaml", "zero2": "zero2.yaml", "zero3": "
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARDED)
 def test_two_processes_give_the_gradient_of_one(tmp_path, kind):
-    """The accumulated, packed step; and what they save is one plain checkpoint, however the weights were sharded."""
+    """The accumulated, packed step is the same, and however the weights are sharded, the result is one plain checkpoint."""
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
     model = tiny_model(vocab_size=97)
@@ -146,7 +142,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, kind):
 
 
 def in_two_processes(script: str, folder: Path, kind: str) -> None:
-    """Let accelerate run ``script folder`` as one of SHARDED."""
+    """Run ``script folder`` under accelerate with one of the configurations SHARDED."""
     config = ["--config_file", str(CONFIGS / SHARDED[kind])] if SHARDED[kind] else ["--multi_gpu"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes=2", "--main_process_port=0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
@@ -159,7 +155,7 @@ def loss_sums(trainer: TokenMeanTrainer, examples) -> list[float]:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_padding_and_packing_change_nothing(tmp_path, objective):
+def test_padding_and_packing_do_not_change_the_loss(tmp_path, objective):
     trainer = make_trainer(tmp_path, **objective)
     examples = [trainer.train_dataset[i] for i in range(ROWS)]
     alone = torch.tensor([loss_sums(trainer, [e]) for e in examples]).sum(dim=0)
@@ -167,7 +163,7 @@ def test_padding_and_packing_change_nothing(tmp_path, objective):
 
 
 def test_equals_the_papers_plain_forwards(tmp_path):
-    """Self teacher, global consistency, AR on the fixed point, no distance weight: three plain forwards per block."""
+    """Self teacher, global consistency, AR on the fixed point, no distance decay: three plain forwards per block."""
     trainer = make_trainer(tmp_path, teacher="self", ar_loss="fixed_point", distance_decay=1.0, states_per_block=1)
     for index in range(ROWS):
         row = random_row(index)
@@ -179,7 +175,7 @@ def test_equals_the_papers_plain_forwards(tmp_path):
                 row.block_starts,
                 [t if b == block else t[-1:] for b, t in enumerate(row.trajectories)],
             )
-            example = build_example(only, random.Random(0), Sampling())
+            example = build_example(only, random.Random(0), StateSampling())
             state = random.Random(0).sample(range(len(row.trajectories[block]) - 1), 1)[0]
             expected = reference.training_losses(
                 trainer.model,
@@ -206,8 +202,8 @@ def test_every_divergence_equals_plain_forwards(tmp_path, divergence):
         assert loss_sums(trainer, [example])[0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_label_smoothing_smooths_the_labels(tmp_path):
-    example = build_example(random_row(0), random.Random(0), Sampling())
+def test_label_smoothing_mixes_in_the_uniform_distribution(tmp_path):
+    example = build_example(random_row(0), random.Random(0), StateSampling())
     plain, smoothed = (
         loss_sums(make_trainer(tmp_path, ar_loss="fixed_point", label_smoothing_factor=factor), [example]) for factor in (0.0, 0.1)
     )
@@ -221,12 +217,12 @@ def test_consistency_is_zero_at_the_fixed_point(tmp_path):
     trainer = make_trainer(tmp_path)
     row = random_row(0)
     fixed = TrajectoryRow(row.row_id, row.prompt_ids, row.response_ids, row.block_starts, [t[-1:] for t in row.trajectories])
-    consistency, ar = loss_sums(trainer, [build_example(fixed, random.Random(0), Sampling())])
+    consistency, ar = loss_sums(trainer, [build_example(fixed, random.Random(0), StateSampling())])
     assert consistency == 0.0 and ar > 0.0
 
 
-def test_nothing_flows_through_the_detached_target(tmp_path):
-    """With ar_weight 0 the clean response tokens get gradient only as context; the teacher's logits give none."""
+def test_the_detached_teacher_gets_no_gradient(tmp_path):
+    """With ar_weight 0, only hidden states that student tokens read get a gradient."""
     trainer = make_trainer(tmp_path, teacher="self", ar_loss="fixed_point", ar_weight=0.0)
     batch = trainer.data_collator([trainer.train_dataset[0]])
     hidden = torch.randn(*batch["input_ids"].shape, 32, requires_grad=True)
@@ -238,10 +234,10 @@ def test_nothing_flows_through_the_detached_target(tmp_path):
     assert touched
 
 
-def test_with_adapters_off_a_model_is_its_own_target(tmp_path):
-    """The losses are those of the merged model beside a second copy of the base."""
+def test_with_its_adapter_disabled_a_model_is_its_own_target(tmp_path):
+    """The losses equal those of the merged model with a second copy of the base as target."""
     pytest.importorskip("peft")
-    adapted = adapt(tiny_model(vocab_size=97), LoraArguments(lora_r=4), seed=0)
+    adapted = add_adapter(tiny_model(vocab_size=97), LoraArguments(lora_r=4), seed=0)
     for weight in adapted.parameters():
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.2)
@@ -275,17 +271,17 @@ def test_training_lowers_the_loss_and_logs_its_terms(tmp_path):
         assert entry["loss"] == pytest.approx(entry["consistency_loss"] + trainer.args.ar_weight * entry["ar_loss"], rel=1e-3)
 
 
-def test_the_log_tells_throughput_of_the_steps_alone(tmp_path, monkeypatch):
-    """Two seconds a step; what else is done between steps, evaluation and checks, does not count."""
+def test_logged_throughput_counts_steps_only(tmp_path, monkeypatch):
+    """Two seconds a step; time between steps, as for evaluation and probes, does not count."""
     now = [0.0]
     monkeypatch.setattr("cllm.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    class Check(TrainerCallback):
+    class SlowProbe(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             now[0] += 100
 
     trainer = make_trainer(tmp_path, max_steps=4, logging_steps=2)
-    trainer.add_callback(Check())
+    trainer.add_callback(SlowProbe())
     forwarded, loss_sums = [], trainer.loss_sums
 
     def step(model, batch):
@@ -303,7 +299,7 @@ def test_the_log_tells_throughput_of_the_steps_alone(tmp_path, monkeypatch):
         assert entry["tokens_per_second"] == pytest.approx(tokens / 4, abs=0.1)
 
 
-def test_what_cannot_work_is_refused_before_training(tmp_path):
+def test_invalid_set_ups_are_refused_before_training(tmp_path):
     with pytest.raises(UsageError, match="no backward pass on a CPU"):
         make_trainer(tmp_path, tiny_model(vocab_size=97, attn_implementation="flex_attention"))
     with pytest.raises(UsageError, match="liger-kernel"):
@@ -332,13 +328,13 @@ def test_resumed_training_equals_uninterrupted(tmp_path, strategy, objective):
 
 
 def shard_without_gpu(trainer: TokenMeanTrainer) -> None:
-    """Let accelerate shard by FSDP2 on CPUs, which torch can do: it looks for FSDP on kinds of GPU only."""
+    """Make accelerate shard by FSDP2 on CPUs: torch can, but accelerate considers FSDP only on GPUs."""
     PartialState().distributed_type = DistributedType.MULTI_GPU
     Trainer.create_accelerator_and_postprocess(trainer)
 
 
 def prepare(kind: type[TokenMeanTrainer]) -> None:
-    """Make trainers fit for what :func:`in_two_processes` started."""
+    """Prepare a trainer class for a process that :func:`in_two_processes` started."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         kind.create_accelerator_and_postprocess = shard_without_gpu
 

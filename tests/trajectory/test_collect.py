@@ -1,4 +1,4 @@
-"""Collection: the same rows whatever is interrupted and however many processes share the work."""
+"""Collection: the same rows under any interruption and any number of processes."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryWriter, read_rows, stored_counts
 
 SETTINGS = CollectionSettings("tiny", "gsm8k", "chat", block_size=4, max_new_seq_len=12, use_aug=True, use_labels=True)
-SEED = 3  # of a tiny model that gives a good response to every question
+SEED = 3  # a tiny model with this seed gives a usable response to every question
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
 
@@ -49,8 +49,8 @@ def collect(folder: Path, model: Any, items: list[Example], **options: Any) -> d
     return rows_of(folder)
 
 
-def made(by: Collector, folder: Path) -> list[TrajectoryRow]:
-    """What a collector stores of three examples."""
+def collected(by: Collector, folder: Path) -> list[TrajectoryRow]:
+    """The rows that a collector stores for three examples."""
     with TrajectoryWriter(folder, by.settings.as_dict(), resume=True) as writer:
         list(by.run(examples(3), writer, batch_size=3))
     return list(rows_of(folder).values())
@@ -62,7 +62,7 @@ def rows_of(folder: Path) -> dict[str, TrajectoryRow]:
 
 @pytest.fixture(scope="module")
 def whole(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrajectoryRow]:
-    """What an uninterrupted run of one process stores of 20 examples."""
+    """The rows of an uninterrupted run of one process over 20 examples."""
     rows = collect(tmp_path_factory.mktemp("whole"), model, examples(20))
     assert len(rows) == 20
     return rows
@@ -93,28 +93,28 @@ def test_responses_are_greedy(model: Any, whole: dict[str, TrajectoryRow]) -> No
         assert decoder.generate([row.prompt_ids], max_new_tokens=12)[0].token_ids == row.response_ids
 
 
-def test_aligned_blocks_start_at_the_front(model: Any, tmp_path: Path) -> None:
+def test_aligned_blocks_start_at_multiples_of_the_block_size(model: Any, tmp_path: Path) -> None:
     aligned = collector(model, replace(SETTINGS, aligned=True))
-    rows = made(aligned, tmp_path)
+    rows = collected(aligned, tmp_path)
     assert len(rows) == 3 and all(row.block_starts == list(range(0, len(row.response_ids), 4)) for row in rows)
 
 
 def test_without_options_nothing_extra_is_stored(model: Any, tmp_path: Path) -> None:
     plain = collector(model, replace(SETTINGS, use_aug=False, use_labels=False))
-    rows = made(plain, tmp_path)
+    rows = collected(plain, tmp_path)
     assert len(rows) == 3 and all(row.augmented == [] and row.label_ids is None for row in rows)
 
 
 @pytest.mark.parametrize("guess", ["uniform", "filler"])
-def test_trajectories_start_from_the_guesses_named(model: Any, tmp_path: Path, guess: str) -> None:
-    rows = made(collector(model, replace(SETTINGS, guess=guess)), tmp_path)
+def test_trajectories_start_from_the_named_guesses(model: Any, tmp_path: Path, guess: str) -> None:
+    rows = collected(collector(model, replace(SETTINGS, guess=guess)), tmp_path)
     starts = {token for row in rows for states in row.trajectories for token in states[0]}
     others = {token for row in rows for token in row.prompt_ids + row.response_ids}
     assert starts == {0} if guess == "filler" else len(starts - others) > 10
     assert replace(SETTINGS, guess=guess).as_dict()["guess"] == guess
 
 
-def test_a_collection_of_before_the_option_goes_on() -> None:
+def test_a_collection_older_than_an_option_resumes() -> None:
     assert "guess" not in SETTINGS.as_dict() and "task_options" not in SETTINGS.as_dict()
     with pytest.raises(UsageError, match="unknown starting guess 'pool'; choose from context, uniform, filler"):
         replace(SETTINGS, guess="pool")
@@ -125,7 +125,7 @@ def test_a_collection_of_before_the_option_goes_on() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_resumed_equals_uninterrupted(model: Any, whole: dict[str, TrajectoryRow], tmp_path: Path, seed: int) -> None:
-    """Stopped again and again after a few batches, and gone on with other batch sizes."""
+    """The run is stopped several times after a few batches and resumed with other batch sizes."""
     rng = random.Random(seed)
     for _ in range(4):
         with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:
@@ -134,14 +134,14 @@ def test_resumed_equals_uninterrupted(model: Any, whole: dict[str, TrajectoryRow
     assert collect(tmp_path, model, examples(20)) == whole
 
 
-def test_more_data_later(model: Any, whole: dict[str, TrajectoryRow], tmp_path: Path) -> None:
+def test_resuming_with_more_data(model: Any, whole: dict[str, TrajectoryRow], tmp_path: Path) -> None:
     assert len(collect(tmp_path, model, examples(7))) == 7
     assert collect(tmp_path, model, examples(20)) == whole
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_without_overlap(model: Any, whole: dict[str, TrajectoryRow], tmp_path: Path, processes: int) -> None:
-    """A row that two processes made would be there twice, since the shards' names tell what is in them."""
+    """A row made by two processes would be stored twice, in shards of different names."""
     for rank in range(processes):
         with TrajectoryWriter(tmp_path / str(rank), SETTINGS.as_dict(), resume=True, rank=rank) as writer:
             list(collector(model).run(examples(20), writer, batch_size=3, rank=rank, processes=processes))
@@ -161,7 +161,7 @@ def test_nothing_is_decoded_twice(model: Any, tmp_path: Path, monkeypatch: pytes
 # ---- left out, counted ----
 
 
-def test_responses_left_out(model: Any) -> None:
+def test_dropped_responses(model: Any) -> None:
     fine, loop, run = [5, 6, 7, 8], [9, 10, 11, 12] * 12, [7, *[5] * 10]
     responses = [(Prompt(f"q-{n}", [1, 2], None), ids) for n, ids in enumerate((fine, loop, [EOS_ID], run))]
     rows, dropped = collector(model, replace(SETTINGS, use_labels=False)).rows(responses)
@@ -169,7 +169,7 @@ def test_responses_left_out(model: Any) -> None:
     assert [drop.reason for drop in dropped] == ["loop", "empty response", "repeated token"]
 
 
-def test_prompts_left_out(model: Any, tmp_path: Path) -> None:
+def test_dropped_prompts(model: Any, tmp_path: Path) -> None:
     items = examples(4)
     items.append(replace(items[0], id="again"))
     items.append(Example("long", ({"role": "user", "content": "x" * 256},), "#### 1"))
@@ -180,17 +180,17 @@ def test_prompts_left_out(model: Any, tmp_path: Path) -> None:
         "dropped": {"duplicate prompt": 1, "no reference answer": 1, "prompt longer than the context": 1},
     }
     with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:
-        assert len(writer.done_ids) == 7  # what was left out is not tried again
+        assert len(writer.done_ids) == 7  # dropped prompts are not tried again
 
 
 def test_a_prompt_that_just_fits(model: Any, tmp_path: Path) -> None:
-    """With the template it fills all but two places of the context: the response is cut there."""
+    """With the template it leaves two positions of the context, and the response is truncated to them."""
     length = 256 - 2 - len("[user]\n[assistant]")
     rows = collect(tmp_path, model, [Example("full", ({"role": "user", "content": "x" * length},), "#### 1")])
     assert not rows or len(rows["full"].response_ids) <= 2
 
 
-def test_a_template_that_refuses(model: Any, tmp_path: Path) -> None:
+def test_a_prompt_refused_by_the_template_is_dropped(model: Any, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no ' + messages[0]['content']) }}"
     with TrajectoryWriter(tmp_path, SETTINGS.as_dict(), resume=True) as writer:
@@ -201,7 +201,7 @@ def test_a_template_that_refuses(model: Any, tmp_path: Path) -> None:
 # ---- bounds ----
 
 
-def test_prompts_are_read_as_they_are_needed(model: Any, tmp_path: Path) -> None:
+def test_prompts_are_read_lazily(model: Any, tmp_path: Path) -> None:
     read = 0
 
     def endless() -> Iterator[Example]:
@@ -236,7 +236,7 @@ def test_stored_rows_are_not_kept_in_memory(model: Any, tmp_path: Path) -> None:
         ({"block_size": 256, "max_new_seq_len": 256}, "below the model's context of 256, got 256"),
     ],
 )
-def test_settings_that_cannot_be(model: Any, changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(model: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         collector(model, replace(SETTINGS, **changes))
     assert message in str(error.value)
@@ -261,7 +261,7 @@ WORKER = """
 import os, random, signal, sys, time
 from pathlib import Path
 from cllm.cli import collect
-import cllm.trajectory.collect, cllm.trajectory.store  # imported once, in front of all the forks
+import cllm.trajectory.collect, cllm.trajectory.store  # imported once, before all forks
 from cllm.models import load_model, load_tokenizer
 
 words, folder, rng = sys.argv[1:], Path(sys.argv[sys.argv.index("--output") + 1]), random.Random(0)
@@ -303,7 +303,7 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.slow
 def test_kill_at_ten_random_moments(model_dir: Path, tmp_path: Path) -> None:
-    """Processes of one warm parent run the whole of `cllm collect` and are killed; the run that ends is a fresh one."""
+    """Forks of one warm parent run all of `cllm collect` and are killed; a fresh process completes the run."""
     data = write_rows(tmp_path / "d.jsonl", question_rows(90))
     folder = tmp_path / "killed"
     worker = subprocess.Popen(
@@ -329,7 +329,7 @@ def test_kill_at_ten_random_moments(model_dir: Path, tmp_path: Path) -> None:
 
 
 def check_nothing_lost(folder: Path, before: dict[str, TrajectoryRow]) -> dict[str, TrajectoryRow]:
-    """All shards can be read, and every row that was there is there still, once."""
+    """All shards are readable, and every earlier row is still there, exactly once."""
     shards = list(folder.glob("part-*.parquet"))
     ids = [row_id for shard in shards for row_id in pq.read_table(shard)["row_id"].to_pylist()]
     assert len(ids) == len(set(ids))
@@ -340,7 +340,7 @@ def check_nothing_lost(folder: Path, before: dict[str, TrajectoryRow]) -> dict[s
 
 @pytest.mark.slow
 def test_two_real_processes(model_dir: Path, tmp_path: Path) -> None:
-    """What `accelerate launch` starts on several GPUs, on the CPU."""
+    """On the CPU, the processes that `accelerate launch` starts on several GPUs."""
     data = write_rows(tmp_path / "d.jsonl", [*question_rows(30), "no json", question_rows(1)[0]])
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
     both = command(*launch, "-m", "cllm", "collect", "--task", "gsm8k", *words(model_dir, data, tmp_path / "two"))

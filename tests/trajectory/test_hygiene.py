@@ -33,7 +33,7 @@ def repetition_by_definition(ids: list[int], n: int) -> float:
 
 
 @given(few_tokens, st.integers(1, 6))
-def test_repetition_is_its_definition(ids: list[int], n: int) -> None:
+def test_repetition_matches_its_definition(ids: list[int], n: int) -> None:
     assert repetition(ids, n) == repetition_by_definition(ids, n)
 
 
@@ -54,11 +54,11 @@ def test_repetition_values() -> None:
         ([0, *[1] * 10, 2], "repeated token"),
         ([*range(100), *[1, 2, 3] * 14], "loop"),  # 42 tokens
         ([1, 2, 3] * 13, None),  # 39 tokens
-        ([*range(100), *[1, 2, 3] * 14, 99], None),  # it comes out of the loop
+        ([*range(100), *[1, 2, 3] * 14, 99], None),  # leaves the loop
         ([*range(100), *list(range(32)) * 3], "loop"),
         ([*range(50, 90), *list(range(32)) * 2], None),  # two periods
         (list(range(33)) * 5, None),  # longer cycle
-        ([1, 2] * 19 + [1, 2, 1], "loop"),  # a broken period counts: 41 tokens
+        ([1, 2] * 19 + [1, 2, 1], "loop"),  # a partial period counts: 41 tokens
     ],
 )
 def test_degenerate(ids: list[int], reason: str | None) -> None:
@@ -66,7 +66,7 @@ def test_degenerate(ids: list[int], reason: str | None) -> None:
 
 
 @given(st.lists(st.integers(0, 1), max_size=160), st.lists(st.integers(0, 4), min_size=1, max_size=34), st.integers(0, 6))
-def test_degenerate_is_its_definition(head: list[int], cycle: list[int], times: int) -> None:
+def test_degenerate_matches_its_definition(head: list[int], cycle: list[int], times: int) -> None:
     ids = head + cycle * times
     run = any(len(set(ids[i : i + 10])) == 1 for i in range(len(ids) - 9))
     loop = any(
@@ -106,7 +106,7 @@ def test_augment_corrects_half_of_the_wrong_positions(states: list[list[int]], s
         assert all(copy[i] == states[-1][i] for i in changed)
 
 
-def test_augment_is_random_but_repeatable() -> None:
+def test_augment_is_reproducible() -> None:
     states = [[0] * 16, [0] * 15 + [1], [1] * 16]
     draws = [augment(states, random.Random(seed)) for seed in range(20)]
     assert draws == [augment(states, random.Random(seed)) for seed in range(20)]

@@ -18,7 +18,7 @@ EOS, PAD = 2, 0
 
 
 def item(data_id: str, itr: int, prompt: list[int], before: list[int], states: list[list[int]], **more: Any) -> dict:
-    """As the authors' script writes it."""
+    """An item as the authors' script writes it."""
     return {
         "data_id": data_id,
         "jacobian_itr_id": f"itr_{itr}",
@@ -53,7 +53,7 @@ def read(path: Path, eos_ids: tuple[int, ...] = ()) -> list[TrajectoryRow]:
 
 @st.composite
 def row_and_size(draw: st.DrawFn) -> tuple[TrajectoryRow, int]:
-    """Any row whose blocks are aligned, also one whose states no iteration would give."""
+    """Any row with aligned blocks, even one whose states no iteration would produce."""
     size = draw(st.integers(1, 5))
     token = st.integers(0, 4)
     response = draw(st.lists(token, min_size=1, max_size=17))
@@ -73,7 +73,7 @@ def row_and_size(draw: st.DrawFn) -> tuple[TrajectoryRow, int]:
 
 @given(row_and_size(), st.integers(0, 4))
 @settings(max_examples=200)
-def test_every_aligned_row_comes_back(tmp_path_factory: pytest.TempPathFactory, drawn: Any, pad_id: int) -> None:
+def test_every_aligned_row_survives_a_round_trip(tmp_path_factory: pytest.TempPathFactory, drawn: Any, pad_id: int) -> None:
     row, size = drawn
     path = tmp_path_factory.mktemp("round") / "t.json"
     assert write_published(path, [row], size, pad_id) == len(row.block_starts)
@@ -95,14 +95,14 @@ def test_reading_the_authors_form(tmp_path: Path) -> None:
     )
 
 
-def test_the_eos_of_the_response_cuts_it_and_its_states(tmp_path: Path) -> None:
+def test_the_first_eos_truncates_response_and_states(tmp_path: Path) -> None:
     (row,) = read(save(tmp_path / "t.json", two_blocks()), (EOS,))
-    assert row.response_ids == [11, 12, 13, 14, 2]  # the EOS in the prompt is no stop
-    assert row.trajectories[1] == [[8, 8], [14, 8], [14, 2]]  # the last two differed behind the cut only
+    assert row.response_ids == [11, 12, 13, 14, 2]  # an EOS in the prompt does not count
+    assert row.trajectories[1] == [[8, 8], [14, 8], [14, 2]]  # the last two differed only after the cut
     assert row.label_ids is None
 
 
-def test_blocks_behind_the_eos_are_left_out(tmp_path: Path) -> None:
+def test_blocks_after_the_eos_are_dropped(tmp_path: Path) -> None:
     (row,) = read(save(tmp_path / "t.json", two_blocks()), (12,))
     assert (row.response_ids, row.block_starts) == ([11, 12], [0])
 
@@ -122,7 +122,7 @@ def test_nesting_order_lines_and_gzip(tmp_path: Path) -> None:
     assert read(tmp_path / "pretty.json") == expected
 
 
-def test_responses_may_be_mixed(tmp_path: Path) -> None:
+def test_items_of_several_responses_may_interleave(tmp_path: Path) -> None:
     first, second = two_blocks(), [{**block, "data_id": "data_4"} for block in two_blocks()]
     rows = read(save(tmp_path / "t.json", [first[0], second[1], second[0], first[1]]))
     assert [row.row_id for row in rows] == ["data_3", "data_4"]
@@ -132,7 +132,7 @@ def test_responses_may_be_mixed(tmp_path: Path) -> None:
 def test_missing_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     third = item("data_3", 2, [7, 8, 2, 9], [11, 12, 13, 14, 2, 16], [[17, 18, 19]])
     blocks = [*two_blocks(), third]
-    (row,) = read(save(tmp_path / "t.json", blocks[1:]))  # the first one: the tokens are known, the trajectory is not
+    (row,) = read(save(tmp_path / "t.json", blocks[1:]))  # the first is missing: its tokens are known, its trajectory is not
     assert (row.prompt_ids, row.block_starts) == ([7, 8, 2, 9], [3, 6])
     assert row.response_ids == [11, 12, 13, 14, 2, 16, 17, 18, 19]
     with caplog.at_level(logging.WARNING):
@@ -155,7 +155,7 @@ def test_labels_that_do_not_begin_with_the_prompt(tmp_path: Path, caplog: pytest
 
 
 def jacobi_like(rng: random.Random, size: int) -> list[list[int]]:
-    """A trajectory: at least one more leading token is right in each state. Wrong tokens are 50 or more."""
+    """A trajectory: each state has at least one more right leading token. Wrong tokens are 50 or above."""
     states, right = [], 0
     while right < size:
         states.append([*range(right), *(rng.choice([token, 50 + rng.randrange(9)]) for token in range(right, size))])
@@ -166,19 +166,19 @@ def jacobi_like(rng: random.Random, size: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_augmented_states_are_told_by_their_place(tmp_path: Path, seed: int) -> None:
+def test_augmented_states_are_inferred_from_their_order(tmp_path: Path, seed: int) -> None:
     from cllm.trajectory.hygiene import augment
 
     rng = random.Random(seed)
     states = jacobi_like(rng, 16)
-    extra = augment(states[2:], rng)[::-1]  # the authors' script leaves the first two states and goes backwards
+    extra = augment(states[2:], rng)[::-1]  # the authors' script skips the first two states and goes backwards
     block = item("data_0", 0, [1], [], [*extra, *states])
     (row,) = read(save(tmp_path / "t.json", [block]))
     assert row.trajectories == [states]
     assert row.extra_states(0) == extra
 
 
-def test_written_items_are_of_the_published_form(tmp_path: Path) -> None:
+def test_written_items_have_the_published_form(tmp_path: Path) -> None:
     row = TrajectoryRow("data_0", [7, 8], [3, 4, 5, 2], [0, 3], [[[9, 9, 9], [3, 4, 5]], [[9], [2]]], [], [3, 2])
     write_published(tmp_path / "new" / "t.json", [row], 3, PAD)
     assert json.loads((tmp_path / "new" / "t.json").read_text()) == [
@@ -206,7 +206,7 @@ def test_written_items_are_of_the_published_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("starts", [[1, 4], [0, 2], [0]])
-def test_blocks_that_are_not_aligned_cannot_be_written(tmp_path: Path, starts: list[int]) -> None:
+def test_unaligned_blocks_cannot_be_written(tmp_path: Path, starts: list[int]) -> None:
     response = [3, 4, 5, 6, 7]
     ends = [*starts[1:], 5]
     blocks = [[response[start:end]] for start, end in zip(starts, ends, strict=True)]
@@ -216,7 +216,7 @@ def test_blocks_that_are_not_aligned_cannot_be_written(tmp_path: Path, starts: l
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_text("old")
 
@@ -238,9 +238,9 @@ def changed(**changes: Any) -> list[dict]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "no trajectories in it"),
+        ("[]", "holds no trajectories"),
         ("[1]", "item 1: must be an object with the fields data_id"),
-        ('[{"question": "a", "answer": "b"}]', "item 1: lacks data_id.*it has question, answer"),
+        ('[{"question": "a", "answer": "b"}]', "item 1: lacks data_id.*has question, answer"),
         ('[{"data_id": ', "item 1 is not valid JSON"),
         (json.dumps(two_blocks())[:-9], "item 2 is not valid JSON"),
         ("[oops" + " " * (1 << 21), "item 1 is not valid JSON"),
@@ -253,13 +253,13 @@ def changed(**changes: Any) -> list[dict]:
         (changed(answer_trajectory_ids=[[1, 2, 1.5]]), "item 2: answer_trajectory_ids must be"),
         (changed(prompt_ids=[[1, 2], [3, 4]]), "item 2: prompt_ids must be a list of token ids"),
         (changed(prompt_ids=[[1, 2, 3]]), "item 2: 3 prompt_ids leave no prompt before block 1 of 3 tokens"),
-        (changed(prompt_ids=[[1, 2, 3, -100]]), r"item 2: prompt_ids must hold token ids of 0 .. 2147483647, got -100"),
+        (changed(prompt_ids=[[1, 2, 3, -100]]), r"item 2: prompt_ids must hold token ids from 0 to 2147483647, got -100"),
         (changed(prompt_ids="text"), "item 2: prompt_ids must be a list of token ids"),
         (changed(augmented_len=4), "item 2: augmented_len must be 0 .. 3, got 4"),
         (changed(augmented_len="x"), "item 2: augmented_len must be 0 .. 3, got 'x'"),
     ],
 )
-def test_files_that_do_not_fit(tmp_path: Path, content: Any, message: str) -> None:
+def test_malformed_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "t.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UsageError, match=message) as caught:

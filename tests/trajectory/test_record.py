@@ -21,14 +21,14 @@ def good_row(**changes: Any) -> TrajectoryRow:
     return TrajectoryRow(**{**values, **changes})
 
 
-def test_good_rows_pass() -> None:
+def test_valid_rows_pass() -> None:
     good_row().validate()
     good_row(augmented=[], label_ids=None).validate()
 
 
 @pytest.mark.parametrize("context", range(4, 9))
-def test_a_row_within_a_context(context: int) -> None:
-    row = good_row().within(context)
+def test_truncation_to_a_context(context: int) -> None:
+    row = good_row().truncated(context)
     row.validate()
     whole = good_row()
     assert whole.prompt_ids + whole.response_ids[: context - 2] == row.prompt_ids + row.response_ids
@@ -38,16 +38,16 @@ def test_a_row_within_a_context(context: int) -> None:
     assert row.label_ids == [3, 4] and (row == whole) == (context == 8)
 
 
-def test_labels_alone_may_be_beyond_a_context() -> None:
+def test_labels_alone_may_exceed_the_context() -> None:
     long = good_row(label_ids=list(range(20)))
-    assert long.within(8) == good_row(label_ids=list(range(6)))
-    assert good_row(label_ids=None).within(8) == good_row(label_ids=None)
+    assert long.truncated(8) == good_row(label_ids=list(range(6)))
+    assert good_row(label_ids=None).truncated(8) == good_row(label_ids=None)
 
 
-def test_a_prompt_beyond_a_context_is_refused() -> None:
-    assert good_row().within(3).response_ids == [3] and good_row().within(3).block_starts == []
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
+    assert good_row().truncated(3).response_ids == [3] and good_row().truncated(3).block_starts == []
     with pytest.raises(UsageError, match="row 'x-1': a prompt of 2 tokens fills the context of 2"):
-        good_row().within(2)
+        good_row().truncated(2)
 
 
 def test_spans_and_extra_states() -> None:
@@ -67,7 +67,7 @@ def test_spans_and_extra_states() -> None:
         ({"prompt_ids": [2**31]}, "got 2147483648"),
         ({"label_ids": [-100]}, "got -100"),
         ({"block_starts": []}, "block_starts is empty"),
-        ({"block_starts": [3, 3]}, "rise strictly"),
+        ({"block_starts": [3, 3]}, "increase strictly"),
         ({"block_starts": [-1, 3]}, "within the response of 6 tokens"),
         ({"block_starts": [1, 6]}, "within the response of 6 tokens"),
         ({"block_starts": [1]}, "1 blocks but 2 trajectories"),
@@ -76,10 +76,10 @@ def test_spans_and_extra_states() -> None:
         ({"trajectories": [[[4, 5]], [[6, 7], [6, 7, 8]]]}, "block 1 spans 3 tokens but has a state of 2"),
         ({"augmented": [[], [[6, 7]]]}, "block 1 spans 3 tokens but has a state of 2"),
         ({"augmented": [[[-1, 5]], []]}, "got -1"),
-        ({"trajectories": [[[4, 5], [4, 9]], [[6, 7, 8]]]}, "block 0 does not end in its part of the response"),
+        ({"trajectories": [[[4, 5], [4, 9]], [[6, 7, 8]]]}, "the last state of block 0 is not its slice of the response"),
     ],
 )
-def test_rows_that_do_not_fit_together(changes: dict[str, Any], message: str) -> None:
+def test_inconsistent_rows_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         good_row(**changes).validate()
     assert str(caught.value).startswith(f"row {changes.get('row_id', 'x-1')!r}: ")

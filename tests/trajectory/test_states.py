@@ -1,4 +1,4 @@
-"""States of all blocks at once equal those of the paper's cache-less procedure, one block after the other."""
+"""The states of all blocks at once equal those of the paper's cache-less procedure, one block after another."""
 
 import random
 
@@ -13,7 +13,7 @@ from cllm.trajectory.states import block_starts, jacobi_states
 
 
 def start_guess(seed: int) -> reference.StartGuess:
-    """The starting guesses of the decoder, in the form that the plain procedure asks for."""
+    """The decoder's starting guesses in the form that the plain procedure takes."""
 
     def guess(prefix, size):
         positions = torch.arange(len(prefix), len(prefix) + size)[None]
@@ -47,7 +47,7 @@ def test_states_do_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("width", range(1, 8))
 def test_a_prefix_of_a_state_is_a_state_of_the_narrower_block(width):
-    """What ``random_block_size`` rests on: no token looks ahead, so what stands behind a prefix cannot change it."""
+    """What ``random_block_size`` relies on: no token sees later ones, so what follows a prefix cannot change it."""
     model, prompts = tiny_model(seed=2), [[1, 2, 3], [9] * 7]
     responses = [r.token_ids for r in JacobiDecoder(model, 1).generate(prompts, max_new_tokens=24)]
     wide = jacobi_states(model, prompts, responses, [[0, 8, 16]] * 2, seeds=[4, 5])
@@ -58,8 +58,8 @@ def test_a_prefix_of_a_state_is_a_state_of_the_narrower_block(width):
         assert narrower == prefixes[: fixed + 1]
 
 
-def test_a_foreign_response_is_still_the_last_state():
-    """A response the model would not have written: its own tokens are what every trajectory ends in."""
+def test_trajectories_end_in_the_given_response():
+    """Even in a response that the model would not have written."""
     model, response = tiny_model(), [5, 4, 3, 2, 1, 9, 8, 7]
     ((first, second),) = jacobi_states(model, [[1, 2]], [response], [[0, 4]], seeds=[0])
     assert first[-1] == response[:4] and second[-1] == response[4:]

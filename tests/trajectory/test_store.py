@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def append(folder: Path, *rows: TrajectoryRow, resume: bool = True) -> None:
-    """Open the folder, write a shard unless there is nothing to write, and let go of it."""
+    """Open the folder, write a shard if there are rows, and close it."""
     with TrajectoryWriter(folder, SETTINGS, resume) as writer:
         writer.write(rows)
 
@@ -80,7 +80,7 @@ def stored_ids(folder: Path) -> set[str]:
 # ---- what comes back ----
 
 
-def test_rows_come_back(folder: Path) -> None:
+def test_rows_survive_a_round_trip(folder: Path) -> None:
     assert rows_of(folder) == {f"row-{n}": make_row(n) for n in range(6)}
 
 
@@ -92,10 +92,10 @@ def test_dataset(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         data[6]
     assert data.settings == {"model": "tiny", "block_size": 4, "eos_token_ids": [2]}
-    assert pickle.loads(pickle.dumps(data))[3] == make_row(3)  # as a data loader's workers get it
+    assert pickle.loads(pickle.dumps(data))[3] == make_row(3)  # as data loader workers receive it
 
 
-def test_dataset_is_mapped_not_held_in_memory(folder: Path, tmp_path: Path) -> None:
+def test_dataset_is_memory_mapped(folder: Path, tmp_path: Path) -> None:
     assert dataset(folder, tmp_path)._rows.cache_files
 
 
@@ -114,7 +114,7 @@ def test_dataset_sees_new_and_rewritten_shards(folder: Path, tmp_path: Path) -> 
     assert len(dataset(folder, tmp_path)) == 7
     other = make_row(6)
     other.prompt_ids[0] += 1
-    append(folder, other, resume=False)  # a file of the same name and size
+    append(folder, other, resume=False)  # same file name and size
     assert list(dataset(folder, tmp_path)) == [other]
 
 
@@ -136,7 +136,7 @@ def test_dataset_of_a_published_file(tmp_path: Path) -> None:
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> list[str]:
-    """Lets the hub answer with a folder or an error; gives the names that it is asked for."""
+    """Let the hub answer with a folder or an error; returns the list of requested names."""
     asked = []
 
     def snapshot_download(name: str, *, repo_type: str) -> str:
@@ -150,7 +150,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> list[str]:
     return asked
 
 
-def test_a_hub_name_is_fetched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_is_downloaded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = hub(monkeypatch, folder)
     found = dataset(Path("cllm/some-trajectories"), tmp_path)
     assert asked == ["cllm/some-trajectories"] and found.settings == store._read_settings(folder)
@@ -170,7 +170,7 @@ def test_a_hub_name_with_one_published_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_hub_name_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = hub(monkeypatch, OSError("offline\nand more"))
-    with pytest.raises(UsageError, match=r"no trajectories in cllm/NAME: no such path here, and from the hub: offline$"):
+    with pytest.raises(UsageError, match=r"no trajectories in cllm/NAME: there is no such path, and the hub says: offline$"):
         dataset(Path("cllm/NAME"), tmp_path)
     with pytest.raises(UsageError):
         dataset(tmp_path / "missing", tmp_path)
@@ -187,7 +187,7 @@ def test_shards_are_int32_and_zstd(folder: Path) -> None:
         assert {group.column(n).compression for n in range(group.num_columns)} == {"ZSTD"}
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_or_empty_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.json").touch()
     for path in (tmp_path / "empty", tmp_path / "empty.json", tmp_path / "missing"):
@@ -222,15 +222,15 @@ def test_an_empty_shard_is_not_written(tmp_path: Path) -> None:
     assert names(tmp_path) == {"settings.json"}
 
 
-def test_rows_that_cannot_be_stored(folder: Path) -> None:
+def test_invalid_or_duplicate_rows_are_refused(folder: Path) -> None:
     writer = TrajectoryWriter(folder, SETTINGS, resume=True)
     bad = make_row(7)
     bad.response_ids.append(1)
     before = names(folder)
     for rows, dropped, message in [
-        ([make_row(1)], [], "stored already: 'row-1'"),
-        ([], [Dropped("row-90", "loop")], "stored already: 'row-90'"),
-        ([make_row(7), make_row(7)], [], "stored already: 'row-7'"),
+        ([make_row(1)], [], "already stored: 'row-1'"),
+        ([], [Dropped("row-90", "loop")], "already stored: 'row-90'"),
+        ([make_row(7), make_row(7)], [], "already stored: 'row-7'"),
         ([make_row(8), bad], [], "row 'row-7'"),
         ([], [Dropped("row-7", "")], "needs an id and a reason"),
     ]:
@@ -256,7 +256,7 @@ def test_two_writers_share_a_folder(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("part-*.parquet"))) == 20
 
 
-def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_folders(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"cannot write to {path}"):
@@ -295,7 +295,7 @@ def test_resuming_with_other_settings(folder: Path) -> None:
     assert json.loads((folder / "settings.json").read_text()) == other
 
 
-def test_starting_over_removes_only_our_files(folder: Path) -> None:
+def test_starting_over_removes_only_its_own_files(folder: Path) -> None:
     (folder / "notes.txt").touch()
     (folder / "part-0.parquet.corrupt").touch()
     append(folder, resume=False)
@@ -303,7 +303,7 @@ def test_starting_over_removes_only_our_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff"])
-def test_resuming_without_sound_settings(folder: Path, content: bytes | None) -> None:
+def test_resuming_without_valid_settings(folder: Path, content: bytes | None) -> None:
     (folder / "settings.json").unlink()
     if content is not None:
         (folder / "settings.json").write_bytes(content)
@@ -312,7 +312,7 @@ def test_resuming_without_sound_settings(folder: Path, content: bytes | None) ->
     append(folder, resume=False)
 
 
-def test_resuming_where_nothing_is(tmp_path: Path) -> None:
+def test_resuming_in_a_new_folder(tmp_path: Path) -> None:
     assert stored_ids(tmp_path / "a" / "b") == set()
     assert names(tmp_path / "a" / "b") == {"settings.json"}
 
@@ -337,11 +337,11 @@ def damage(shard: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", "half", "garbage", "other columns", "ids"])
-def test_unreadable_shards_are_collected_again(folder: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_shards_are_collected_again(folder: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     shard = next(path for path in folder.glob("part-*.parquet") if pq.read_metadata(path).num_rows == 3)
     damage(shard, how)
     for read in (lambda: list(read_rows(folder)), lambda: dataset(folder, tmp_path), lambda: stored_counts(folder)):
-        with pytest.raises(UsageError, match=f"cannot read {shard}"):
+        with pytest.raises(UsageError, match=f"{shard} is damaged"):
             read()
     with caplog.at_level(logging.WARNING), TrajectoryWriter(folder, SETTINGS, resume=True) as writer:
         assert writer.done_ids == {"row-90", *(f"row-{n}" for n in range(4))}
@@ -351,7 +351,7 @@ def test_unreadable_shards_are_collected_again(folder: Path, tmp_path: Path, how
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_shard_that_cannot_be_read_now_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_temporarily_unreadable_shard_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def fail(*_: object, **__: object) -> None:
@@ -367,7 +367,7 @@ def test_a_shard_that_cannot_be_read_now_is_left_alone(folder: Path, monkeypatch
 
 
 @pytest.mark.parametrize("error", [pa.ArrowMemoryError("out of memory"), pa.ArrowCancelled("cancelled"), MemoryError()])
-def test_what_interrupts_reading_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_interrupted_reading_is_not_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -379,13 +379,13 @@ def test_what_interrupts_reading_is_no_damage(folder: Path, monkeypatch: pytest.
 
 
 def test_too_many_open_files(folder: Path) -> None:
-    """As the system says it, through pyarrow's own reading."""
+    """The real error of the system, raised through pyarrow."""
     code = f"""
 import os, resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_store import Path, stored_ids, store
 folder = Path({str(folder)!r})
-stored_ids(folder)  # what is loaded at the first use
+stored_ids(folder)  # trigger lazy imports
 lock = store.WriterLock
 def greedy(*args):
     held = lock(*args)
@@ -404,7 +404,7 @@ except store.UsageError as error:
 
 
 def test_resuming_reads_no_token_column(tmp_path: Path) -> None:
-    """Damage in the tokens does not show on resuming, as they are not read; whoever reads them is told the file."""
+    """Resuming does not notice damaged tokens, since it does not read them; reading them names the file."""
     append(tmp_path / "out", *(make_row(n, tokens=400) for n in range(20)))
     (shard,) = (tmp_path / "out").glob("part-*.parquet")
     group = pq.ParquetFile(shard).metadata.row_group(0)
@@ -416,13 +416,13 @@ def test_resuming_reads_no_token_column(tmp_path: Path) -> None:
     shard.write_bytes(content)
     assert len(stored_ids(tmp_path / "out")) == 20
     assert stored_counts(tmp_path / "out")["kept"] == 20
-    with pytest.raises(UsageError, match=f"cannot read {shard}"):
+    with pytest.raises(UsageError, match=f"{shard} is damaged"):
         list(read_rows(tmp_path / "out"))
     with pytest.raises(UsageError, match="cannot read the trajectories in"):
         dataset(tmp_path / "out", tmp_path)
 
 
-def test_reading_holds_few_rows(tmp_path: Path) -> None:
+def test_reading_holds_few_rows_in_memory(tmp_path: Path) -> None:
     def peak(shards: int) -> int:
         folder = tmp_path / str(shards)
         writer = TrajectoryWriter(folder, SETTINGS, resume=False)
@@ -441,10 +441,10 @@ def test_reading_holds_few_rows(tmp_path: Path) -> None:
 # ---- temporary files ----
 
 
-def test_leftovers_of_killed_writers_are_removed_by_the_next(folder: Path) -> None:
+def test_the_next_writer_removes_leftovers_of_killed_ones(folder: Path) -> None:
     leftover = folder / ".part-abc.tmp"
     leftover.write_bytes(b"half")
-    assert len(rows_of(folder)) == 6  # readers do not look at it
+    assert len(rows_of(folder)) == 6  # readers ignore it
     with TrajectoryWriter(folder, SETTINGS, resume=True):
         assert not leftover.exists()
         leftover.write_bytes(b"another process of this run is writing")
@@ -485,20 +485,20 @@ def test_a_second_run_is_refused_until_the_first_is_dead(folder: Path, rank: int
 def test_a_writer_in_this_process_keeps_others_out_until_it_is_closed(folder: Path) -> None:
     with TrajectoryWriter(folder, SETTINGS, resume=True) as first, pytest.raises(UsageError, match="another process"):
         TrajectoryWriter(folder, SETTINGS, resume=True)
-    first.close()  # once more does no harm
+    first.close()  # closing twice is allowed
     with TrajectoryWriter(folder, SETTINGS, resume=True), pytest.raises(UsageError, match="another process"):
         append(folder)
 
 
-def test_a_writer_that_fails_to_open_lets_go(folder: Path) -> None:
+def test_a_writer_that_fails_to_open_releases_the_lock(folder: Path) -> None:
     with pytest.raises(UsageError, match="other settings") as caught:
         TrajectoryWriter(folder, {"block_size": 8}, resume=True)
     append(folder, make_row(6))
     assert caught.value and len(rows_of(folder)) == 7
 
 
-def test_a_lock_that_its_holder_removes_is_taken_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder ends between our opening of the file and our locking of it."""
+def test_a_lock_file_removed_while_it_is_acquired(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder ends after we open the file and before we lock it."""
     first = TrajectoryWriter(folder, SETTINGS, resume=True)
     flock = fcntl.flock
 
@@ -519,7 +519,7 @@ def test_a_file_system_without_locks(folder: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(fcntl, "flock", flock)
     append(folder, make_row(6))
-    assert "cannot be locked (No locks available); let nothing else write there" in caplog.text and len(rows_of(folder)) == 7
+    assert "cannot be locked (No locks available); make sure that nothing else writes there" in caplog.text and len(rows_of(folder)) == 7
 
 
 # ---- killed ----
@@ -529,7 +529,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from test_store import SETTINGS, Dropped, TrajectoryWriter, make_row, store
 writer = TrajectoryWriter({folder!r}, SETTINGS, resume=True)
-store._encode([])  # what pyarrow loads at the first use
+store._encode([])  # trigger pyarrow's lazy imports
 print("ready", flush=True)
 todo = [n for n in range(9_999) if f"row-{{n}}" not in writer.done_ids]
 for n in range(0, len(todo), 3):
@@ -572,14 +572,14 @@ def test_a_kill_at_any_moment_loses_no_finished_row(tmp_path: Path) -> None:
 
     assert finished, "no kill came after a finished shard"
     numbers = {int(row_id.removeprefix("row-")) for row_id in stored}
-    assert numbers == set(range(len(numbers)))  # nothing lost, nothing skipped
+    assert numbers == set(range(len(numbers)))  # no row is lost or skipped
     assert kept == {row_id: make_row(int(row_id.removeprefix("row-")), 400) for row_id in kept}
     assert len(kept) * 3 == len(stored) * 2
 
 
 @pytest.mark.parametrize("step", ["open", "fsync", "replace"])
 def test_a_kill_at_each_step(tmp_path: Path, step: str) -> None:
-    """The moments between which the random kills fall, one by one."""
+    """A kill at each of the steps between which random kills fall."""
     code = f"""
 import builtins, os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -640,12 +640,12 @@ def test_a_failing_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
             writer.write([make_row(6)])
     assert names(folder) == before
     assert "row-6" not in writer.done_ids and writer.counts()["kept"] == 6
-    writer.write([make_row(6)])  # when there is room again
+    writer.write([make_row(6)])  # once there is room again
     assert rows_of(folder)["row-6"] == make_row(6)
 
 
 def fill_up(folder: Path) -> tuple[int, str]:
-    """Write until it fails; rows stored and the message."""
+    """Write until it fails; returns the number of rows stored and the message."""
     writer = TrajectoryWriter(folder, SETTINGS, resume=True)
     for number in range(1000):
         try:
@@ -679,7 +679,7 @@ def test_a_full_disk(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("small_disk", ["256k"], indirect=True)
-def test_a_disk_that_is_full_from_the_start(small_disk: Path) -> None:
+def test_a_disk_full_from_the_start(small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(b"x" * (256 << 10))
     with pytest.raises(UsageError, match="cannot write"):
         TrajectoryWriter(small_disk, SETTINGS, resume=True)
@@ -696,7 +696,7 @@ def check_after_full(folder: Path, stored: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["vocabulary", "weights", "source_rows"])
-def test_older_folders_go_on_without_a_later_setting_and_get_it(tmp_path: Path, name: str) -> None:
+def test_older_folders_resume_without_a_later_setting_and_then_store_it(tmp_path: Path, name: str) -> None:
     append(tmp_path)
     TrajectoryWriter(tmp_path, SETTINGS | {name: "one"}, resume=True).close()
     for other in ("two", None):
@@ -707,17 +707,17 @@ def test_older_folders_go_on_without_a_later_setting_and_get_it(tmp_path: Path, 
 MEASURE = """
 import sys
 import datasets
-from cllm.training.examples import ExampleDataset, Sampling
-from cllm.training.order import LengthGroupedOrder
+from cllm.training.examples import ExampleDataset, StateSampling
+from cllm.training.sampler import LengthGroupedSampler
 from cllm.trajectory.store import TrajectoryDataset
 
 def own_memory():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
 before = own_memory()
-examples = ExampleDataset(TrajectoryDataset(sys.argv[1], cache_dir=sys.argv[2]), Sampling())
+examples = ExampleDataset(TrajectoryDataset(sys.argv[1], cache_dir=sys.argv[2]), StateSampling())
 most = 0
-for index in LengthGroupedOrder(examples, 4, seed=0):
+for index in LengthGroupedSampler(examples, 4, seed=0):
     examples[index]
     most = max(most, own_memory() - before)
 print(most, examples.rows._rows.data.nbytes)
@@ -726,7 +726,7 @@ print(most, examples.rows._rows.data.nbytes)
 
 @pytest.mark.slow
 def test_training_reads_a_store_without_holding_it_in_memory(tmp_path: Path) -> None:
-    """Every example of an epoch, in the order by length: the process's own memory grows by a part of the store's size."""
+    """Over one epoch grouped by length, the process's own memory grows by a fraction of the store's size."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("the system does not say how much memory is a process's own")
     ids = list(range(256))

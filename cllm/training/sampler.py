@@ -12,15 +12,16 @@ WINDOW = 16  # batches whose examples are sorted by length together
 
 
 class Measurable(Sized, Protocol):
-    """A dataset that knows how long an example is, without making it."""
+    """A dataset that knows the length of an example without building it."""
 
     def length(self, index: int) -> int: ...
 
 
-class LengthGroupedOrder(Sampler[int]):
-    """Every example once, those of a batch of about the same length, so that little of it is padding.
+class LengthGroupedSampler(Sampler[int]):
+    """Every example once, in batches of similar length, which keeps padding low.
 
-    The order depends on seed and ``epoch`` alone. Batches come in random order; lengths are asked for window by window.
+    The order depends only on seed and ``epoch``. Within a window of WINDOW batches, examples are sorted by length and batches
+    shuffled; lengths are read window by window.
     """
 
     def __init__(self, dataset: Measurable, batch_size: int, seed: int) -> None:

@@ -1,11 +1,11 @@
-"""The order of a training run: every example once, little padding, the same again for the same seed and epoch."""
+"""Length-grouped order: every example once, little padding, the same order for the same seed and epoch."""
 
 import random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm.training.order import LengthGroupedOrder
+from cllm.training.sampler import LengthGroupedSampler
 
 
 class Lengths(list):
@@ -14,13 +14,13 @@ class Lengths(list):
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 3))
-def test_every_example_once_and_again_the_same(lengths: list[int], size: int, seed: int) -> None:
-    order = LengthGroupedOrder(Lengths(lengths), size, seed)
+def test_every_example_comes_once_in_a_repeatable_order(lengths: list[int], size: int, seed: int) -> None:
+    order = LengthGroupedSampler(Lengths(lengths), size, seed)
     assert sorted(order) == list(range(len(lengths)))
     assert list(order) == list(order)
 
 
-def test_batches_hold_examples_of_one_length() -> None:
+def test_batches_hold_examples_of_similar_length() -> None:
     draw = random.Random(0)
     lengths = Lengths(draw.randint(1, 100) for _ in range(1000))
 
@@ -28,7 +28,7 @@ def test_batches_hold_examples_of_one_length() -> None:
         batches = [indices[at : at + 8] for at in range(0, 1000, 8)]
         return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
-    order = LengthGroupedOrder(lengths, 8, 0)
+    order = LengthGroupedSampler(lengths, 8, 0)
     first = list(order)
     assert padded(first) < 1.08 * sum(lengths) < 1.5 * sum(lengths) < padded(list(range(1000)))
     order.epoch = 1
