@@ -43,7 +43,7 @@ class Feeder(Generic[AnyJob]):
 
         After an error, the jobs that it left unfinished are still inside.
         """
-        tally, numbers, unwanted = Tally(decoder.eos_ids.tolist()), count(), set[int]()
+        tally, numbers, cancelled = Tally(decoder.eos_ids.tolist()), count(), set[int]()
 
         def feed(rows: list[int]) -> list[Request]:
             for row, job in [*self.inside.items()]:
@@ -52,15 +52,15 @@ class Feeder(Generic[AnyJob]):
                     del self.inside[row]
                 elif self._running is not None:
                     self._running(job, tally.so_far(row))
-            unwanted.clear()
-            unwanted.update(row for row, job in self.inside.items() if job.cancelled)
+            cancelled.clear()
+            cancelled.update(row for row, job in self.inside.items() if job.cancelled)
             joining = []
             for job in self._take():
                 self.inside[next(numbers)] = job
                 joining.append(job.request)
             return joining
 
-        for iteration in decoder.flow(feed, unwanted):
+        for iteration in decoder.flow(feed, cancelled):
             tally.add(iteration)
             yield
 
