@@ -61,7 +61,7 @@ def at(rows, length: int) -> bool:
 
 
 POINTS: dict[str, tuple[type, str, Callable[..., bool]]] = {
-    "is there room": (Queue, "fits", lambda self, requests: bad(requests[-1])),
+    "is there room": (Queue, "fits", lambda self, jobs: bad(jobs[-1].request)),
     "can it be decoded": (JacobiDecoder, "check", lambda self, request, *_: bad(request)),
     "its tensors": (JacobiDecoder, "_start", lambda self, requests, first: any(map(bad, requests))),
     "its prefill": (Prefill, "__call__", lambda self, new, requests, *_: any(map(bad, requests))),
