@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from cllm.errors import UsageError, check_least
+from cllm.errors import UsageError, check_minimums
 from cllm.files import write_text
 from cllm.scoring import sandbox
 from cllm.scoring.code_extraction import completion, extract_program
@@ -78,7 +78,7 @@ class CodeSearchNet(Task):
             sandbox.protection()
         if not hasattr(args, "num_samples"):
             return self
-        check_least(args, {"num_samples": 1, "timeout": 1})
+        check_minimums(args, {"num_samples": 1, "timeout": 1})
         task = copy.copy(self)
         task.num_samples = args.num_samples
         task.limits = Limits(cpu_seconds=args.timeout, wall_seconds=4.0 * args.timeout)
