@@ -2,8 +2,8 @@
 
     from pages import PAGES, blocks, runs
 
-A ``bash`` block that begins with ``# not run by the tests: `` and a reason is not run. A ``python`` block with a title quotes
-the file of that name, or is a new file.
+A ``bash`` block that begins with ``# not run by the tests: `` and a reason is not run. A block with a title quotes the file
+of that name.
 """
 
 import re
@@ -33,7 +33,7 @@ def runs(block: Block) -> bool:
 
 
 def is_quote(block: Block) -> bool:
-    return bool(block.title) and (ROOT / block.title).exists()
+    return bool(block.title)
 
 
 def name(page: Path) -> str:

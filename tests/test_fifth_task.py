@@ -1,11 +1,13 @@
-"""A new task is one file: it goes through collect, train, speedup and acc, with options and formats of its own."""
+"""A task of somebody else, in a file of its own or in an installed package, goes all the way, with options and formats of its own."""
 
 import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import write_rows
 from tiny import save_tiny_checkpoint
 
 import cllm
@@ -18,7 +20,7 @@ PACKAGE = Path(cllm.__file__).parent
 pytestmark = pytest.mark.usefixtures("one_thread")
 FIFTH_TASK = """
 import copy, json
-from cllm.tasks.base import BadField, BadRow, Example, Task, text_field
+from cllm.tasks.base import Example, Task, text_field, user_turn
 
 
 class Echo(Task):
@@ -27,20 +29,9 @@ class Echo(Task):
     export_format = "lines"
     loud = strict = False
 
-    def read(self, rows, split):
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            try:
-                text = text_field(row, "text")
-            except BadField as error:
-                yield BadRow(number, str(error))
-                continue
-            text = text.upper() if self.loud else text
-            follow_ups = ("And again: " + text,) if split == "test" else ()
-            message = {"role": "user", "content": text}
-            yield Example(f"echo-{split}-{number}", (message,), text, text, {"size": str(len(text) % 2)}, follow_ups)
+    def example(self, row):
+        text = text_field(row, "text").upper() if self.loud else text_field(row, "text")
+        return Example(user_turn(text), text, text, {"size": str(len(text) % 2)}, ("And again: " + text,))
 
     def score(self, reply, example):
         return {"same": reply == example.target, "length": float(len(reply))}
@@ -70,25 +61,58 @@ class Echo(Task):
 
 TASK = Echo()
 """
+PROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "echoes"
+version = "1"
+[tool.setuptools]
+py-modules = ["echoes"]
+[project.entry-points."cllm.tasks"]
+echo = "echoes:TASK"
+"""
 
 
 @pytest.fixture
-def echo(tmp_path, monkeypatch):
-    """The task's file in a folder that cllm.tasks looks into."""
-    folder = tmp_path / "more_tasks"
-    folder.mkdir()
-    (folder / "echo_task.py").write_text(FIFTH_TASK)
-    monkeypatch.setattr(cllm.tasks, "__path__", [*cllm.tasks.__path__, str(folder)])
+def file(tmp_path, monkeypatch):
+    """The path of the task's file, which is forgotten afterwards."""
+    monkeypatch.setattr(cllm.tasks, "_from_files", {})
+    path = tmp_path / "my_echo.py"
+    path.write_text(FIFTH_TASK)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """A folder of installed packages, with one that registers the task."""
+    pytest.importorskip("setuptools", "61", reason="installing a package needs setuptools 61")
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    (source / "pyproject.toml").write_text(PROJECT)
+    (source / "echoes.py").write_text(FIFTH_TASK)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", folder, source], check=True)
+    return folder
+
+
+@pytest.fixture
+def package(site, monkeypatch):
+    monkeypatch.syspath_prepend(site)
     yield "echo"
-    sys.modules.pop("cllm.tasks.echo_task", None)
+    sys.modules.pop("echoes", None)
+
+
+@pytest.fixture(params=["file", "package"])
+def echo(request):
+    """What to write for TASK."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [json.dumps({"text": f"hello number {n}"}) for n in range(12)]
-    path.write_text("\n".join([*rows[:4], "{broken", '{"words": 1}', *rows[4:]]) + "\n")
-    return path
+    rows = [{"text": f"hello number {n}"} for n in range(12)]
+    return write_rows(tmp_path / "rows.jsonl", [*rows[:4], "{broken", {"words": 1}, *rows[4:]])
 
 
 def test_a_fifth_task_goes_all_the_way(tmp_path, echo, data, capsys):
@@ -104,15 +128,15 @@ def test_a_fifth_task_goes_all_the_way(tmp_path, echo, data, capsys):
     assert "responses stored" in printed
     assert "1 rows passed over: not valid JSON" in printed and "1 rows passed over: no field 'text'" in printed
     settings = json.loads((trajectories / "settings.json").read_text())
-    assert settings["task"] == echo and settings["task_options"] == {"loud": True}
+    assert settings["task"] == "echo" and settings["task_options"] == {"loud": True}
 
     train.main(
         ["--model", str(target), "--trajectories", str(trajectories), "--output_dir", str(trained), "--max_steps", "2",
          "--per_device_train_batch_size", "2", "--use_cpu", "--report_to", "none", "--save_strategy", "no",
-         "--disable_tqdm", "true"]
+         "--disable_tqdm", "true", "--probe_prompts", "2", "--probe_task", echo, "--probe_file", str(data), "--probe_length", "8"]
     )  # fmt: skip
     record = json.loads((trained / "config.json").read_text())["cllm"]
-    assert (record["task"], record["block_size"], record["prompt_template"]) == (echo, 4, "chat")
+    assert (record["task"], record["block_size"], record["prompt_template"]) == ("echo", 4, "chat")
 
     output = tmp_path / "speedup.json"
     speedup.main(
@@ -144,6 +168,14 @@ def test_a_fifth_task_goes_all_the_way(tmp_path, echo, data, capsys):
     with pytest.raises(SystemExit):
         acc.main([*command, "--loud"])
     assert "task_options" in capsys.readouterr().err
+
+
+def test_make_takes_it(tmp_path, echo, data):
+    pytest.importorskip("peft")
+    target = save_tiny_checkpoint(tmp_path / "target")
+    made = cllm.make(str(target), f"{echo}:{data}", tmp_path / "made", max_new_seq_len=8, device="cpu", dtype="float32")
+    record = json.loads((tmp_path / "made" / "config.json").read_text())["cllm"]
+    assert made["data"] == ["rows.jsonl"] and record["block_size"] > 1
 
 
 def test_its_options_are_its_own(echo, capsys):

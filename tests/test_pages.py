@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ from rows import HUMAN_EVAL
 from sql_questions import main as write_sql_questions
 from tiny import save_tiny_adapter, save_tiny_checkpoint
 
-import cllm.tasks
 from cllm.cli.main import COMMANDS
 from cllm.cli.main import main as cllm_main
 
@@ -59,7 +57,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = question_rows(12)
     write_rows(folder / "gsm8k_train.jsonl", rows[:8])
     write_rows(folder / "gsm8k_test.jsonl", [row | {"source": "gsm8k"} for row in rows[8:]])
-    write_rows(folder / "texts.jsonl", [{"text": row["question"]} for row in rows])
     write_rows(folder / "prompts.jsonl", [{"prompt": row["question"]} for row in rows])
     write_rows(folder / "question.jsonl", [{"question_id": n, "category": "math", "turns": ["1?", "2?"]} for n in (1, 2)])
     write_rows(folder / "HumanEval.jsonl", [HUMAN_EVAL])
@@ -68,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     talks = [[{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": f"{n}!"}] for n in range(8)]
     write_rows(folder / "sharegpt.json", [{"id": str(n), "conversations": talk} for n, talk in enumerate(talks)])
     write_sql_questions([str(folder / "spider"), "8", "4"])
-    for part in ("data", "eval"):
+    for part in ("data", "eval", "examples"):
         shutil.copytree(ROOT / part, folder / part)
     (folder / "cllm").mkdir()
     shutil.copy(ROOT / "cllm" / "train_cllm.sh", folder / "cllm")
@@ -93,14 +90,6 @@ class Reader:
             for line in block.text.replace("\\\n", " ").splitlines():
                 if words := shlex.split(line, comments=True):
                     self.run(words)
-        elif block.title:
-            path = self.folder / block.title
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block.text)
-            self.monkeypatch.setattr(cllm.tasks, "__path__", [*cllm.tasks.__path__, str(path.parent)])
-            module = ModuleType(f"cllm.tasks.{path.stem}")
-            exec(compile(block.text, path, "exec"), module.__dict__)
-            self.monkeypatch.setitem(sys.modules, module.__name__, module)
         else:
             exec(compile(block.text.replace(ADDRESS, self.address), "page", "exec"), self.names)
 
@@ -122,7 +111,7 @@ class Reader:
             case ["python", script, *rest]:
                 command = "collect" if "trajectory" in script else Path(script).stem
                 self.remove_outputs(words)
-                self.script(script, rest + REDUCED[command].split(), runpy.run_path)
+                self.script(script, rest + REDUCED.get(command, "").split(), runpy.run_path)
             case ["bash", script, *rest]:
                 environment = os.environ | {"PYTHONPATH": str(ROOT)}
                 subprocess.run(["bash", script, *rest, *REDUCED["train"].split()], check=True, env=environment)

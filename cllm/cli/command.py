@@ -82,21 +82,23 @@ def parser(description: str, prog: str) -> Parser:
 def add_task_option(options: argparse.ArgumentParser, task: str | None, command: str = "", argv: Sequence[str] | None = None) -> None:
     """``--task``, unless a per-dataset script has fixed it, and the task's own options of ``command``.
 
-    ``argv`` is looked at for the task's name, since its options must be there before everything is parsed.
+    ``argv`` is searched for the task, since its options must be there before everything is parsed. Afterwards ``args.task`` is
+    its name, also where the path of its file was given. Raises UsageError where there is no such task.
     """
     from cllm.tasks import get_task, task_names
 
     if task is None:
-        explain = f"one of: {', '.join(task_names())}; --task NAME --help shows its own options too"
-        options.add_argument("--task", required=True, help=explain)
         early = Parser(prog=options.prog, add_help=False)
         early.add_argument("--task")
         task = early.parse_known_args(argv)[0].task
+        explain = f"one of: {', '.join(task_names())}; or the path of a file with a task; --task NAME --help shows its own options too"
+        options.add_argument("--task", required=True, type=lambda name: get_task(name).name, help=explain)
     else:
         options.set_defaults(task=task)
     if task is not None:
-        own = options.add_argument_group(f"options of the task {task}")
-        get_task(task).add_options(own, command)  # type: ignore[arg-type]
+        chosen = get_task(task)
+        own = options.add_argument_group(f"options of the task {chosen.name}")
+        chosen.add_options(own, command)  # type: ignore[arg-type]
 
 
 def add_model_options(options: argparse.ArgumentParser, *names: str, required: bool = True) -> None:

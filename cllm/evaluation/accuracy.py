@@ -17,7 +17,7 @@ from cllm.evaluation.prompt import Prompt, batches
 from cllm.files import StrPath
 from cllm.prompts import PromptTemplate
 from cllm.result_file import ResultFile, Row, plain
-from cllm.tasks.base import Example, Message, Task
+from cllm.tasks.base import Example, Message, Task, user_turn
 
 TOO_LONG = "prompt too long"
 MOST_GROUPS = 20  # values of a tag; one with more is no grouping
@@ -205,9 +205,8 @@ def rescore(task: Task, rows: Sequence[Row]) -> list[Row]:
 
 def example_of(row: Row) -> Example:
     """The example that a row answers, as far as scoring needs it."""
-    message: Message = {"role": "user", "content": row["question"]}
     follow_ups = tuple(row.get("follow_ups") or ())
-    return Example(row["id"], (message,), None, row["target"], row.get("tags") or {}, follow_ups)
+    return Example(user_turn(row["question"]), None, row["target"], row.get("tags") or {}, follow_ups, id=row["id"])
 
 
 def summarise(task: Task, rows: Sequence[Row], *, seed: int = 0) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cllm.cli.probe import configured_task
 from cllm.errors import UsageError
 from cllm.files import StrPath
-from cllm.tasks import OWN_PROMPTS, get_task, task_names
+from cllm.tasks import OWN_PROMPTS, get_task, is_task, task_names
 from cllm.tasks.base import Example, Task
 from cllm.tasks.source import load_examples
 
@@ -30,9 +30,9 @@ class Source:
     def parse(cls, text: StrPath) -> Source:
         """``FILE``, ``TASK`` or ``TASK:FILE``. Raises UsageError for what is neither."""
         name, _, file = str(text).partition(":")
-        if str(text) and Path(text).exists():
+        if str(text) and Path(text).exists() and not is_task(text):
             return cls(configured_task(get_task(OWN_PROMPTS), str(text), "collect"), str(text))
-        if name not in task_names(others=True):
+        if not is_task(name):
             tasks = ", ".join(task_names())
             raise UsageError(f"no such file: {text}; prompts are FILE, TASK or TASK:FILE, the task one of {tasks}")
         if file and not Path(file).exists():

@@ -1,11 +1,12 @@
-"""Single-answer grading by a language model behind an OpenAI-compatible endpoint (MT-bench: Zheng et al. 2023, 3.1).
+"""Single-answer grading by a language model at an OpenAI-compatible endpoint (MT-bench: Zheng et al. 2023, 3.1).
 
-Judgments go to a JSONL file, one by one, in FastChat's form (``fastchat.llm_judge.show_result`` reads it); those that
-are there, of the same judge and the same text, are not asked for again.
+Each judgment is appended to a JSONL file in FastChat's form (``fastchat.llm_judge.show_result`` reads it). Judgments already
+there, by the same judge of the same text, are not requested again.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -29,9 +30,10 @@ logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 DEFAULT_URL = "https://api.openai.com/v1"
-OWN = "own"  # prompts: this project's
-NO_SCORE = -1  # FastChat's mark of a judgment without a score
-JUDGED_TURNS = 2  # there are prompts for a first and a second turn
+OWN = "own"  # this project's prompts
+NO_SCORE = -1  # FastChat's mark for a judgment without a score
+JUDGED_TURNS = 2  # there are prompts for the first and the second turn
+_KINDS = tuple(itertools.product((1, 2), (False, True)))  # of prompts: turn, whether there is a reference
 _PLACE = re.compile(r"\{(\w+)\}")
 _FIELDS = (
     {"question", "answer", "ref_answer_1"},
@@ -41,7 +43,7 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A conversation to grade: as many answers as questions, and references for the first of them, or none."""
+    """A conversation to grade: as many answers as questions, and references for the first turns or none."""
 
     question_id: int | str
     category: str
@@ -52,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """``template`` has places such as ``{question}`` and ``{answer}``."""
+    """``template`` has placeholders such as ``{question}`` and ``{answer}``."""
 
     name: str
     system: str
@@ -63,7 +65,7 @@ class JudgePrompt:
 
 
 def prompt_name(turn: int, with_reference: bool) -> str:
-    """The names of FastChat's single-answer prompts."""
+    """The name of one of FastChat's single-answer prompts."""
     return f"single{'-math' if with_reference else ''}-v1{'-multi-turn' if turn == 2 else ''}"
 
 
@@ -78,46 +80,43 @@ _QUESTION, _REF, _ANSWER = "## Question{n}\n{{{q}}}\n", "## Reference answer{n}\
 
 
 def own_prompts() -> dict[str, JudgePrompt]:
-    """This project's prompts, under FastChat's names; for figures to compare with published ones use FastChat's."""
+    """This project's prompts, under FastChat's names. To compare with published figures, use FastChat's own prompts."""
     prompts = {}
-    for turn in (1, 2):
-        for with_reference in (False, True):
-            parts = []
-            for n in range(1, turn + 1):
-                tail = f"_{n}" if turn == 2 else ""
-                number = f" {n}" if turn == 2 else ""
-                parts.append(_QUESTION.format(n=number, q="question" + tail))
-                if with_reference:
-                    parts.append(_REF.format(n=number, r=f"ref_answer_{n}"))
-                parts.append(_ANSWER.format(n=number, a="answer" + tail))
-            extra = _REFERENCE * with_reference + _SECOND * (turn == 2)
-            name = prompt_name(turn, with_reference)
-            prompts[name] = JudgePrompt(name, _TASK.format(extra=extra), "\n".join(parts))
+    for turn, with_reference in _KINDS:
+        parts = []
+        for n in range(1, turn + 1):
+            tail, number = (f"_{n}", f" {n}") if turn == 2 else ("", "")
+            parts.append(_QUESTION.format(n=number, q="question" + tail))
+            if with_reference:
+                parts.append(_REF.format(n=number, r=f"ref_answer_{n}"))
+            parts.append(_ANSWER.format(n=number, a="answer" + tail))
+        extra = _REFERENCE * with_reference + _SECOND * (turn == 2)
+        name = prompt_name(turn, with_reference)
+        prompts[name] = JudgePrompt(name, _TASK.format(extra=extra), "\n".join(parts))
     return prompts
 
 
 def read_prompts(path: str) -> dict[str, JudgePrompt]:
-    """The four single-answer prompts of a ``judge_prompts.jsonl``. Raises UsageError where one is missing or no use."""
+    """The four single-answer prompts of a ``judge_prompts.jsonl``. Raises UsageError if one is missing or unusable."""
     found = {}
     for _, row in read_rows(path):
         if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("name", "prompt_template")):
             found[row["name"]] = JudgePrompt(row["name"], str(row.get("system_prompt") or ""), row["prompt_template"])
     prompts = {}
-    for turn in (1, 2):
-        for with_reference in (False, True):
-            name = prompt_name(turn, with_reference)
-            if name not in found:
-                raise UsageError(f"{path} has no prompt called {name}; found {', '.join(found) or 'none'}")
-            known = {field for field in _FIELDS[turn - 1] if with_reference or "ref_" not in field}
-            unknown = ", ".join(sorted(set(_PLACE.findall(found[name].template)) - known))
-            if unknown:
-                raise UsageError(f"{path}: the prompt {name} has places that nothing fills: {unknown}")
-            prompts[name] = found[name]
+    for turn, with_reference in _KINDS:
+        name = prompt_name(turn, with_reference)
+        if name not in found:
+            raise UsageError(f"{path} has no prompt called {name}; found {', '.join(found) or 'none'}")
+        known = {field for field in _FIELDS[turn - 1] if with_reference or "ref_" not in field}
+        if unknown := set(_PLACE.findall(found[name].template)) - known:
+            unknown_names, known_names = (", ".join(sorted(names)) for names in (unknown, known))
+            raise UsageError(f"{path}: the prompt {name} has unknown placeholders: {unknown_names}; known are {known_names}")
+        prompts[name] = found[name]
     return prompts
 
 
 def read_references(path: str) -> dict[str, tuple[str, ...]]:
-    """Question id -> reference answers by turn, of an answer file in FastChat's form."""
+    """Question id -> reference answers by turn, from an answer file in FastChat's form."""
     references = {}
     for _, row in read_rows(path):
         try:
@@ -133,18 +132,18 @@ def read_references(path: str) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Request:
-    """One turn of one case, as it goes to the judge."""
+    """One turn of one case, as sent to the judge."""
 
     case: Case
     turn: int  # from 1
     prompt: JudgePrompt
     text: str
-    key: str  # the same for the same judge, prompt and text only
+    key: str  # identifies judge, prompt and text
 
 
 @dataclass
 class Judge:
-    """Grades cases. ``references``: question id -> answers, the only ones that count; None takes each case's own."""
+    """Grades cases. ``references``: question id -> answers, used instead of each case's own; None for those."""
 
     endpoint: Endpoint
     prompts: Mapping[str, JudgePrompt] = field(default_factory=own_prompts)
@@ -154,13 +153,13 @@ class Judge:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Who judges, and by what prompts."""
+        """Who judges, and with which prompts."""
         return {"judge_model": self.endpoint.model, "judge_prompts": self.prompts_from}
 
     def review(self, cases: Sequence[Case], model_id: str, path: Path) -> Review:
-        """Grade what ``path`` does not hold yet, and sum up by category and turn.
+        """Grade what is not yet in ``path``, and return mean scores by category and turn.
 
-        Raises UsageError where the endpoint cannot be used or gives no answer; what was judged by then is in ``path``.
+        Raises UsageError if the endpoint cannot be used or does not answer; judgments made by then are in ``path``.
         """
         requests = [request for case in cases for request in self.requests(case)]
         done = {row.get("key"): row for row in read_jsonl_tolerant(path) if row.get("score", NO_SCORE) != NO_SCORE}
@@ -173,7 +172,7 @@ class Judge:
         scores = {request.key: done[request.key]["score"] for request in requests}
         unclear = sum(score == NO_SCORE for score in scores.values())
         if unclear:
-            logger.warning("%d of %d judgments have no score that can be read; see %s", unclear, len(scores), path)
+            logger.warning("%d of %d judgments have no readable score; see %s", unclear, len(scores), path)
         return summarise(requests, scores)
 
     def requests(self, case: Case) -> Iterator[Request]:
@@ -187,7 +186,7 @@ class Judge:
             yield Request(case, turn, prompt, text, key)
 
     def _judge(self, requests: Iterable[Request], model_id: str) -> Iterator[dict[str, Any]]:
-        """Judgments as they come. When one fails, those under way are still waited for; then its error is raised."""
+        """Judgments as they arrive. When one fails, those under way still finish; then its error is raised."""
         pool = ThreadPoolExecutor(max_workers=self.parallel)
         failure = None
         try:
@@ -197,15 +196,12 @@ class Judge:
                     row = future.result()
                 except (UsageError, CancelledError) as error:
                     failure = failure or error
-                    self.endpoint.stop()
                     for other in futures:
                         other.cancel()
                 else:
                     yield row
         finally:
-            self.endpoint.stop()
             pool.shutdown(cancel_futures=True)
-            self.endpoint.resume()
         if failure is not None:
             raise failure
 
@@ -239,7 +235,7 @@ def _fields(case: Case, turn: int, references: Sequence[str]) -> dict[str, str]:
 
 
 def summarise(requests: Sequence[Request], scores: Mapping[str, float]) -> Review:
-    """Mean scores of all and of each category, by turn; judgments without a score are counted and left out."""
+    """Mean scores of all cases and of each category, by turn. Judgments without a score are counted but left out."""
     groups: dict[str, list[Request]] = {"judge: all": list(requests)}
     for request in requests:
         groups.setdefault(request.case.category or "no category", []).append(request)
@@ -262,29 +258,29 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def add_options(options: argparse.ArgumentParser) -> None:
     """The judge's command-line options."""
-    options.add_argument("--judge_model", help="grade the answers with this model, of an OpenAI-compatible endpoint")
-    options.add_argument("--judge_base_url", help=f"the endpoint; default: {DEFAULT_URL}. The key is read from ${KEY_VARIABLE}")
-    options.add_argument("--judge_prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl; default: short prompts of our own")
+    options.add_argument("--judge_model", help="grade the answers with this model at an OpenAI-compatible endpoint")
+    options.add_argument("--judge_base_url", help=f"the endpoint; default: {DEFAULT_URL}; the key is read from ${KEY_VARIABLE}")
+    options.add_argument("--judge_prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl; default: this project's short prompts")
     options.add_argument(
         "--judge_references",
         metavar="FILE",
-        help="reference answers, such as FastChat's reference_answer/gpt-4.jsonl; default: those of the questions",
+        help="reference answers, such as FastChat's reference_answer/gpt-4.jsonl; default: those in the questions",
     )
-    options.add_argument("--judge_parallel", type=int, default=4, help="requests under way at a time")
+    options.add_argument("--judge_parallel", type=int, default=4, help="concurrent requests")
 
 
 def configured(args: argparse.Namespace) -> Judge | None:
-    """The judge that the options ask for, None without ``--judge_model``. Raises UsageError where they do not fit."""
+    """The judge that the options ask for; None without ``--judge_model``. Raises UsageError for options that do not fit."""
     if args.judge_model is None:
         given = [name for name in ("base_url", "prompts", "references") if getattr(args, f"judge_{name}") is not None]
         if given:
-            raise UsageError(f"--judge_{given[0]} is of no use without --judge_model")
+            raise UsageError(f"--judge_{given[0]} needs --judge_model")
         return None
     if args.judge_parallel < 1:
         raise UsageError(f"--judge_parallel must be >= 1, got {args.judge_parallel}")
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{KEY_VARIABLE} must be printable ASCII characters, and has others")
+        raise UsageError(f"{KEY_VARIABLE} must be printable ASCII, but has other characters")
     if args.judge_base_url is None and not key:
         raise UsageError(f"the judge at {DEFAULT_URL} needs a key; set {KEY_VARIABLE}, or pass --judge_base_url")
     return Judge(

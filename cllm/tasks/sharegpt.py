@@ -2,11 +2,12 @@
 
 A row is recognised by its fields, whatever the split:
 
-- ``conversations`` [{from, value}] (ShareGPT) or ``messages`` [{role, content}], maybe with ``system`` or ``system_prompt``:
-  the first user turn is asked, or with ``--multi_turn`` every one that the dataset answers, with the conversation before it;
-- ``turns`` [text, ...] with ``question_id`` (MT-bench): the first is asked, then each further one with our own replies.
+- ``conversations`` [{from, value}] (ShareGPT) or ``messages`` [{role, content}], optionally with ``system`` or
+  ``system_prompt``: the first user turn is asked; with ``--multi_turn``, every user turn that the dataset answers, each after
+  the conversation before it;
+- ``turns`` [text, ...] with ``question_id`` (MT-bench): all are asked, each after our own replies to those before it.
 
-There is no rule that says whether a chat reply is right: without a judge only blank ones are told from others.
+No rule says whether a chat reply is right: without a judge, the only score is whether the reply is not blank.
 """
 
 import copy
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cllm.errors import UsageError
 from cllm.files import write_text
-from cllm.tasks.base import BadField, BadRow, Example, HubDataset, Message, NumberedRow, Review, Task, read_each, text_field
+from cllm.tasks.base import BadField, Example, HubDataset, Message, Review, Task, text_field, user_turn
 
 if TYPE_CHECKING:
     from cllm.scoring.judge import Judge
@@ -32,7 +33,7 @@ _SPEAKERS |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "mode
 
 
 class ShareGpt(Task):
-    """Conversations; answers to MT-bench's questions can be judged by a model."""
+    """Conversations. Answers to MT-bench's questions can be judged by a model."""
 
     name = "sharegpt"
     description = "ShareGPT conversations; MT-bench's two-turn questions"
@@ -60,7 +61,7 @@ class ShareGpt(Task):
         options.add_argument(
             "--multi_turn",
             action="store_true",
-            help="every turn that the data answers, with the conversation before it; without it first turns only",
+            help="ask every turn that the data answers, after the conversation before it; default: first turns only",
         )
         if command == "acc":
             from cllm.scoring.judge import add_options
@@ -84,38 +85,31 @@ class ShareGpt(Task):
     def scoring_settings(self) -> dict[str, Any]:
         return {} if self.judge is None else self.judge.facts
 
-    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
-        asked: set[str] = set()
+    def example(self, row: Mapping[str, Any]) -> Example:
+        """A question of MT-bench, or the first turn of a conversation."""
+        return _question(row) if "turns" in row else next(self._answered_turns(row))
 
-        def examples(row: dict[str, Any], number: int) -> Iterable[Example]:
-            if "turns" in row:
-                return [_question(row, f"{self.name}-{split}-question", asked)]
-            return self._conversation(row, f"{self.name}-{split}-{number}")
+    def examples(self, row: Mapping[str, Any], split: str) -> Iterable[Example]:
+        """With ``--multi_turn``, one for each turn of a conversation that the data answers."""
+        return self._answered_turns(row) if self.multi_turn and "turns" not in row else [self.example(row)]
 
-        return read_each(rows, examples)
-
-    def _conversation(self, row: Mapping[str, Any], row_id: str) -> list[Example]:
-        messages = conversation_of(row)
-        examples: list[Example] = []
+    def _answered_turns(self, row: Mapping[str, Any]) -> Iterator[Example]:
+        """One for each user turn that the data answers, and always one for the first."""
+        messages, turn = conversation_of(row), 0
         for at, message in enumerate(messages):
             if message["role"] != "user":
                 continue
-            turn = len(examples) + 1
             reference = messages[at + 1]["content"] if at + 1 < len(messages) else None
-            if turn == 1 or reference is not None:
-                tags = {"turn": str(turn)} if self.multi_turn else {}
-                name = row_id if turn == 1 else f"{row_id}-turn{turn}"
-                examples.append(Example(name, tuple(messages[: at + 1]), reference, None, tags))
-            if not self.multi_turn:
-                break
-        return examples
+            if not turn or reference is not None:
+                turn += 1
+                yield Example(tuple(messages[: at + 1]), reference, tags={"turn": str(turn)} if self.multi_turn else {})
 
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
-        """``answered``: the reply is not blank. What it is worth takes a judge (:meth:`review`)."""
+        """``answered``: the reply is not blank. Its quality is for a judge (:meth:`review`)."""
         return {"answered": bool(reply.strip())}
 
     def export(self, rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
-        """FastChat's answer file: ``{question_id, answer_id, model_id, choices: [{index, turns}], tstamp}`` a line."""
+        """Writes FastChat's answer file, a line per question: ``{question_id, answer_id, model_id, choices: [{index, turns}], tstamp}``."""
         answers = [self._answer(row) for row in rows if _is_question(row)]
         if not answers:
             return False
@@ -149,16 +143,16 @@ class ShareGpt(Task):
             references = tuple(target.get("reference") or ())
             cases.append(Case(target["question_id"], category, (row["question"], *follow_ups), replies, references))
         if not cases:
-            raise UsageError("--judge_model judges answers to MT-bench's questions, and these are none")
+            raise UsageError("--judge_model judges answers to MT-bench's questions, but these are answers to other questions")
         return self.judge.review(cases, self.model_id, path.with_suffix(".judgments.jsonl"))
 
 
 def conversation_of(row: Mapping[str, Any]) -> list[Message]:
-    """The turns of a row: maybe one of the system, then user and assistant by turns.
+    """The turns of a row: optionally a system message, then user and assistant alternating.
 
-    What the system says beside the turns and in front of them is one message. Turns of the assistant in front of the first
-    user turn are left out (ShareGPT is cut into pieces), and the conversation is cut where the speakers no longer take turns
-    or a turn cannot be used. Raises BadField where no user turn is left.
+    Everything the system says before the first user turn, in fields of its own or as turns, becomes one message. Assistant turns
+    before the first user turn are dropped (ShareGPT's conversations come in pieces), and the conversation is cut where the
+    speakers no longer alternate or a turn cannot be used. Raises BadField if no user turn is left.
     """
     system = [text_field(row, name).strip() for name in _SYSTEM if str(row.get(name) or "").strip()]
     messages: list[Message] = []
@@ -189,7 +183,7 @@ def _turns(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _turn(turn: Any) -> tuple[str | None, str]:
-    """The role and the text of a turn; "" for one that is empty or no text."""
+    """The role and text of a turn. The text is "" if it is empty or not text."""
     if not isinstance(turn, dict):
         return None, ""
     speaker = turn.get("from", turn.get("role"))
@@ -200,7 +194,7 @@ def _turn(turn: Any) -> tuple[str | None, str]:
         return role, ""
 
 
-def _question(row: Mapping[str, Any], prefix: str, asked: set[str]) -> Example:
+def _question(row: Mapping[str, Any]) -> Example:
     """A question of MT-bench. Raises BadField."""
     question_id, turns, reference = row.get("question_id"), row["turns"], row.get("reference")
     if not isinstance(question_id, int | str):
@@ -208,15 +202,11 @@ def _question(row: Mapping[str, Any], prefix: str, asked: set[str]) -> Example:
     if not isinstance(turns, list) or not turns:
         raise BadField("field 'turns' is not a list of texts")
     first, *follow_ups = [text_field({"turns": turn}, "turns") for turn in turns]
-    if str(question_id) in asked:
-        raise BadField("question_id occurs twice")
-    asked.add(str(question_id))
     target: dict[str, Any] = {"question_id": question_id}
     if isinstance(reference, list) and all(isinstance(text, str) for text in reference):
         target["reference"] = reference
     tags = {"category": str(row["category"])} if row.get("category") else {}
-    message: Message = {"role": "user", "content": first}
-    return Example(f"{prefix}{question_id}", (message,), None, target, tags, tuple(follow_ups))
+    return Example(user_turn(first), None, target, tags, tuple(follow_ups), id=f"mt-bench-{question_id}")
 
 
 def _is_question(row: Mapping[str, Any]) -> bool:

@@ -19,16 +19,16 @@ LOGGED_BAD_ROWS = 10
 
 @dataclass(frozen=True)
 class Extent:
-    """What a source holds: how many rows, and a fingerprint that differs where any of them does."""
+    """How many rows a source has, and a fingerprint of their content."""
 
     rows: int
     fingerprint: str
 
 
 class ExampleStream:
-    """The examples of a source, in order. Every iteration reads the source anew, in constant memory.
+    """The examples of a source, in order. Every iteration reads the source again, in constant memory.
 
-    ``bad`` counts the rows passed over so far in the latest iteration, by reason. ``source`` is what is read, for people.
+    ``bad`` counts the rows that the latest iteration has skipped so far, by reason. ``source`` names the source, for messages.
     """
 
     def __init__(self, task: Task, filename: StrPath | None, split: str, limit: int | None) -> None:
@@ -47,10 +47,10 @@ class ExampleStream:
         if not count:
             raise UsageError(self._nothing())
         if self.bad:
-            logger.warning("%s: %d bad rows passed over", self.source, self.bad.total())
+            logger.warning("%s: %d bad rows skipped", self.source, self.bad.total())
 
     def extent(self) -> Extent | None:
-        """All rows of a local source, whatever the limit; None for the hub dataset, which would have to be fetched whole."""
+        """The extent of a local source, regardless of the limit. None for the hub dataset, which would have to be downloaded."""
         if self._filename is None:
             return None
         rows, digest = 0, hashlib.blake2b(digest_size=8)
@@ -66,7 +66,7 @@ class ExampleStream:
                 continue
             self.bad[item.reason] += 1
             if self.bad.total() <= LOGGED_BAD_ROWS:
-                logger.warning("%s: passed over %s", self.source, item)
+                logger.warning("%s: skipped %s", self.source, item)
 
     def _rows(self) -> Iterator[NumberedRow]:
         if self._filename is not None:
@@ -88,13 +88,13 @@ def load_examples(task: Task, filename: StrPath | None, split: str, limit: int |
     """The examples of a local file or, when ``filename`` is None, of the task's default file or its hub dataset.
 
     Args:
-        task: says how rows are read (:func:`cllm.tasks.get_task`).
-        filename: JSONL or a JSON list, plain or ``.gz``; what else a task takes is its own affair.
-        split: train or test; goes into the examples' ids and chooses the split of the hub dataset.
-        limit: how many examples at most; None for all.
+        task: how rows are read (:func:`cllm.tasks.get_task`).
+        filename: JSONL or a JSON list, plain or ``.gz``; some tasks also take a folder or other files.
+        split: train or test; part of the examples' ids, and the split of the hub dataset.
+        limit: the most examples to give; None for all.
 
     Raises:
-        UsageError: here or while iterating, when the source cannot be read or holds no usable row.
+        UsageError: at once or while iterating, if the source cannot be read or holds no usable row.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"the number of examples must be >= 1, got {limit}")
@@ -120,21 +120,10 @@ def _hub_rows(task: Task, split: str) -> Iterator[NumberedRow]:
         from datasets import load_dataset
 
         files = {"data_files": hub.data_files} if hub.data_files else {}
-        rows = iter(load_dataset(hub.path, hub.config, split=hub_split, streaming=True, **files))
-    except Exception as error:
-        raise _hub_error(hub, error) from error
-    number = 0
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise _hub_error(hub, error) from error
-        number += 1
-        yield number, dict(row) if isinstance(row, dict) else BadRow(number, "not a JSON object")
-
-
-def _hub_error(hub: HubDataset, error: Exception) -> UsageError:
-    first_line = (str(error).splitlines() or [""])[0]
-    return UsageError(f"cannot read {hub.path} from the hub ({type(error).__name__}: {first_line}); pass --filename")
+        rows = load_dataset(hub.path, hub.config, split=hub_split, streaming=True, **files)
+        for number, row in enumerate(rows, 1):
+            yield number, dict(row) if isinstance(row, dict) else BadRow(number, "not a JSON object")
+    except Exception as error:  # network, hub and data errors have no common base
+        first_line = (str(error).splitlines() or [""])[0]
+        problem = f"cannot read {hub.path} from the hub ({type(error).__name__}: {first_line})"
+        raise UsageError(f"{problem}; pass --filename") from error

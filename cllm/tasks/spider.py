@@ -1,12 +1,12 @@
 """Spider: questions about a database, answered with SQL (Yu et al. 2018).
 
-The data is a Spider folder as it is distributed (``train_spider.json``, ``dev.json``, ``tables.json``,
-``database/ID/ID.sqlite``; JSON may be ``.gz``), one of its JSON files, or the hub dataset with ``--databases``.
+The data is a Spider folder as distributed (``train_spider.json``, ``dev.json``, ``tables.json``, ``database/ID/ID.sqlite``; JSON
+may be ``.gz``), one of its JSON files, or the hub dataset with ``--databases``.
 """
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,7 +19,7 @@ from cllm.scoring.sql_hardness import hardness
 from cllm.scoring.sql_query import Limits
 from cllm.scoring.sql_schema import Schema, schema_of_file, schemas_of_json
 from cllm.scoring.sql_text import extract_sql
-from cllm.tasks.base import BadField, BadRow, Example, HubDataset, NumberedRow, Task, read_each, text_field
+from cllm.tasks.base import BadField, Example, HubDataset, NumberedRow, Task, text_field, user_turn
 
 INSTRUCTION = "Could you translate the following question into SQL. Please only generate SQL, don't include explanation in the answer."
 FILES = {"train": "train_spider.json", "test": "dev.json"}
@@ -27,12 +27,12 @@ TABLES = "tables.json"
 DATABASES = "database"
 LAYOUT = "train_spider.json, dev.json, tables.json (each plain or .gz) and database/ID/ID.sqlite"
 LONGEST_NAME = 100  # bytes of a database's id
-SCORING = ("speedup", "acc")  # the commands that judge replies
+SCORING = ("speedup", "acc")  # the commands that score replies
 
 
 @dataclass(frozen=True)
 class Schemas:
-    """Where the schemas of databases are looked up: the SQLite file, or else ``tables.json``."""
+    """The schemas of databases: from the SQLite file, or else from ``tables.json``."""
 
     databases: Path | None
     tables: Path | None
@@ -52,7 +52,7 @@ _schema_of_file = lru_cache(maxsize=1024)(schema_of_file)
 
 
 class Spider(Task):
-    """Text to SQL; a reply is right when its query gives what the gold query gives."""
+    """Text to SQL. A reply is right if its query gives the same result as the gold query."""
 
     name = "spider"
     description = "Spider: questions about a database, answered with SQL"
@@ -68,7 +68,7 @@ class Spider(Task):
     def __init__(self, databases: Path | None = None, judge: SqlJudge | None = None, *, keep_empty: bool = False) -> None:
         tables = None if databases is None else _tables(databases) or _tables(databases.parent)
         self._schemas = Schemas(databases, tables)
-        self._judge = judge  # set where replies are to be judged, and then rows that cannot be are passed over
+        self._judge = judge  # set where replies are scored; rows that cannot be scored are then skipped
         self._keep_empty = keep_empty
         self._scores: dict[tuple[str, str, str], dict[str, bool | float]] = {}
 
@@ -84,22 +84,22 @@ class Spider(Task):
                     row["schema_text"] = schema_text(schema)
             yield number, row
 
-    def read(self, rows: Iterable[NumberedRow], split: str) -> Iterator[Example | BadRow]:
-        return read_each(rows, lambda row, number: [self._example(row, number, split)])
-
-    def _example(self, row: Mapping[str, Any], number: int, split: str) -> Example | BadRow:
+    def example(self, row: Mapping[str, Any]) -> Example:
         database, question, query = (text_field(row, name).strip() for name in ("db_id", "question", "query"))
         if not _is_name(database):
             raise BadField("db_id is not a plain name")
         schema = row.get("schema_text") or self._schema_text(database)
         if schema is None:
-            return BadRow(number, "no schema of the database", database)
+            raise BadField("no schema of the database", database)
         if self._judge and (unfit := self._judge.gold_problem(database, query, keep_empty=self._keep_empty)):
-            return BadRow(number, *unfit)
+            raise BadField(*unfit)
         prompt = f"{INSTRUCTION} {schema}Question: {question}"
-        target = {"db_id": database, "query": query}
-        tags = _tags(query) if split == "test" else {}
-        return Example(f"{self.name}-{split}-{number}", ({"role": "user", "content": prompt},), query, target, tags)
+        return Example(user_turn(prompt), query, {"db_id": database, "query": query})
+
+    def examples(self, row: Mapping[str, Any], split: str) -> list[Example]:
+        """In the test split, tagged with Spider's hardness of the gold query."""
+        example = self.example(row)
+        return [replace(example, tags=_tags(row["query"])) if split == "test" else example]
 
     def _schema_text(self, database: str) -> str | None:
         schema = self._schemas.get(database)
@@ -110,13 +110,12 @@ class Spider(Task):
 
     def score(self, reply: str, example: Example) -> dict[str, bool | float]:
         """``execution_accuracy``: the query gives the gold query's result on every variant of the database.
-        ``exact_set_match``: it has the same clauses, values aside.
+        ``exact_set_match``: it has the same clauses, regardless of values.
 
-        A query that was run for the same question is not run again. Raises UsageError when the task was not configured
-        with databases.
+        A query is run once per question. Raises UsageError if the task was configured without databases.
         """
         if self._judge is None:
-            raise UsageError("Spider is judged by running queries: it needs the databases")
+            raise UsageError("Spider is scored by running queries: it needs the databases")
         database, gold, query = example.target["db_id"], example.target["query"], extract_sql(reply)
         key = database, gold, query
         if key not in self._scores:
@@ -132,15 +131,15 @@ class Spider(Task):
         group.add_argument(
             "--databases",
             metavar="DIR",
-            help="databases DIR/ID/ID.sqlite; all *.sqlite of DIR/ID are variants that must agree (test suite). "
-            "Default: database/ of --filename",
+            help="databases DIR/ID/ID.sqlite; all *.sqlite of DIR/ID are variants that must agree (test suite); "
+            "default: database/ of --filename",
         )
         options.set_defaults(judges_replies=command in SCORING)
         if command not in SCORING:
             return
-        group.add_argument("--keep_distinct", action="store_true", help="DISTINCT counts; the official evaluator leaves it out")
-        group.add_argument("--sql_seconds", type=_seconds, default=Limits.seconds, help="time limit of a query")
-        group.add_argument("--keep_empty", action="store_true", help="do not pass over rows whose gold query reads an empty table")
+        group.add_argument("--keep_distinct", action="store_true", help="compare DISTINCT too; the official evaluator removes it")
+        group.add_argument("--sql_seconds", type=float, default=Limits.seconds, help="time limit of a query")
+        group.add_argument("--keep_empty", action="store_true", help="keep rows whose gold query reads an empty table")
 
     def configure(self, args: Namespace) -> Self:
         databases = _databases(args)
@@ -153,15 +152,17 @@ class Spider(Task):
             return type(self)(databases)
         if databases is None:
             raise UsageError(
-                "Spider is judged by running queries: pass --databases DIR (with DIR/ID/ID.sqlite), "
+                "Spider is scored by running queries: pass --databases DIR (with DIR/ID/ID.sqlite), "
                 "or as --filename a Spider folder that has database/"
             )
-        sqlglot()
+        if not 0 < args.sql_seconds < float("inf"):
+            raise UsageError(f"--sql_seconds must be a number of seconds above 0, got {args.sql_seconds}")
+        sqlglot()  # raises where it is missing
         judge = SqlJudge(databases, args.keep_distinct, Limits(args.sql_seconds))
         return type(self)(databases, judge, keep_empty=args.keep_empty)
 
     def scoring_settings(self) -> dict[str, Any]:
-        """The number of database files tells a test suite from single databases."""
+        """The options, and the number of database files, which tells a test suite from single databases."""
         if self._judge is None:
             return {}
         return {
@@ -180,13 +181,13 @@ class Spider(Task):
 
 
 def schema_text(schema: Schema) -> str:
-    """The schema as the paper's prompt has it, with a space at its end."""
+    """The schema as in the paper's prompt, with a trailing space."""
     tables = "".join(f"table named {name} with columns {list(columns)}, " for name, columns in schema.tables.items())
     return f"The SQL database has {tables}"
 
 
 def _tags(query: str) -> dict[str, str]:
-    """Spider's level of a gold query; nothing where it cannot be told."""
+    """Spider's hardness of a gold query; nothing if it cannot be parsed."""
     try:
         return {"hardness": hardness(query)}
     except (UsageError, ParseFailure):
@@ -194,14 +195,14 @@ def _tags(query: str) -> dict[str, str]:
 
 
 def _is_name(database: str) -> bool:
-    """Whether a database's id can be a folder's name, and leads nowhere else."""
+    """Whether a database's id is a plain folder name, not a path."""
     if len(database.encode("utf-8", "replace")) > LONGEST_NAME:
         return False
     return bool(database.strip(". ")) and not set(database) & set("/\\\0:")
 
 
 def _rows_file(path: Path, split: str) -> Path:
-    """The file of rows of a split: the path itself, or a file of the folder. Raises UsageError when there is none."""
+    """The file with the rows of a split: the path itself, or a file of the folder. Raises UsageError if there is none."""
     if not path.is_dir():
         return path
     if split not in FILES:
@@ -233,16 +234,6 @@ def _databases(args: Namespace) -> Path | None:
     if not any(folder.glob("*/*.sqlite")):
         raise UsageError(f"no databases in {folder}: expected {folder / 'ID' / 'ID.sqlite'}")
     return folder
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
-    return value
 
 
 TASK = Spider()

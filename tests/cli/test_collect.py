@@ -125,7 +125,7 @@ def test_left_out_and_passed_over(model_dir: Path, tmp_path: Path, capsys, caplo
         "  1 rows passed over: not a JSON object",
         "  1 rows passed over: not valid JSON",
     ]
-    assert "passed over line 5: not valid JSON" in caplog.text
+    assert "skipped line 5: not valid JSON" in caplog.text
 
 
 def test_the_published_form(model_dir: Path, data: Path, tmp_path: Path) -> None:

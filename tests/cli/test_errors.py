@@ -229,7 +229,7 @@ def test_bad_rows_are_named_and_counted(words: Build, data: Path, tmp_path: Path
     lines[4:4] = ['{"question": "", "answer": "#### 1"}', json.dumps({"question": "x" * 400, "answer": "#### 1"})]
     path = write_rows(tmp_path / "mixed.jsonl", lines)
     cllm([str(word) for word in words(command, filename=path)])
-    assert "passed over line 2: not valid JSON" in caplog.text and "passed over line 5: empty question" in caplog.text
+    assert "skipped line 2: not valid JSON" in caplog.text and "skipped line 5: empty question" in caplog.text
     printed = capsys.readouterr().out
     for counted in ("not valid JSON", "empty question"):
         assert counted in printed

@@ -112,7 +112,7 @@ def test_the_loss_is_that_of_plain_padded_rows(kind: str, smoothing: float, tmp_
 
 def test_examples_that_cannot_be_learned_are_counted() -> None:
     tokenizer, ask = tiny_tokenizer(), ({"role": "user", "content": "How many?"},)
-    examples = [Example("a", ask), Example("b", ask, "seven"), Example("c", ask, "x" * 200)]
+    examples = [Example(ask), Example(ask, "seven"), Example(ask, "x" * 200)]
     rows = AnswerDataset(examples, PromptTemplate("{question}"), tokenizer, 64)  # type: ignore[arg-type]
     assert len(rows) == 1 and rows[0].answer_ids[-1] == tokenizer.eos_token_id
     assert rows.left_out == {"no answer": 1, "longer than the context": 1}

@@ -113,7 +113,7 @@ def test_the_second_turn_is_asked_with_the_models_own_first_answer(tmp_path, tin
 def test_a_conversation_that_outgrows_the_context(tmp_path, tiny_model_dir, capsys):
     long = [{"question_id": 1, "turns": ["Hi", "x" * 300]}, {"question_id": 2, "turns": ["y" * 300, "Hi"]}]
     summary = answer(tmp_path, tiny_model_dir, questions=long)["summary"]
-    assert sorted(summary["too_long"]) == ["sharegpt-test-question1", "sharegpt-test-question2"]
+    assert sorted(summary["too_long"]) == ["mt-bench-1", "mt-bench-2"]
     rows = {r["target"]["question_id"]: r for r in map(json.loads, (tmp_path / "mt.jsonl").read_text().splitlines())}
     assert rows[1]["replies"][0] and rows[1]["replies"][1] == "" and rows[2]["replies"] == ["", ""]
 
@@ -123,7 +123,7 @@ def test_changed_follow_ups_are_another_question(tmp_path, tiny_model_dir, capsy
     other = [QUESTIONS[0] | {"turns": ["Write a line", "Something else"]}, QUESTIONS[1]]
     with pytest.raises(SystemExit):
         answer(tmp_path, tiny_model_dir, questions=other)
-    assert "another question as sharegpt-test-question81" in capsys.readouterr().err
+    assert "another question as mt-bench-81" in capsys.readouterr().err
 
 
 def test_judging_from_the_command_line(tmp_path, tiny_model_dir, monkeypatch, capsys):

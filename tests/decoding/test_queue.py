@@ -68,8 +68,8 @@ def test_cache_stays_within_its_bound() -> None:
     wanted = requests(3, 20)
     rows, flow = [], decoder.flow
 
-    def watched(feed):
-        for iteration in flow(feed):
+    def watched(feed, cancelled=()):
+        for iteration in flow(feed, cancelled):
             rows.append(len(iteration.rows_B))
             yield iteration
 
@@ -89,8 +89,8 @@ def test_out_of_memory_halves_the_batch(error: RuntimeError, caplog: pytest.LogC
     wanted = requests(4, 15)
     flow, seen = decoder.flow, count()
 
-    def short(feed):
-        for iteration in flow(feed):
+    def short(feed, cancelled=()):
+        for iteration in flow(feed, cancelled):
             if len(iteration.rows_B) > 3 and next(seen) > 25:
                 raise error
             yield iteration
@@ -126,7 +126,7 @@ def test_final_out_of_memory_and_bugs_are_raised() -> None:
     decoder = JacobiDecoder(tiny_model(), 1)
     for error, batch_size in ((torch.OutOfMemoryError(), 1), (RuntimeError("a defect"), 4)):
 
-        def broken(feed, error=error):
+        def broken(feed, cancelled, error=error):
             raise error
 
         decoder.flow = broken  # type: ignore[method-assign]

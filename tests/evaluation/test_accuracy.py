@@ -13,13 +13,13 @@ from cllm.evaluation.prompt import encode
 from cllm.prompts import PromptTemplate
 from cllm.result_file import read_settings
 from cllm.tasks import get_task
-from cllm.tasks.base import Example
+from cllm.tasks.base import Example, user_turn
 
 TASK = get_task("gsm8k")
 
 
 def example(name="a", question="How many?", target="18", **tags):
-    return Example(name, ({"role": "user", "content": question},), None, target, tags)
+    return Example(user_turn(question), None, target, tags, id=name)
 
 
 def row(name="a", reply="#### 18", target="18", tokens=6, forwards=3, stop="eos", **tags):

@@ -4,11 +4,11 @@ from tiny import tiny_tokenizer
 
 from cllm.evaluation.prompt import batches, default_file, encode
 from cllm.prompts import PromptTemplate
-from cllm.tasks.base import Example
+from cllm.tasks.base import Example, user_turn
 
 
 def example(name: str, question: str) -> Example:
-    return Example(name, ({"role": "user", "content": question},))
+    return Example(user_turn(question), id=name)
 
 
 def test_prompts_that_fill_the_context_are_set_apart():

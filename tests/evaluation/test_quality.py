@@ -13,7 +13,7 @@ from cllm.evaluation.quality import (
     share_equal,
 )
 from cllm.tasks import get_task
-from cllm.tasks.base import Example
+from cllm.tasks.base import Example, user_turn
 
 
 def test_shares_are_of_tokens_not_of_responses():
@@ -64,7 +64,7 @@ def test_nlls_leave_the_mode_alone_and_take_empty_responses():
 
 def test_scores_are_of_the_decoded_text():
     tokenizer, task = tiny_tokenizer(), get_task("gsm8k")
-    example = Example("a", ({"role": "user", "content": "?"},), None, "18")
+    example = Example(user_turn("?"), None, "18")
     replies = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in ("#### 18", "19")]
     assert score_replies(task, [example, example], replies, tokenizer) == [True, False]
 
@@ -72,7 +72,7 @@ def test_scores_are_of_the_decoded_text():
 def test_what_cannot_be_judged_has_no_score():
     tokenizer, task = tiny_tokenizer(), get_task("gsm8k")
     asked = ({"role": "user", "content": "?"},)
-    examples, replies = [Example("a", asked, None, "18"), Example("b", asked)], [tokenizer("#### 18").input_ids] * 2
+    examples, replies = [Example(asked, None, "18"), Example(asked)], [tokenizer("#### 18").input_ids] * 2
     assert score_replies(task, examples, replies, tokenizer) == [True]
     assert score_replies(task, examples[1:], replies[1:], tokenizer) is None
 

@@ -98,9 +98,9 @@ def test_only_the_test_split_of_mbpp_is_read() -> None:
         (HUMAN_EVAL, "train", "a test problem, not a training row"),
         (MBPP, "train", "a test problem, not a training row"),
         (HUMAN_EVAL | {"test": ""}, "test", "empty test"),
-        (HUMAN_EVAL | {"entry_point": "a b"}, "test", "entry_point is no name"),
+        (HUMAN_EVAL | {"entry_point": "a b"}, "test", "entry_point is not a name"),
         (MBPP | {"test_list": []}, "test", "test_list is not a list of texts"),
-        (MBPP | {"task_id": "x"}, "test", "task_id is no number"),
+        (MBPP | {"task_id": "x"}, "test", "task_id is not a number"),
         (MBPP | {"test_list": ["assert f(1)"]}, "test", "the tests call no function of the code"),
         (MBPP | {"test_imports": 5}, "test", "test_imports or test_setup_code is not text"),
         (MBPP | {"test_imports": "import math"}, "test", "test_imports or test_setup_code is not text"),
@@ -114,7 +114,7 @@ def test_bad_rows(row: dict[str, Any], split: str, reason: str) -> None:
 def test_malformed_and_repeated_rows() -> None:
     rows = [(1, HUMAN_EVAL), (2, BadRow(2, "not valid JSON")), (3, HUMAN_EVAL)]
     found = list(CODE.read(rows, "test"))
-    assert [getattr(item, "reason", "") for item in found] == ["", "not valid JSON", "task_id given twice"]
+    assert [getattr(item, "reason", "") for item in found] == ["", "not valid JSON", "id given twice"]
 
 
 def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_answer_files_with_several_samples(sandboxed: None) -> None:
     samples = [{"task_id": "HumanEval/0", "completion": text} for text in ("    return 2 * x\n", "    return x\n")]
     rows = CODE.answers(samples, [problem])
     assert [row["id"] for row in rows] == ["HumanEval/0", "HumanEval/0#2"]
-    scored = [row | CODE.score(row["reply"], Example(row["id"], (), None, row["target"])) for row in rows]
+    scored = [row | CODE.score(row["reply"], Example((), None, row["target"])) for row in rows]
     assert [row["pass@1"] for row in scored] == [True, False]
     own = [{"id": "a", "reply": "x", "question": "q", "target": None}] * 2
     assert [row["id"] for row in CODE.answers(own, [])] == ["a", "a#2"]

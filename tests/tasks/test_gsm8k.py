@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm.tasks import get_task
-from cllm.tasks.base import BadRow, Example
+from cllm.tasks.base import BadRow, Example, user_turn
 from cllm.tasks.gsm8k import equal_numbers, final_answer
 from cllm.tasks.source import load_examples
 
@@ -19,7 +19,7 @@ GSM8K = get_task("gsm8k")
 
 
 def example(target: str) -> Example:
-    return Example("gsm8k-test-1", ({"role": "user", "content": "?"},), None, target)
+    return Example(user_turn("?"), None, target)
 
 
 def read(row: dict[str, Any]) -> Example | BadRow:
@@ -290,12 +290,12 @@ def test_towers_of_powers_are_not_computed(power: str) -> None:
 
 def test_own_rows() -> None:
     row = {"question": " How many? ", "answer": "5 + 5 = <<5+5=10>>10\n#### 1,010"}
-    assert read(row) == Example("gsm8k-test-1", ({"role": "user", "content": "How many?"},), row["answer"], "1010")
+    assert read(row) == Example(user_turn("How many?"), row["answer"], "1010", id="gsm8k-test-1")
 
 
 def test_rows_of_the_papers_test_form() -> None:
     row = {"question": "How many?", "target": "18", "source": "GSM8K", "tag": {"level": 3}}
-    assert read(row) == Example("gsm8k-test-1", ({"role": "user", "content": "How many?"},), None, "18", {"source": "GSM8K", "level": "3"})
+    assert read(row) == Example(user_turn("How many?"), None, "18", {"source": "GSM8K", "level": "3"}, id="gsm8k-test-1")
     both = read({**row, "answer": "9 + 9 = 18\n#### 18", "tag": {}})
     assert isinstance(both, Example) and both.reference == "9 + 9 = 18\n#### 18" and both.target == "18"
 

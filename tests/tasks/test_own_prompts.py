@@ -1,4 +1,4 @@
-"""Prompts of one's own: the forms that are read, and what is passed over."""
+"""Prompts of one's own: the forms that are read, and what is skipped."""
 
 import gzip
 import json
@@ -55,7 +55,7 @@ def test_a_conversation_ends_where_its_last_reply_begins() -> None:
     [
         ({"text": "Why?"}, "no field 'prompt'"),
         ({"prompt": "  "}, "empty prompt"),
-        ({"prompt": [1, 2]}, "no list of texts"),
+        ({"prompt": [1, 2]}, "field 'prompt' is not text"),
         ({"messages": "Why?"}, "not a list"),
         ({"messages": []}, "does not end in a user turn"),
         ({"messages": [{"role": "system", "content": "x"}]}, "does not end in a user turn"),

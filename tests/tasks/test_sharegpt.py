@@ -1,4 +1,4 @@
-"""Chat rows: which turns are asked, what is passed over, and how answers are handed to FastChat."""
+"""Chat rows: which turns are asked, what is skipped, and how answers are handed to FastChat."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cllm.errors import UsageError
 from cllm.prompts import DIALOGUES
 from cllm.tasks import get_task
-from cllm.tasks.base import BadRow, Example
+from cllm.tasks.base import BadRow, Example, user_turn
 from cllm.tasks.source import load_examples
 
 TASK = get_task("sharegpt")
@@ -46,7 +46,7 @@ def test_first_turns_by_default():
 def test_multi_turn_gives_every_answered_turn_with_what_came_before():
     first, second = read(talk("q1", "a1", "q2", "a2", "q3"), "--multi_turn")
     assert contents(first) == ["q1"] and contents(second) == ["q1", "a1", "q2"]
-    assert (second.id, second.reference, second.tags) == ("sharegpt-train-7-turn2", "a2", {"turn": "2"})
+    assert (second.id, second.reference, second.tags) == ("sharegpt-train-7-2", "a2", {"turn": "2"})
     assert configured("--multi_turn").settings() == {"multi_turn": True} and configured().settings() == {}
 
 
@@ -186,8 +186,8 @@ def test_mt_bench_questions():
     ]
     first, second, third = TASK.read(rows, "test")
     assert contents(first) == ["one"] and first.follow_ups == ("two",) and first.tags == {"category": "writing"}
-    assert first.id == "sharegpt-test-question81" and first.target == {"question_id": 81, "reference": ["r1", "r2"]}
-    assert second.follow_ups == () and third == BadRow(3, "question_id occurs twice")
+    assert first.id == "mt-bench-81" and first.target == {"question_id": 81, "reference": ["r1", "r2"]}
+    assert second.follow_ups == () and third == BadRow(3, "id given twice", "mt-bench-82")
 
 
 def answer(question_id, *replies, **more):
@@ -215,7 +215,7 @@ def test_conversations_have_no_export(tmp_path):
 
 
 def test_score_and_review_without_a_judge(tmp_path):
-    example = Example("a", ({"role": "user", "content": "q"},))
+    example = Example(user_turn("q"))
     assert TASK.score("hello", example) == {"answered": True} and TASK.score(" \n", example) == {"answered": False}
     assert TASK.review([answer(81, "a")], tmp_path / "x.jsonl") == {}
 

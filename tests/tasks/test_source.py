@@ -63,8 +63,8 @@ def test_the_first_ten_bad_rows_are_logged(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         list(stream)
     assert dict(stream.bad) == {"not valid JSON": 12, "empty question": 1}
-    assert [f"passed over line {n}:" in caplog.text for n in (2, 11, 12)] == [True, True, False]
-    assert "13 bad rows passed over" in caplog.text
+    assert [f"skipped line {n}:" in caplog.text for n in (2, 11, 12)] == [True, True, False]
+    assert "13 bad rows skipped" in caplog.text
 
 
 @pytest.mark.parametrize(

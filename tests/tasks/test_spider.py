@@ -160,7 +160,7 @@ def test_options(with_databases: Path, tmp_path_factory: pytest.TempPathFactory)
     assert task.scoring_settings() == {
         "keep_distinct": True, "keep_empty": False, "sql_seconds": 2.5, "database_files": 1,
     }  # fmt: skip
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="--sql_seconds must be a number of seconds above 0, got 0.0"):
         configured("acc", "--databases", with_databases / "database", "--sql_seconds", "0")
 
 
@@ -213,7 +213,7 @@ def test_a_row_cannot_bring_its_own_schema(folder: Path) -> None:
 def test_what_can_be_judged(folder: Path) -> None:
     (example,) = load(folder, "test")
     assert get_task("spider").judgeable(example)
-    assert not get_task("spider").judgeable(Example("gsm8k-test-1", example.messages, None, "18"))
+    assert not get_task("spider").judgeable(Example(example.messages, None, "18"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from cllm.decoding.queue import LOOKAHEAD
 from cllm.errors import UnsupportedModelError, UsageError
-from cllm.tasks.base import Example
+from cllm.tasks.base import Example, user_turn
 from cllm.trajectory.collect import CollectionSettings, Collector, Prompt
 from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryWriter, read_rows, stored_counts
@@ -31,7 +31,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTH
 
 
 def examples(count: int) -> list[Example]:
-    return [Example(f"q-{n}", ({"role": "user", "content": row["question"]},), row["answer"]) for n, row in enumerate(question_rows(count))]
+    return [Example(user_turn(row["question"]), row["answer"], id=f"q-{n}") for n, row in enumerate(question_rows(count))]
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,8 @@ def test_dropped_responses(model: Any) -> None:
 def test_dropped_prompts(model: Any, tmp_path: Path) -> None:
     items = examples(4)
     items.append(replace(items[0], id="again"))
-    items.append(Example("long", ({"role": "user", "content": "x" * 256},), "#### 1"))
-    items.append(Example("unanswered", ({"role": "user", "content": "why?"},)))
+    items.append(Example(user_turn("x" * 256), "#### 1", id="long"))
+    items.append(Example(user_turn("why?"), id="unanswered"))
     assert len(collect(tmp_path, model, items)) == 4
     assert stored_counts(tmp_path) == {
         "kept": 4,
@@ -186,7 +186,7 @@ def test_dropped_prompts(model: Any, tmp_path: Path) -> None:
 def test_a_prompt_that_just_fits(model: Any, tmp_path: Path) -> None:
     """With the template it leaves two positions of the context, and the response is truncated to them."""
     length = 256 - 2 - len("[user]\n[assistant]")
-    rows = collect(tmp_path, model, [Example("full", ({"role": "user", "content": "x" * length},), "#### 1")])
+    rows = collect(tmp_path, model, [Example(user_turn("x" * length), "#### 1", id="full")])
     assert not rows or len(rows["full"].response_ids) <= 2
 
 
@@ -346,7 +346,7 @@ def test_two_real_processes(model_dir: Path, tmp_path: Path) -> None:
     both = command(*launch, "-m", "cllm", "collect", "--task", "gsm8k", *words(model_dir, data, tmp_path / "two"))
     assert both.returncode == 0, both.stderr
     assert "30 responses stored" in both.stdout and "1 left out: duplicate prompt" in both.stdout
-    assert both.stdout.count("responses stored") == 1 and both.stderr.count("passed over line 31") == 1
+    assert both.stdout.count("responses stored") == 1 and both.stderr.count("skipped line 31") == 1
     one = command("-m", "cllm", "collect", "--task", "gsm8k", *words(model_dir, data, tmp_path / "one"))
     assert one.returncode == 0, one.stderr
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")

@@ -1,4 +1,4 @@
-"""The choices of one request while they are written, on the event loop's side of the worker."""
+"""The choices of one request while they are being written, as the event loop sees them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from functools import partial
 
 from cllm.decoding import Request
 from cllm.serving.server.protocol import Usage
-from cllm.serving.server.worker import Job, Progress, Worker
+from cllm.serving.server.worker import Progress, ReportingJob, Worker
 from cllm.serving.text import TextStream
 
 
 @dataclass(eq=False)
 class Choice:
-    """One response: its text so far, why it ended, what it cost.
+    """One response: its text so far, why it ended, and what it cost.
 
-    A stop string ends it with the token that completes the string and with the forward that brought this token, whatever
-    else has been decoded meanwhile. So text and cost are functions of the request alone.
+    A stop string ends it at the token that completes the string, and at the forward that produced this token, however much more
+    has been decoded by then. Text and cost therefore depend on the request alone.
     """
 
     index: int
@@ -26,10 +26,10 @@ class Choice:
     written: list[str] = field(default_factory=list)
     reason: str | None = None  # "stop" or "length", once it has ended
     forwards: int = 0
-    reused: int = 0  # tokens of the prompt
+    reused: int = 0  # tokens of the prompt whose keys and values were cached
 
     def take(self, progress: Progress) -> str:
-        """The text that a report of the worker brings, maybe none. Raises Failed or Closed where it brings that."""
+        """The new text in a report of the worker, possibly empty. Raises Failed or Closed where it reports that."""
         if progress.error:
             raise progress.error
         self.reused, piece = progress.reused, ""
@@ -48,8 +48,8 @@ class Choice:
 
 
 class Answer:
-    """Requests for the worker, and what it reports of them. Nothing is submitted before :meth:`submit`, and after it
-    :meth:`cancel` must be called in the end, come what may. ``copies`` of each prompt follow one another.
+    """Requests to the worker, and what it reports about them. :meth:`submit` submits them; afterwards :meth:`cancel` must be
+    called in every case. The requests hold ``copies`` of each prompt, one after the other.
     """
 
     def __init__(self, worker: Worker, requests: Sequence[Request], texts: Sequence[TextStream], copies: int) -> None:
@@ -62,26 +62,26 @@ class Answer:
         def report(choice: Choice, progress: Progress) -> None:
             loop.call_soon_threadsafe(self._reports.put_nowait, (choice, progress))
 
-        self._jobs = [Job(request, partial(report, choice)) for request, choice in zip(requests, self.choices, strict=True)]
+        self._jobs = [ReportingJob(request, partial(report, choice)) for request, choice in zip(requests, self.choices, strict=True)]
 
     def submit(self) -> None:
-        """Put the requests in line. Raises Busy or Closed where the worker does not take them."""
+        """Submit the requests. Raises Busy or Closed where the worker does not accept them."""
         self._worker.submit(self._jobs)
 
     def cancel(self) -> None:
-        """Let go of the rows that are still running."""
+        """Cancel what is still running."""
         self._worker.cancel(self._jobs)
 
     async def pieces(self, deadline: float) -> AsyncIterator[tuple[Choice, str]]:
-        """Each choice with its next piece of text, as they come; with the last piece it has a reason. Maybe empty texts.
+        """Each choice with its next piece of text, as they come. Pieces may be empty; with its last one, a choice has a reason.
 
-        Raises what :meth:`Choice.take` does, and TimeoutError at ``deadline`` (seconds of the event loop's clock).
+        Raises what :meth:`Choice.take` raises, and TimeoutError at ``deadline`` (seconds of the event loop's clock).
         """
         left = len(self.choices)
         while left:
             async with asyncio.timeout_at(deadline):
                 choice, progress = await self._reports.get()
-            if choice.reason:  # the row ran on for a moment behind a stop string
+            if choice.reason:  # its row ran on for a moment after a stop string
                 continue
             piece = choice.take(progress)
             if choice.reason:
@@ -91,7 +91,7 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        """A prompt counts once, however many choices it has; as cached counts what none of them had to compute."""
+        """Each prompt counts once, however many choices it has. Its tokens count as cached if no choice had to compute them."""
         first = range(0, len(self.choices), self._copies)
         return Usage(
             sum(len(self._jobs[at].request.prompt) for at in first),

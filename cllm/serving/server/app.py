@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Receive, Scope, Send
 
 from cllm.errors import UsageError
@@ -30,7 +31,7 @@ DONE = "data: [DONE]\n\n"
 
 
 class ApiError(Exception):
-    """An answer that is an error, with its HTTP status."""
+    """An error to answer with, and its HTTP status."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -40,7 +41,7 @@ class ApiError(Exception):
 
 @contextmanager
 def api_errors() -> Iterator[None]:
-    """Whatever goes wrong inside is raised as an ApiError."""
+    """Raises every error inside as an ApiError."""
     try:
         yield
     except ApiError:
@@ -61,8 +62,9 @@ def api_errors() -> Iterator[None]:
 def create_app(service: Service, api_keys: Collection[str] = (), names: Collection[str] | None = None) -> FastAPI:
     """The application; when it shuts down, so does the service.
 
-    ``api_keys``: clients must send one of them, if there are any. What one client's prompts left is reused for that key alone.
-    ``names``: what clients without a key may call the server, see :class:`Guard`; a key is proof enough.
+    ``api_keys``: if there are any, clients must send one of them. Keys and values are reused among prompts of one API key only.
+    ``names``: the hosts that clients may ask for, None for any. Without keys this keeps off web pages whose own name was made
+    to point at this machine (DNS rebinding); with keys it is not needed.
     """
 
     @asynccontextmanager
@@ -78,8 +80,9 @@ def create_app(service: Service, api_keys: Collection[str] = (), names: Collecti
     def count(path: str, status: int) -> None:
         service.metrics.requests.labels(path if path in paths else "other", str(status)).inc()
 
-    known = None if api_keys else names
-    app.add_middleware(Guard, max_body=service.limits.body_bytes, api_keys=api_keys, names=known, count=count)
+    if names is not None and not api_keys:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*names], www_redirect=False)
+    app.add_middleware(Guard, max_body=service.limits.body_bytes, api_keys=api_keys, count=count)  # around the one above
     return app
 
 
@@ -123,9 +126,9 @@ def _add_errors(app: FastAPI) -> None:
 
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
-    """The request's body as ``kind``. Raises ApiError where it is none.
+    """The request's body as ``kind``. Raises ApiError where it is not one.
 
-    It must say that it is JSON: what browsers send for a page of somebody else without asking us first cannot.
+    Its Content-Type must be JSON: a page of another origin can send other types without the browser asking us first.
     """
     said = request.headers.get("content-type", "nothing")
     if said.partition(";")[0].strip().lower() != "application/json":
@@ -157,9 +160,9 @@ async def _respond(service: Service, request: Request, body: Generation, chat: b
 
 
 class Writing:
-    """An answer on its way to the client: submitted on entering, within its time, counted and let go of on leaving.
+    """An answer being written to a client: entering submits it, leaving cancels what is unfinished and counts the cost.
 
-    Entering raises ApiError where the worker does not take it.
+    Entering raises ApiError where the worker does not accept it.
     """
 
     def __init__(self, service: Service, answer: Answer, start: float) -> None:
@@ -169,7 +172,7 @@ class Writing:
         self._complete = False
 
     async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
-        """Index, text and reason of each piece that says anything. Raises ApiError where the answer cannot go on."""
+        """Index, text and finish reason of each piece with either. Raises ApiError where the answer cannot continue."""
         first = True
         with api_errors():
             try:
@@ -204,7 +207,7 @@ async def _whole(writing: Writing, form: Form) -> dict[str, Any]:
 
 
 async def _events(writing: Writing, form: Form) -> AsyncIterator[str]:
-    """Server-sent events; one may hold the text of several tokens."""
+    """Server-sent events; each may hold the text of several tokens."""
     try:
         for choice in writing.answer.choices:
             if opening := form.opening(choice.index):
@@ -223,7 +226,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events inside a context, which is left when they or their client end, or at ``deadline`` (loop's clock)."""
+    """Server-sent events inside a context, which exits when they end, when the client leaves, or at ``deadline`` (loop time)."""
 
     def __init__(self, events: Any, context: AbstractContextManager, deadline: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -239,7 +242,7 @@ class EventStream(StreamingResponse):
 
 
 async def _while_connected(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """What ``work`` gives; it is given up when the client hangs up."""
+    """The result of ``work``, which is cancelled when the client hangs up."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)

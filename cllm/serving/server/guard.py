@@ -1,4 +1,4 @@
-"""What stands between the network and the application: the host's name, the key, a body's size and the time it takes."""
+"""What a request must pass before it reaches the application: the API key, and limits on a body's size and the time it takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cllm.serving.server.protocol import error
 
-OPEN_PATHS = ("/health", "/")  # for those who have no key
+OPEN_PATHS = ("/health", "/")  # need no key
 BODY_SECONDS = 20.0  # for a body to arrive
 
 
@@ -21,21 +21,10 @@ class Gone(Exception):
 
 
 class Guard:
-    """An ASGI application around another one, which is given whole bodies only. ``count`` is told path and status.
+    """An ASGI application around another one, which receives whole bodies only. ``count`` is called with path and status."""
 
-    ``names``: what the server may be called in a request's Host header, None: anything. A web page whose own name was made to
-    point at this machine (DNS rebinding) is refused by it.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        max_body: int,
-        api_keys: Collection[str],
-        names: Collection[str] | None,
-        count: Callable[[str, int], None],
-    ) -> None:
-        self.app, self.max_body, self.api_keys, self.names, self.count = app, max_body, api_keys, names, count
+    def __init__(self, app: ASGIApp, max_body: int, api_keys: Collection[str], count: Callable[[str, int], None]) -> None:
+        self.app, self.max_body, self.api_keys, self.count = app, max_body, api_keys, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,18 +46,15 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
-        if self.names is not None and (name := host_name(headers.get("host", ""))) not in self.names:
-            message = f"the Host header says {name[:100]!r}; without an API key this server answers to its own names only"
-            return JSONResponse(error(message, "invalid_request_error"), 421)
         if self.api_keys and scope["path"] not in OPEN_PATHS:
             given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-            if not sum(hmac.compare_digest(given, key.encode()) for key in self.api_keys):  # all are compared
+            if not sum(hmac.compare_digest(given, key.encode()) for key in self.api_keys):  # compares all, in constant time
                 return JSONResponse(error("a valid API key is needed", "authentication_error", "invalid_api_key"), 401)
         length = headers.get("content-length", "0")
         return self._too_large() if not length.isdecimal() or int(length) > self.max_body else None
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> JSONResponse | None:
-        """Hand the request on, or say what is to be answered in its place; not before something came behind its head."""
+        """Pass the request on, or return the refusal to answer with; only once the body has started to arrive."""
         refusal = self._refusal(scope)
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -86,7 +72,7 @@ class Guard:
         return None
 
     async def _read(self, receive: Receive, most: int) -> bytes | None:
-        """The body; None if it is longer than ``most`` bytes. Raises Gone, also where the body is no HTTP."""
+        """The body; None if it is longer than ``most`` bytes. Raises Gone, also for a body that is not valid HTTP."""
         body, more = bytearray(), True
         while more:
             message = await receive()
@@ -100,9 +86,3 @@ class Guard:
 
     def _too_large(self) -> JSONResponse:
         return JSONResponse(error(f"the body is larger than {self.max_body} bytes", "invalid_request_error"), 413)
-
-
-def host_name(header: str) -> str:
-    """The name in a Host header, without port and brackets."""
-    name = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
-    return name.lower()

@@ -1,8 +1,8 @@
-"""The OpenAI protocol: what requests may say, and what answers look like.
+"""The OpenAI protocol: what requests may contain, and what answers look like.
 
-Source: the OpenAI API reference, "Chat" and "Completions". Beyond it, requests may have ``top_k``, ``min_p`` and
-``repetition_penalty``, and ``usage`` has a field ``cllm``. What would change the answer and cannot be done is refused;
-what cannot change it is passed over.
+Source: the OpenAI API reference, "Chat" and "Completions". In addition, requests may have ``top_k``, ``min_p`` and
+``repetition_penalty``, and ``usage`` has a field ``cllm``. A field that would change the answer and is not supported is
+refused; a field that cannot change it is ignored.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from cllm.decoding import Sampling
 from cllm.errors import LARGEST
 
 MAX_STOPS = 16
-LONGEST_ERROR = 280  # characters of a client's own words that an error says back
-USUAL_COMPLETION = 16  # tokens of a completion whose request says nothing
+LONGEST_ERROR = 280  # characters of a message, which may quote the client
+DEFAULT_COMPLETION = 16  # tokens of a completion, where the request does not say
 
 
 def _off(value: Any) -> Any:
@@ -33,7 +33,7 @@ def _off(value: Any) -> Any:
 def _no_logprobs(value: Any) -> Any:
     if value is None or value is False:
         return value
-    raise PydanticCustomError("unsupported", "log-probabilities are not supported: Jacobi decoding keeps none")
+    raise PydanticCustomError("unsupported", "log-probabilities are not supported: Jacobi decoding does not keep them")
 
 
 def _text_only(content: Any) -> Any:
@@ -61,7 +61,7 @@ class StreamOptions(_Body):
 
 
 class Generation(_Body):
-    """What both kinds of request may say. None: what the server does by itself."""
+    """What both kinds of request may contain. None stands for the server's default."""
 
     model: str
     n: Positive | None = None
@@ -89,13 +89,13 @@ class Generation(_Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def length(self, most: int) -> int:
-        """How many tokens the answer may have, on a server where ``most`` are allowed."""
+        """The most tokens that the answer may have, on a server that allows ``most``."""
         return self.max_tokens or most
 
     def sampling(self, default: Sampling) -> Sampling:
-        """How tokens are chosen; without a seed, draws differ from one request to the next.
+        """How tokens are chosen. Without a seed, each request draws differently.
 
-        Raises UsageError for a value that is out of range.
+        Raises UsageError for a value out of range.
         """
         said = {name: value for name in asdict(default) if (value := getattr(self, name)) is not None}
         return Sampling(**asdict(default) | {"seed": secrets.randbits(63)} | said)
@@ -111,14 +111,14 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | Annotated[list[TextPart], Field(min_length=1)], BeforeValidator(_text_only)]
     name: Any = None
-    annotations: Unsupported = None  # empty in answers that clients send back
+    annotations: Unsupported = None  # this and the following are empty in answers that clients send back
     audio: Unsupported = None
     function_call: Unsupported = None
     refusal: Unsupported = None
     tool_calls: Unsupported = None
 
     def plain(self) -> dict[str, Any]:
-        """As prompt templates know it."""
+        """In the form that prompt templates take."""
         role = "system" if self.role == "developer" else self.role
         parts = self.content if isinstance(self.content, str) else [{"type": "text", "text": p.text} for p in self.content]
         return {"role": role, "content": parts}
@@ -161,7 +161,7 @@ class TextFormat(_Body):
 
 
 class CompletionRequest(Generation):
-    """The body of ``/v1/completions``; a prompt is a text or token ids, or there are several of one kind."""
+    """The body of ``/v1/completions``. ``prompt`` is a text, a list of token ids, or a list of either."""
 
     prompt: (
         str
@@ -174,7 +174,7 @@ class CompletionRequest(Generation):
     suffix: Unsupported = None
 
     def length(self, most: int) -> int:
-        return self.max_tokens or min(USUAL_COMPLETION, most)
+        return self.max_tokens or min(DEFAULT_COMPLETION, most)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -184,7 +184,7 @@ class CompletionRequest(Generation):
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer cost. Its forwards are those that its rows took part in."""
+    """What an answer cost. ``forwards`` adds up the forward passes of all its rows."""
 
     prompt_tokens: int
     cached_tokens: int  # of the prompts
@@ -193,7 +193,7 @@ class Usage:
 
     @property
     def fast_forwarded(self) -> int:
-        """Tokens beyond the one that every forward brings."""
+        """Tokens beyond one per forward."""
         return self.completion_tokens - self.forwards
 
     def json(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class Usage:
 class Form:
     """How answers to one request are written: whole, or as the chunks of a stream.
 
-    ``with_usage``: the last chunk has the usage, and all others say that they have none.
+    ``with_usage``: the last chunk has the usage, and in all others it is null.
     """
 
     model: str
@@ -225,7 +225,7 @@ class Form:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def answer(self, choices: list[tuple[str, str]], usage: Usage) -> dict[str, Any]:
-        """The whole answer; a choice is a text and why it ended."""
+        """The whole answer. A choice is a text and its finish reason."""
         written = [
             self._choice(index, {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}, reason)
             for index, (text, reason) in enumerate(choices)
@@ -233,16 +233,16 @@ class Form:
         return self._frame("chat.completion" if self.chat else "text_completion", written) | {"usage": usage.json()}
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The chunk that comes before any text, where the protocol wants one."""
+        """The chunk before any text, where the protocol has one."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None) if self.chat else None
 
     def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        """A chunk; the last one of a choice says why it ended."""
+        """A chunk. The last one of a choice has its finish reason."""
         delta = {"content": text} if text or reason is None else {}
         return self._chunk(index, {"delta": delta} if self.chat else {"text": text}, reason)
 
     def closing(self, usage: Usage) -> dict[str, Any]:
-        """The chunk with the usage, for clients that ask for it."""
+        """The chunk with the usage."""
         return self._frame(self._chunk_kind, []) | {"usage": usage.json()}
 
     @property
@@ -262,13 +262,13 @@ class Form:
 
 
 def models(name: str, created: int, context: int | None) -> dict[str, Any]:
-    """The list of models, which has one."""
+    """The list of models, with the one there is."""
     only = {"id": name, "object": "model", "created": created, "owned_by": "cllm", "max_model_len": context}
     return {"object": "list", "data": [only]}
 
 
 def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """What an answer says that is an error; what a client said at length, shortened."""
+    """The body of an error. Long texts, which may come from the client, are shortened."""
     return {"error": {"message": _shortened(message), "type": kind, "param": param and _shortened(param), "code": code}}
 
 

@@ -1,4 +1,4 @@
-"""Running an application until it is told to stop."""
+"""Runs an application until it is told to stop."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from cllm.errors import UsageError
 from cllm.serving.server.worker import Worker
 
-CONNECTIONS = 1024  # at once; more get 503
-SLACK = 5  # seconds for connections to close, once their answers have ended
-HEAD_SECONDS = 20.0  # for the head of a client's first request to arrive
-READ_SECONDS = 20.0  # for a client to read what its full connection holds
+CONNECTIONS = 1024  # at a time; more get 503
+SLACK = 5  # seconds for connections to close after their answers have ended
+HEAD_SECONDS = 20.0  # for the headers of a client's first request to arrive
+READ_SECONDS = 20.0  # for a client to drain a full send buffer
 
 
 class Connection(H11Protocol):
-    """Cuts off a client that sends no request or does not read; uvicorn would wait for both without end."""
+    """Disconnects a client that sends no request or does not read its answer; uvicorn would wait for ever."""
 
     _cut: asyncio.TimerHandle | None = None
 
@@ -56,7 +56,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """On SIGTERM or SIGINT takes nothing new, lets running answers end for ``grace`` seconds, then ends them."""
+    """On SIGTERM or SIGINT it accepts nothing new, gives running answers ``grace`` seconds to finish, then ends them."""
 
     def __init__(self, app: FastAPI, worker: Worker, grace: float) -> None:
         config = uvicorn.Config(
@@ -81,12 +81,12 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket for the server; port 0 takes a free one. Raises UsageError where the address cannot be had."""
+    """A socket for the server; port 0 picks a free one. Raises UsageError where the address cannot be used."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen()  # clients that come before the server is ready wait
+        listener.listen()  # clients that connect before the server is ready wait
     except (OSError, OverflowError) as error:
         listener.close()
         raise UsageError(f"cannot listen on {host} port {port}: {error}") from error
@@ -94,13 +94,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def own_names(listener: socket.socket, host: str) -> frozenset[str] | None:
-    """What clients may call a server that only this machine can reach; None: anything, as other machines can reach it."""
+    """The hosts of a server that only this machine can reach; None where other machines can, by names we cannot know."""
     if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         return None
-    return frozenset(("127.0.0.1", "localhost", "::1", host.lower()))
+    return frozenset(("127.0.0.1", "localhost", "[::1]", host))
 
 
 def address(listener: socket.socket) -> str:
-    """Where clients find it."""
+    """Its URL."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

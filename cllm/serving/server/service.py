@@ -1,4 +1,4 @@
-"""From requests of the protocol to answers being written: the part of the server that knows no HTTP."""
+"""Turns requests of the protocol into answers. This part of the server does not know HTTP."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Limits:
 
     body_bytes: int = 1 << 20
     new_tokens: int = 1024  # of one response
-    waiting: int = 128  # responses of all clients that wait for a place in the batch
-    seconds: float = 600.0  # for an answer, waiting included
+    waiting: int = 128  # responses that wait to join the batch, of all clients together
+    seconds: float = 600.0  # for an answer, including the wait
 
 
 class Service:
-    """A model that answers. ``sampling`` holds for what a request leaves open."""
+    """A model that answers requests. ``sampling`` has the defaults for what a request leaves open."""
 
     def __init__(
         self,
@@ -47,14 +47,13 @@ class Service:
         self.started = int(time.time())
         self.worker = Worker(queue, limits.waiting)
         self.metrics = Metrics(self.worker)
-        self._encoding = ThreadPoolExecutor(1, "encoding")  # long prompts must not hold up the event loop
+        self._encoding = ThreadPoolExecutor(1, "encoding")  # long prompts must not block the event loop
 
     async def answer(self, body: Generation, client: str = "") -> Answer:
-        """An answer to ``body`` that is yet to be submitted, with ``n`` choices for each prompt.
+        """An answer to ``body``, not yet submitted, with ``n`` choices for each prompt.
 
-        Only prompts of one ``client`` share anything.
-
-        Raises UsageError for what can never be answered.
+        Prompts share cached keys and values only with others of the same ``client``. Raises UsageError for a request that can
+        never be answered.
         """
         most = self.limits.new_tokens
         if (length := body.length(most)) > most:
@@ -74,7 +73,7 @@ class Service:
         return Answer(self.worker, requests, texts, copies)
 
     def close(self) -> None:
-        """Stop everything; what is not answered yet gets an error."""
+        """Stop everything. Answers not yet complete end with an error."""
         self.worker.stop()
         self._encoding.shutdown()
 

@@ -1,4 +1,4 @@
-"""One thread that decodes for all clients: requests wait in line, join the batch as soon as there is room, and leave it."""
+"""One thread that decodes for all clients: jobs wait in line, join the batch as soon as there is room, and leave it."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Condition, Lock, Thread
 
-from cllm.decoding import Queue, Request, RowResult
+from cllm.decoding import Queue, RowResult
+from cllm.decoding.feeder import Feeder, Job
 from cllm.decoding.queue import free_memory
-from cllm.decoding.result import Stop, Tally
+from cllm.decoding.result import Stop
 
 logger = logging.getLogger(__name__)
 
 
 class Busy(Exception):
-    """More requests are waiting than the worker takes."""
+    """Too many requests are waiting."""
 
 
 class Closed(Exception):
-    """The worker takes no more requests."""
+    """The worker accepts no more requests."""
 
 
 class Failed(Exception):
-    """Something went wrong with one request."""
+    """One request failed."""
 
 
 @dataclass(frozen=True)
 class Progress:
     """What a job has gained since the last report."""
 
-    steps: list[list[int]]  # token ids, apart by the forwards that brought them
-    stop: Stop | None = None  # said once, at the end
+    steps: list[list[int]]  # new token ids, one list per forward
+    stop: Stop | None = None  # in the last report only
     error: Exception | None = None  # Failed or Closed: why the job ended without an answer
-    reused: int = 0  # tokens of the prompt that need not be computed
+    reused: int = 0  # tokens of the prompt whose keys and values were cached
 
 
 @dataclass(eq=False)
-class Job:
-    """One response in the making. ``report`` is called in the worker's thread, and must not block."""
+class ReportingJob(Job):
+    """A response being written. ``report`` is called in the worker's thread, and must not block."""
 
-    request: Request
     report: Callable[[Progress], None]
-    cancelled: bool = False
     reported: int = 0  # tokens
-    company: float = math.inf  # how many jobs may be decoded together with this one, itself included
+    company: float = math.inf  # the most jobs that may be decoded together with this one, itself included
 
     def update(self, result: RowResult, stop: Stop | None = None) -> None:
         """Report what is new in ``result``, if anything is."""
@@ -56,7 +56,7 @@ class Job:
             self.report(Progress(new, stop, reused=result.reused))
 
     def fail(self, error: Exception) -> None:
-        """End without an answer. A row that the job still has leaves the batch like that of any cancelled job."""
+        """End without an answer. If the job has a row, it leaves the batch like that of any cancelled job."""
         if not self.cancelled:
             self.cancelled = True
             self.report(Progress([], error=error))
@@ -65,16 +65,16 @@ class Job:
 class Worker:
     """Decodes jobs in the order they were submitted, as many at once as ``queue`` allows.
 
-    When memory runs out, the jobs inside are decoded again, and from then on half as many together. After any other error they
-    are decoded again in ever smaller groups, until the job at fault is alone and fails; the others go on where they were.
+    When memory runs out, the jobs inside are decoded again, half as many at a time from then on. After any other error they are
+    decoded again in smaller and smaller groups, until the job at fault is alone and fails; the others continue where they were.
     ``device`` is held while anything is decoded, so that others can use the model between two runs.
     """
 
     def __init__(self, queue: Queue, max_waiting: int) -> None:
         self.queue, self.max_waiting = queue, max_waiting
         self.device = Lock()
-        self._waiting: deque[Job] = deque()
-        self._inside: dict[int, Job] = {}  # rows of the present run
+        self._waiting: deque[ReportingJob] = deque()
+        self._feeder = Feeder(self._take, partial(self._report, ended=True), self._report)
         self._change = Condition()
         self._closed = self._stopped = False
         self._thread = Thread(target=self._run, name="decoding", daemon=True)
@@ -82,8 +82,8 @@ class Worker:
 
     # ---------------------------------------------------------------- public, for any thread
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Put jobs in line, all or none. Raises Busy where the line is too long, Closed after :meth:`close`."""
+    def submit(self, jobs: Sequence[ReportingJob]) -> None:
+        """Put all jobs in line, or none. Raises Busy if the line would be too long, Closed after :meth:`close`."""
         with self._change:
             if self._closed:
                 raise Closed("the server is shutting down")
@@ -92,20 +92,20 @@ class Worker:
             self._waiting.extend(jobs)
             self._change.notify()
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Forget jobs, wherever they are; those that have ended are none the worse for it."""
+    def cancel(self, jobs: Sequence[ReportingJob]) -> None:
+        """Drop jobs that wait or are being decoded; nothing happens to those that have ended."""
         with self._change:
             for job in jobs:
                 job.cancelled = True
             self._waiting = deque(job for job in self._waiting if not job.cancelled)
 
     def close(self) -> None:
-        """Take no more jobs; those submitted go on."""
+        """Take no more jobs; those already submitted are finished."""
         with self._change:
             self._closed = True
 
     def stop(self) -> None:
-        """End all jobs with an error, and the thread."""
+        """End all jobs with an error, then the thread."""
         self.close()
         with self._change:
             self._stopped = True
@@ -115,7 +115,7 @@ class Worker:
     @property
     def running(self) -> int:
         """Rows of the batch."""
-        return len(self._inside)
+        return len(self._feeder.inside)
 
     @property
     def waiting(self) -> int:
@@ -135,13 +135,12 @@ class Worker:
                 continue
             except Exception as error:
                 self._put_back(error)
-            with suppress(Exception):  # a lost device gives nothing back
-                free_memory()  # what the error held on to is gone by now
+            with suppress(Exception):  # a lost device frees nothing
+                free_memory()  # only now: the error held on to tensors
         with self._change:
-            for job in [*self._inside.values(), *self._waiting]:
+            for job in [*self._feeder.empty(), *self._waiting]:
                 with _contained(job):
                     job.fail(Closed("the server was shut down before the answer was complete"))
-            self._inside.clear()
             self._waiting.clear()
 
     def _wait(self) -> bool:
@@ -152,71 +151,47 @@ class Worker:
 
     def _decode(self) -> None:
         """Decode until nothing is left, which also frees the cache."""
-        tally = Tally(self.queue.decoder.eos_ids.tolist())
-        unwanted: set[int] = set()
-        fed = 0
-
-        def feed(running: list[int]) -> list[Request]:
-            nonlocal fed
-            self._report(tally, running)
-            unwanted.clear()
-            unwanted.update(row for row, job in self._inside.items() if job.cancelled)
-            taken = self._take(fed)
-            fed += len(taken)
-            return taken
-
-        for iteration in self.queue.decoder.flow(feed, unwanted):
-            tally.add(iteration)
+        for _ in self._feeder.run(self.queue.decoder):
             if self._stopped:
                 return
 
-    def _report(self, tally: Tally, running: list[int]) -> None:
-        for row, job in [*self._inside.items()]:
-            ended = row not in running
-            result = tally.take(row, job.request.max_new_tokens) if ended else tally.so_far(row)
-            with _contained(job):
-                job.update(result, result.stop if ended else None)
-            if ended:
-                del self._inside[row]
+    def _report(self, job: ReportingJob, result: RowResult, ended: bool = False) -> None:
+        with _contained(job):
+            job.update(result, result.stop if ended else None)
 
-    def _take(self, row: int) -> list[Request]:
-        """The requests next in line that there is room for. Their jobs are inside from now on, the first one as ``row``."""
-        taken: list[Request] = []
+    def _take(self) -> Iterator[ReportingJob]:
+        """The jobs next in line that there is room for. One that can never be decoded fails, and the next follows."""
         with self._change:
             while self._waiting:
                 job = self._waiting[0]
                 with _contained(job):
-                    if self._inside and not self._fits(job):
-                        break
+                    if self._feeder.inside and not self._fits(job):
+                        return
                     self.queue.check(job.request)
-                    self._inside[row + len(taken)] = job
-                    taken.append(job.request)
+                    yield job
                 self._waiting.popleft()
-        return taken
 
-    def _fits(self, job: Job) -> bool:
-        together = [*self._inside.values(), job]
-        most = min(one.company for one in together)
-        return len(together) <= most and self.queue.fits([one.request for one in together])
+    def _fits(self, job: ReportingJob) -> bool:
+        together = [*self._feeder.inside.values(), job]
+        return len(together) <= min(one.company for one in together) and self.queue.fits(together)
 
     def _put_back(self, error: Exception) -> None:
-        """Let those inside wait again, before all others, or fail the only one. They report what they have not yet."""
+        """Let the jobs inside wait again, before all others; where there is only one, let it fail."""
         with self._change:
-            if not self._inside and self._waiting:  # nobody got in: it must not be tried for ever
-                self._inside[0] = self._waiting.popleft()
-            jobs = [*self._inside.values()]
-            self._inside.clear()
+            jobs = self._feeder.empty()
+            if not jobs and self._waiting:  # none got in: the next one must not be tried for ever
+                jobs = [self._waiting.popleft()]
             if not self._shrinks(error):
                 if len(jobs) == 1:
                     _fail(jobs.pop(), error)
                 else:
-                    logger.warning("decoding failed; what was decoded is tried again, apart: %s", error, exc_info=error)
+                    logger.warning("decoding failed; the jobs are tried again in smaller groups: %s", error, exc_info=error)
                 for job in jobs:
                     job.company = len(jobs) // 2
             self._waiting.extendleft(job for job in reversed(jobs) if not job.cancelled)
 
     def _shrinks(self, error: Exception) -> bool:
-        """Whether memory ran out, and less of it will be needed from now on."""
+        """Whether memory ran out, and the queue now needs less."""
         try:
             return self.queue.shrink(error)
         except Exception as another:
@@ -225,15 +200,15 @@ class Worker:
 
 
 @contextmanager
-def _contained(job: Job) -> Iterator[None]:
-    """What goes wrong inside ends this job alone."""
+def _contained(job: ReportingJob) -> Iterator[None]:
+    """An error inside ends this job and no other."""
     try:
         yield
     except Exception as error:
         _fail(job, error)
 
 
-def _fail(job: Job, error: Exception) -> None:
+def _fail(job: ReportingJob, error: Exception) -> None:
     logger.error("a request failed: %s", error, exc_info=error)
-    with suppress(Exception):  # where telling is what failed, nobody can be told
+    with suppress(Exception):  # where reporting is what failed, there is nobody to tell
         job.fail(Failed("the model failed on this request; the server's log says why"))

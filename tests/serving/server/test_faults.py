@@ -28,7 +28,7 @@ from cllm.decoding.step import Step
 from cllm.prompts import PromptTemplate
 from cllm.serving.server import app, protocol
 from cllm.serving.server.service import Limits
-from cllm.serving.server.worker import Closed, Failed, Job, Progress, Worker
+from cllm.serving.server.worker import Closed, Failed, Progress, ReportingJob, Worker
 from cllm.serving.text import TextStream
 
 BAD = 666  # the seed of the job at fault
@@ -61,7 +61,7 @@ def at(rows, length: int) -> bool:
 
 
 POINTS: dict[str, tuple[type, str, Callable[..., bool]]] = {
-    "is there room": (Queue, "fits", lambda self, requests: bad(requests[-1])),
+    "is there room": (Queue, "fits", lambda self, jobs: bad(jobs[-1].request)),
     "can it be decoded": (JacobiDecoder, "check", lambda self, request, *_: bad(request)),
     "its tensors": (JacobiDecoder, "_start", lambda self, requests, first: any(map(bad, requests))),
     "its prefill": (Prefill, "__call__", lambda self, new, requests, *_: any(map(bad, requests))),
@@ -72,9 +72,9 @@ POINTS: dict[str, tuple[type, str, Callable[..., bool]]] = {
     "a later forward": (Step, "__call__", lambda self, rows, *_: at(rows, len(PROMPT) + 8)),
     "accepting": (Step, "advance", lambda self, rows, *_: at(rows, len(PROMPT) + 5)),
     "fetching its result": (Tally, "take", lambda self, row, most: most == LENGTH),
-    "its result so far": (Job, "update", lambda self, result, stop=None: bad(self.request) and len(result.token_ids) > 3),
-    "its result": (Job, "update", lambda self, result, stop=None: bad(self.request) and stop is not None),
-    "its failure": (Job, "fail", lambda self, error: bad(self.request)),
+    "its result so far": (ReportingJob, "update", lambda self, result, stop=None: bad(self.request) and len(result.token_ids) > 3),
+    "its result": (ReportingJob, "update", lambda self, result, stop=None: bad(self.request) and stop is not None),
+    "its failure": (ReportingJob, "fail", lambda self, error: bad(self.request)),
 }
 
 
@@ -90,7 +90,7 @@ def working(batch_size: int = 4):
 
 def submit(worker: Worker, *requests: Request) -> list["queues.Queue[Progress]"]:
     reports: list[queues.Queue[Progress]] = [queues.Queue() for _ in requests]
-    worker.submit([Job(request, of.put) for request, of in zip(requests, reports, strict=True)])
+    worker.submit([ReportingJob(request, queue.put) for request, queue in zip(requests, reports, strict=True)])
     return reports
 
 
@@ -112,11 +112,11 @@ def alone() -> list[RowResult]:
 
 def expect(reports, results: list[RowResult]) -> None:
     """Every answer is what its request gets alone, forward by forward, and nothing of it is said twice."""
-    for of, result in zip(reports, results, strict=True):
-        steps, last = answer_of(of)
+    for queue, result in zip(reports, results, strict=True):
+        steps, last = answer_of(queue)
         tokens = iter(result.token_ids)
         assert (steps, last.stop) == ([list(islice(tokens, count)) for count in result.accepted], result.stop)
-        assert of.empty()
+        assert queue.empty()
 
 
 @pytest.mark.parametrize("place", [0, 5], ids=["first", "joining others"])
@@ -151,7 +151,7 @@ def test_a_job_that_cannot_be_told(caplog, one_thread, when: str) -> None:
 
     requests, results = others(), alone()
     with working() as worker:
-        worker.submit([Job(Request(PROMPT, LENGTH), report)])
+        worker.submit([ReportingJob(Request(PROMPT, LENGTH), report)])
         expect(submit(worker, *requests), results)
     caplog.clear()
 
@@ -163,7 +163,7 @@ def test_what_fails_once_is_done_again_and_nobody_fails(monkeypatch, caplog, one
     breaks(monkeypatch, Step, "__call__", lambda self, rows, *_: next(calls) in (3, 9))
     with working() as worker:
         expect(submit(worker, *requests), results)
-    assert caplog.text.count("tried again, apart") == 2
+    assert caplog.text.count("tried again in smaller groups") == 2
     caplog.clear()
 
 
@@ -174,7 +174,7 @@ def test_several_at_fault(monkeypatch, caplog, one_thread) -> None:
         culprits = [Request([at, *PROMPT], LENGTH, Sampling(seed=BAD)) for at in range(3)]
         reports = submit(worker, *(one for pair in zip(requests, [*culprits, *requests[3:]]) for one in pair))
         expect(reports[0:6:2], results[:3])
-        assert all(isinstance(answer_of(of)[1].error, Failed) for of in reports[1:6:2])
+        assert all(isinstance(answer_of(queue)[1].error, Failed) for queue in reports[1:6:2])
         expect(reports[6::2], results[3:])
         expect(reports[7::2], results[3:])
     caplog.clear()
@@ -182,7 +182,7 @@ def test_several_at_fault(monkeypatch, caplog, one_thread) -> None:
 
 def test_a_job_at_fault_whose_client_has_left(monkeypatch, caplog, one_thread) -> None:
     """Those beside it are not blamed."""
-    bad_job = Job(Request(PROMPT, 90_000, Sampling(seed=BAD)), lambda progress: None)
+    bad_job = ReportingJob(Request(PROMPT, 90_000, Sampling(seed=BAD)), lambda progress: None)
     gone = []
 
     def leaves(self, rows, *_) -> bool:
@@ -196,7 +196,7 @@ def test_a_job_at_fault_whose_client_has_left(monkeypatch, caplog, one_thread) -
     breaks(monkeypatch, Step, "__call__", leaves)
     reports: queues.Queue[Progress] = queues.Queue()
     with working(2) as worker:
-        worker.submit([bad_job, Job(request, reports.put)])
+        worker.submit([bad_job, ReportingJob(request, reports.put)])
         expect([reports], results)
     assert gone
     caplog.clear()
@@ -222,7 +222,7 @@ def test_stopping_tells_all_even_if_one_cannot_be_told(caplog) -> None:
             raise Injected
 
     worker = Worker(Queue(new_decoder(), 1), 10)
-    worker.submit([Job(Request(PROMPT, 90_000), report)])
+    worker.submit([ReportingJob(Request(PROMPT, 90_000), report)])
     (reports,) = submit(worker, Request(PROMPT, 90_000))
     worker.stop()
     assert isinstance(answer_of(reports)[1].error, Closed)

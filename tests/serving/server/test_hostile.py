@@ -414,16 +414,13 @@ def test_its_own_names(server, name: str) -> None:
 def test_a_page_whose_name_was_made_to_point_here(server, name: str) -> None:
     """DNS rebinding: the browser takes our answers for those of the page's own server."""
     for path in ("/v1/models", "/metrics", "/health", "/"):
-        response = httpx.get(server.url + path, headers={"host": name})
-        assert 400 <= response.status_code < 500
-        if response.status_code != 400:  # what is no name at all, HTTP itself refuses
-            assert response.status_code == 421 and "Host header" in response.json()["error"]["message"]
+        assert httpx.get(server.url + path, headers={"host": name}).status_code == 400
 
 
 def test_where_every_name_is_welcome() -> None:
     with run.bind("0.0.0.0", 0) as everywhere, run.bind("localhost", 0) as here:
         assert run.own_names(everywhere, "0.0.0.0") is None
-        assert run.own_names(here, "My.Host") == {"127.0.0.1", "localhost", "::1", "my.host"}
+        assert run.own_names(here, "My.Host") == {"127.0.0.1", "localhost", "[::1]", "My.Host"}
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "text/plain; application/json"])

@@ -120,7 +120,7 @@ def test_every_field_of_the_protocol_is_known(server) -> None:
     }
     for kind, params in fields.items():
         assert set(params.__annotations__) <= set(kind.model_fields)
-        optional = [name for name, of in kind.model_fields.items() if not of.is_required()]
+        optional = [name for name, field in kind.model_fields.items() if not field.is_required()]
         body = {"messages": messages("x")} if kind is ChatRequest else {"prompt": "x"}
         kind.model_validate({"model": "tiny"} | body | dict.fromkeys(optional))
 

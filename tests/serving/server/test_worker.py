@@ -10,7 +10,7 @@ from servers import answer_of
 from tiny import tiny_model
 
 from cllm.decoding import JacobiDecoder, Queue, Request, RowResult
-from cllm.serving.server.worker import Busy, Closed, Job, Progress, Worker
+from cllm.serving.server.worker import Busy, Closed, Progress, ReportingJob, Worker
 
 
 @pytest.fixture
@@ -18,9 +18,9 @@ def decoder() -> JacobiDecoder:
     return JacobiDecoder(tiny_model(vocab_size=97, eos_token_id=None, max_position_embeddings=100_000), 4)
 
 
-def job(prompt: list[int], length: int) -> tuple[Job, "queues.Queue[Progress]"]:
+def job(prompt: list[int], length: int) -> tuple[ReportingJob, "queues.Queue[Progress]"]:
     reports: queues.Queue[Progress] = queues.Queue()
-    return Job(Request(prompt, length), reports.put), reports
+    return ReportingJob(Request(prompt, length), reports.put), reports
 
 
 def steps_of(result: RowResult) -> list[list[int]]:
