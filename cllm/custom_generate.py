@@ -86,7 +86,10 @@ def generate(
         attach_exported(model)
         more = {"custom_generate": jacobi, "stream_to": streamer}
     model_class: Any = type(model)
-    return model_class.generate(model, inputs, generation_config, logits_processor, stopping_criteria, **more, **kwargs)
+    output: torch.Tensor | JacobiOutput = model_class.generate(
+        model, inputs, generation_config, logits_processor, stopping_criteria, **more, **kwargs
+    )
+    return output
 
 
 def jacobi(
@@ -247,7 +250,8 @@ class Processed:
 
     def _apply(self, ids_S: torch.Tensor, scores_V: torch.Tensor) -> torch.Tensor:
         processors: Any = self.processors
-        return processors(ids_S.repeat(self.batch_size, 1), scores_V.repeat(self.batch_size, 1))[self.row]
+        processed_BV: torch.Tensor = processors(ids_S.repeat(self.batch_size, 1), scores_V.repeat(self.batch_size, 1))
+        return processed_BV[self.row]
 
 
 class OutputBatch:
@@ -297,7 +301,7 @@ class OutputBatch:
         column = [tokens[at] if row in self.unfinished else self.pad for row, tokens in enumerate(self.tokens)]
         self.ids_BS[:, self.length] = torch.tensor(column, device=self.ids_BS.device)
         self.length += 1
-        done = self.criteria(self.sequences, None).tolist()  # type: ignore[arg-type]
+        done = self.criteria(self.sequences, None).tolist()
         self.unfinished = {row for row in self.unfinished if not done[row] and at + 1 < self.room[row]}
 
     def _fetch(self) -> None:

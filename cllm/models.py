@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -89,7 +89,7 @@ def load_model(
         some = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise UsageError(f"the weights in {path!r} do not fit its config.json, missing or of another shape: {some}")
     attach_exported(model)
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def attach_exported(model: PreTrainedModel) -> None:
@@ -166,7 +166,7 @@ def _merged(model: PreTrainedModel, path: str) -> PreTrainedModel:
         adapted: Any = PeftModel.from_pretrained(model, path)
     except Exception as error:  # as in load_model
         raise UsageError(f"cannot load the adapter in {path!r}: {first_line(error)}") from error
-    return adapted.merge_and_unload()
+    return cast(PreTrainedModel, adapted.merge_and_unload())
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -234,7 +234,7 @@ def reread_length(config: PretrainedConfig) -> int | None:
     """The length at which ``generate`` recomputes the whole text with other rotary frequencies; None: never."""
     if config.model_type not in REREADING or rotary_switch(config) is None:
         return None
-    return config.original_max_position_embeddings + 1
+    return int(config.original_max_position_embeddings) + 1
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate | None = None) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,22 @@ def draw(lossless: dict, paper: dict | None, path: Path) -> None:
         runs["all weights (paper)"] = (paper, "jacobi")
     accepted = {title: [prompt["methods"][method]["accepted"] for prompt in run["prompts"]] for title, (run, method) in runs.items()}
     figure, (top, bottom) = plot.new_figure(2, 1, size=(8, 8))
-    plot.progress(top, accepted)
+    progress(top, accepted)
     top.set(title="Every held-out response, forward by forward")
     plot.histogram(bottom, {title: list(chain.from_iterable(responses)) for title, responses in accepted.items()})
     path.write_bytes(plot.png(figure))
+
+
+def progress(axes: Any, accepted: dict[str, list[list[int]]]) -> None:
+    """How far each response had come after each forward; ``accepted``: for each name, the gains of each response."""
+    for index, (name, responses) in enumerate(accepted.items()):
+        for place, gains in enumerate(responses):
+            label = None if place else name
+            axes.plot(list(accumulate(gains, initial=0)), color=plot.colour(index), alpha=0.5, linewidth=1, label=label)
+    longest = max(sum(gains) for responses in accepted.values() for gains in responses)
+    axes.plot([0, longest], [0, longest], "k--", linewidth=1, label="AR decoding: one token a forward")
+    axes.set(xlabel="forward passes", ylabel="tokens accepted")
+    axes.legend()
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm.cli.command import command
-from cllm.cli.probe import configured_task
-from cllm.cli.train import arguments, build_trainer
+from cllm.cli.train import arguments
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
 from cllm.evaluation.environment import environment
@@ -38,10 +37,11 @@ from cllm.evaluation.quality import response_entropies, response_nlls, score_rep
 from cllm.files import write_json
 from cllm.models import DEFAULT_GUESS, default_guess, load_model, load_tokenizer, read_record, stop_token_ids, weights_stamp
 from cllm.prompts import PromptTemplate
-from cllm.tasks import get_task
 from cllm.tasks.base import Task
+from cllm.tasks.configure import configured_task
 from cllm.tasks.source import load_examples
 from cllm.training.arguments import OBJECTIVE_FIELDS
+from cllm.training.build import build_trainer
 from cllm.trajectory.hygiene import repetition
 from cllm.trajectory.store import TrajectoryDataset
 
@@ -132,8 +132,8 @@ class Study:
         self.inputs = ["--model", args.model, "--trajectories", args.trajectories]
         self.settings = TrajectoryDataset(args.trajectories).settings
         if "block_size" not in self.settings:
-            raise UsageError(f"{args.trajectories} was not written by `cllm collect`")
-        self.task: Task = configured_task(get_task(args.task), args.filename, "speedup")
+            raise UsageError(f"{args.trajectories} is no folder that `cllm collect` wrote")
+        self.task: Task = configured_task(args.task, "speedup", filename=args.filename)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
         self.target = load_model(args.model, dtype="float32", device=args.device)
         template = PromptTemplate(self.settings["prompt_template"])
@@ -159,8 +159,8 @@ class Study:
         print(f"{name}: {', '.join(shown)}", flush=True)
 
     def objective(self, flags: Sequence[str]) -> dict[str, Any]:
-        """The full objective of a run with these flags, defaults included, since a default may change."""
-        args = arguments([*self.inputs, "--output_dir", str(self.folder), *flags], "study.py")[-1]
+        """What such a run is trained on, whether its flags say so or are silent: a default may change."""
+        _, args, _ = arguments([*self.inputs, "--output_dir", str(self.folder), *flags], "study.py")
         return {name: getattr(args, name) for name in OBJECTIVE_FIELDS}
 
     def measure_target(self) -> dict[str, Any]:
@@ -172,7 +172,8 @@ class Study:
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.folder / f"{name}-{seed}" if self.args.keep_weights else Path(scratch)
             words = [*self.inputs, *other, "--output_dir", str(folder), "--save_strategy", "no", "--report_to", "none", *flags]
-            trainer = build_trainer(*arguments(words, "study.py"))
+            inputs, args, parts = arguments(words, "study.py")
+            trainer = build_trainer(inputs, args, **parts)
             start = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - start

@@ -16,10 +16,11 @@ LAYERS = (  # from the bottom; a module may import its own layer and those below
     {"tasks", "scoring"},
     {"adapter"},
     {"attention", "chat_template", "prompts", "models"},
-    {"packing", "decoding", "reference", "custom_generate"},
+    {"packing", "decoding", "reference", "custom_generate", "options", "open_model"},
     {"trajectory", "training", "evaluation", "serving"},
-    {"cli", "making"},  # `make` calls functions of other commands
-    {"inference", "__main__"},  # other entry points to cli
+    {"making"},
+    {"cli"},
+    {"inference", "__main__"},  # other ways to call cli
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {"torch", "transformers", "accelerate", "safetensors"}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from transformers import MambaConfig
 
 from cllm.adapter import attached
 from cllm.attention import MASKABLE
-from cllm.cli import command
 from cllm.decoding.guess import STRATEGIES
 from cllm.errors import UsageError
 from cllm.models import (
@@ -27,6 +27,7 @@ from cllm.models import (
     weights_stamp,
     write_record,
 )
+from cllm.options import GUESSES, Dtype, Maskable
 
 Change = Callable[[Path], object]
 
@@ -206,9 +207,9 @@ def test_the_stamp_changes_with_the_weights(tmp_path: Path) -> None:
     assert weights_stamp("someone/on-the-hub") is None
 
 
-def test_commands_offer_the_dtypes_of_the_library() -> None:
-    assert tuple(DTYPES) == command.DTYPES and tuple(MASKABLE) == command.MASKABLE
-    assert tuple(STRATEGIES) == command.GUESSES
+def test_the_commands_offer_what_the_library_takes() -> None:
+    assert tuple(DTYPES) == get_args(Dtype) and tuple(MASKABLE) == get_args(Maskable)
+    assert tuple(STRATEGIES) == GUESSES
 
 
 def test_an_adapter_moved_together_with_its_target(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from commands import write_rows
 from pages import ROOT, blocks, runs
 from tiny import save_tiny_adapter, save_tiny_checkpoint
 
@@ -34,16 +35,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+def new_environment(folder: Path) -> Path:
+    """The scripts of an environment without cllm, which borrows the packages that the wheel needs from this one."""
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    return folder / "bin"
+
+
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts folder of a new environment with the wheel, which sees this environment's packages as dependencies."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, symlinks=True)
-    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    """The scripts of an environment with the wheel in it."""
+    scripts = new_environment(tmp_path_factory.mktemp("environment"))
+    pip = [sys.executable, "-m", "pip", "--python", str(scripts / "python")]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], env=CLEAN, check=True)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "lent.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    return folder / "bin"
+    return scripts
 
 
 def run(environment: Path, folder: Path, program: str, *words: str) -> str:
@@ -73,3 +79,15 @@ def test_the_snippets_of_readme_and_concepts(environment: Path, tmp_path: Path) 
     assert len(texts) >= len(SNIPPETS)
     (tmp_path / "snippets.py").write_text("\n".join(texts))
     run(environment, tmp_path, "python", "snippets.py")
+
+
+def test_make_and_the_export_check(environment: Path, tmp_path: Path) -> None:
+    """What a model becomes in the wheel's environment decodes in one that has no cllm."""
+    pytest.importorskip("peft")
+    model = save_tiny_checkpoint(tmp_path / "model", seed=3, max_position_embeddings=1024)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Why {n * n}?"} for n in range(12)])
+    made = ["make", str(model), "prompts.jsonl", "made", "--max_new_seq_len", "16", "--device", "cpu", "--dtype", "float32"]
+    assert "speedup over AR" in run(environment, tmp_path, "cllm", *made)
+    run(environment, tmp_path, "cllm", "export", "made", "exported")
+    bare = new_environment(tmp_path / "bare")
+    assert "equal to" in run(bare, tmp_path, "python", "-I", str(ROOT / "scripts" / "export_check.py"), "exported")

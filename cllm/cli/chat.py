@@ -2,66 +2,49 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from io import TextIOWrapper
 
-from cllm.cli.command import (
-    add_guess_option,
-    add_model_options,
-    add_prefix_option,
-    add_sampling_options,
-    command,
-    parser,
-    positive,
-    sampling_of,
-)
+from cllm.cli.command import add_options, command, parser, read
 from cllm.errors import UsageError
+from cllm.options import SamplingOptions, option
+from cllm.serving.arguments import DecoderArguments
+from cllm.tasks import DEFAULT_TASK, get_task, task_names
 
+TASKS = task_names(others=True)
 HELP = "/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves"
 COMMANDS = {
     "/stats": "the last answer's speed",
-    "/ar": "switch between Jacobi and AR decoding; the last answer is written again, to compare",
+    "/ar": "switch between Jacobi and AR decoding; the last answer is written again for comparison",
     "/reset": "start a new conversation",
-    "/save FILE": "write the conversation into a JSON file, in the form that the task sharegpt reads",
+    "/save FILE": "write the conversation to a JSON file that the task sharegpt can read",
     "/help": "this list",
     "/exit": "leave",
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    from cllm.tasks import DEFAULT_TASK, task_names
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SamplingOptions, DecoderArguments):
+    """What a chat is given."""
 
-    options = parser("Talk to a model; it answers by Jacobi decoding. Reads standard input, one turn a line.", "cllm chat")
-    add_model_options(options, "--model")
-    options.add_argument(
-        "--cllm_type",
-        choices=task_names(others=True),
-        default=DEFAULT_TASK,
-        help="whose plain template and default question to use",
-    )
-    options.add_argument("--block_size", type=positive, help="default: what `cllm tune` or the training stored, else 16")
-    options.add_argument("--max_new_seq_len", type=positive, default=512, help="longest answer, in tokens")
-    add_guess_option(options)
-    add_prefix_option(options)
-    add_sampling_options(options)
-    options.add_argument("--seed", type=int, help="of the draws, for a talk that can be repeated; default: a new one each time")
-    options.add_argument("--stats", action="store_true", help="show tokens per forward and tokens/s after every answer")
-    return options
+    cllm_type: str = option("whose plain template and default question to use", DEFAULT_TASK, choices=TASKS)
+    max_new_seq_len: int = option("longest answer, in tokens", 512, least=1)
+    seed: int | None = option("of the draws, for a reproducible conversation; default: a new one each time", None)
+    stats: bool = option("show tokens per forward and tokens/s after every answer", False)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    options = parser("Talk to a model; it answers by Jacobi decoding. Reads standard input, one turn a line.", "cllm chat")
+    add_options(options, ChatOptions)
+    args = read(ChatOptions, vars(options.parse_args(argv)))
     from cllm.serving.turns import MULTILINE_HELP, turns
-    from cllm.tasks import get_task
 
     task = get_task(args.cllm_type)
-    if args.seed is None:
-        args.seed = random.getrandbits(32)
     chat = Chat(args, task.plain_template, task.default_question)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, TextIOWrapper):
@@ -81,23 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 class Chat:
     """A conversation with the model of ``args``, and its commands. ``question``: a sample of it, for ``--guess auto``."""
 
-    def __init__(self, args: argparse.Namespace, plain_template: str, question: str) -> None:
-        from cllm.cli.guess import check_guess, pick_guess
-        from cllm.cli.model import open_model
+    def __init__(self, args: ChatOptions, plain_template: str, question: str) -> None:
         from cllm.cli.screen import make_screen
         from cllm.decoding import JacobiDecoder
-        from cllm.models import default_width
         from cllm.serving.chat import Conversation
+        from cllm.serving.decoder import open_decoder
 
-        sampling = sampling_of(args, args.seed)
-        check_guess(args.guess)
-        of = open_model(args, plain_template)
-        size = args.block_size if args.block_size is not None else default_width(of.record)
-        sample = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
-        guess = pick_guess(args.guess, of, size, [sample], sampling=sampling)
-        self.jacobi = JacobiDecoder(of.model, size, eos_token_ids=of.stops, guess=guess, prefix_cache=args.prefix_cache)
-        self.ar = JacobiDecoder(of.model, 1, eos_token_ids=of.stops, prefix_cache=args.prefix_cache)
-        self.conversation = Conversation(self.jacobi, of.tokenizer, of.template, args.max_new_seq_len, sampling)
+        sampling = args.sampling(random.getrandbits(32) if args.seed is None else args.seed)
+        opened, self.jacobi = open_decoder(args, question, plain_template=plain_template, sampling=sampling)
+        self.ar = JacobiDecoder(opened.model, 1, eos_token_ids=opened.stops, prefix_cache=args.prefix_cache)
+        self.conversation = Conversation(self.jacobi, opened.tokenizer, opened.template, args.max_new_seq_len, sampling)
         self.screen, self.always_statistics = make_screen(), args.stats
 
     def take(self, turn: str) -> None:
@@ -136,7 +112,7 @@ class Chat:
             print(f"[{reply.statistics()}]")
 
     def switch(self) -> None:
-        """From Jacobi to AR decoding or back; the last answer is written again."""
+        """Switch from Jacobi to AR decoding or back; the last answer is written again."""
         to_ar = self.conversation.decoder is self.jacobi
         self.conversation.decoder = self.ar if to_ar else self.jacobi
         print("AR decoding from now on" if to_ar else f"Jacobi decoding from now on, block size {self.jacobi.block_size}")

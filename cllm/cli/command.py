@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, logging, and options that mean the same everywhere."""
+"""What all commands share: exit codes, logging, and options made from dataclasses."""
 
 from __future__ import annotations
 
@@ -9,29 +9,23 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn, TypeVar
 
 from cllm.errors import LARGEST, UsageError, out_of_memory
+from cllm.options import Options, options_of
 
-if TYPE_CHECKING:
-    from cllm.decoding import Sampling
-
-# Written out here, because `--help` must not wait for torch; tests hold them to cllm.models and cllm.attention.
-DTYPES = ("float32", "bfloat16", "float16")
-MASKABLE = ("sdpa", "eager")
-STARTS = ("context", "uniform", "filler")  # what trajectories can start from, and decoding fill its windows with
-GUESSES = (*STARTS, "prompt_lookup", "pool")
-AUTO = "auto"  # a --guess: measure and pick
-PREFIX_BYTES = 1 << 30
+Kind = TypeVar("Kind", bound=Options)
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Run a command's ``main``: what a user caused is printed as one line, with exit status 2; Ctrl-C gives 130.
+    """Run a command's ``main``: a user's mistake is printed as one line, with exit status 2; Ctrl-C gives 130.
 
-    The libraries' warnings and bars are silenced, unless the user's environment says otherwise.
+    The libraries' warnings and progress bars are silenced unless the user's environment says otherwise.
     """
 
     @functools.wraps(main)
@@ -69,14 +63,21 @@ def _fail(message: str) -> NoReturn:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, in the place of argparse's page of usage."""
+    """Says in one line what is wrong, instead of printing argparse's usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (`{self.prog} --help` lists the options)")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves out defaults that say nothing: None, False, and empty ones."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default or type(action.default) in (int, float) else action.help
+
+
 def parser(description: str, prog: str) -> Parser:
-    return Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return Parser(prog=prog, description=description, formatter_class=HelpFormatter)
 
 
 def add_task_option(options: argparse.ArgumentParser, task: str | None, command: str = "", argv: Sequence[str] | None = None) -> None:
@@ -101,90 +102,71 @@ def add_task_option(options: argparse.ArgumentParser, task: str | None, command:
         chosen.add_options(own, command)  # type: ignore[arg-type]
 
 
-def add_model_options(options: argparse.ArgumentParser, *names: str, required: bool = True) -> None:
-    """The model's path under ``names`` (stored as ``model``; a word of its own where there are none), and how to load it."""
-    from cllm.prompts import DIALOGUES
-
-    named = {"dest": "model", "required": required, "metavar": "PATH"} if names else {"metavar": "MODEL"}
-    options.add_argument(*names or ["model"], help="checkpoint folder or hub name", **named)
-    options.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 elsewhere")
-    options.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
-    options.add_argument("--attn_implementation", choices=MASKABLE, help="default: the model's own")
-    options.add_argument(
-        "--prompt_template",
-        help=f"chat (the tokenizer's), plain (the task's), {', '.join(DIALOGUES)}, or a text with {{question}}; "
-        "default: what the checkpoint was trained with, else chat where the tokenizer has it, else plain",
-    )
-
-
-def add_sampling_options(options: argparse.ArgumentParser) -> None:
-    """How tokens are chosen; :func:`sampling_of` reads them."""
-    options.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding; above it, tokens are drawn")
-    options.add_argument("--top_k", type=int, default=0, help="draw from the k most likely tokens only; 0: from all")
-    options.add_argument("--top_p", type=float, default=1.0, help="draw from the most likely tokens that have this probability")
-    options.add_argument("--min_p", type=float, default=0.0, help="draw from tokens this times as likely as the likeliest")
-    options.add_argument("--repetition_penalty", type=float, default=1.0, help="on tokens of the prompt and the reply so far; 1: none")
+def add_options(options: argparse.ArgumentParser, kind: type[Options]) -> None:
+    """An option for each field of a dataclass of options; :func:`read` makes the dataclass of what was parsed."""
+    for option in options_of(kind):
+        metadata: dict[str, Any] = dict(option.field.metadata)
+        default: Any = option.field.default
+        flag, least = metadata.pop("flag", f"--{option.name}"), metadata.pop("least", None)
+        how: dict[str, Any] = {"type": _parser_of(option.kind, least)}
+        if option.choices:
+            how["choices"] = option.choices
+        if option.several:
+            how["nargs"] = "+"
+        if option.kind is bool:
+            how = {"action": argparse.BooleanOptionalAction if default else "store_true"}
+        if flag.startswith("-"):
+            how |= {"dest": option.name, "default": default, "required": default is MISSING}
+            if option.several:
+                how |= {"default": list(default), "action": "store" if default else "extend"}
+        options.add_argument(flag, **how | metadata)
 
 
-def sampling_of(args: argparse.Namespace, seed: int = 0) -> Sampling:
-    """The options of :func:`add_sampling_options` with a seed. Raises UsageError for a value that is out of range."""
-    from cllm.decoding import Sampling
-
-    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, seed)
-
-
-def add_guess_option(options: argparse.ArgumentParser, several: bool = False) -> None:
-    """``--guess``: a strategy for fresh guesses, or ``several`` of them."""
-    more = "; several are measured in turn, as methods of their own" if several else ""
-    options.add_argument(
-        "--guess",
-        metavar="NAME",
-        nargs="+" if several else None,
-        help=f"fresh guesses of Jacobi decoding: {', '.join(GUESSES)}, or some of them joined by +, as in "
-        f"prompt_lookup+pool, tried in that order; {AUTO} measures and picks. They decide the speed, never the text; "
-        f"default: what `cllm tune` stored, else what the model was trained with{more}",
-    )
+def read(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
+    """The parsed options as their dataclass. Those that are none of its fields are the task's own."""
+    names = {each.name for each in fields(kind)}
+    others = {name: value for name, value in given.items() if name not in names}
+    return kind(**{name: given[name] for name in given if name in names}, **({"task_options": others} if others else {}))
 
 
-def add_prefix_option(options: argparse.ArgumentParser) -> None:
-    """``--prefix_cache``: the memory for prefix reuse."""
-    options.add_argument(
-        "--prefix_cache",
-        metavar="BYTES",
-        type=natural,
-        default=PREFIX_BYTES,
-        help="of keys and values kept, so that prompts which start like earlier texts are computed from there on; 0: none",
-    )
+def _parser_of(kind: type, least: float | None) -> Callable[[str], Any]:
+    """What turns an option's word into its value."""
+    if least is None:
+        return kind
+    return functools.partial(_integer, least=int(least)) if kind is int else functools.partial(_seconds, least=least)
 
 
-def positive(text: str) -> int:
-    """An option's value that must be an integer >= 1, and at most LARGEST."""
-    return _integer(text, 1, LARGEST)
+@contextmanager
+def memory_advice(message: str) -> Iterator[None]:
+    """Where memory runs out meanwhile, the error says ``message``."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UsageError(message) from error
 
 
-def natural(text: str) -> int:
-    """An option's value that must be an integer >= 0."""
-    return _integer(text, 0)
-
-
-def _integer(text: str, least: int, most: int | None = None) -> int:
+def _integer(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
-    if most is not None and value > most:
-        raise argparse.ArgumentTypeError(f"must be an integer <= {most}, got {text!r}")
+    if value > LARGEST and least > 0:
+        raise argparse.ArgumentTypeError(f"must be an integer <= {LARGEST}, got {text!r}")
     return value
 
 
-def seconds(text: str) -> float:
-    """An option's value that must be a number >= 0."""
+def _seconds(text: str, least: float) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds >= 0, got {text!r}")
+    if not least <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds >= {least}, got {text!r}")
     return value
+
+
+positive = functools.partial(_integer, least=1)  # the type of a script's option that counts something

@@ -2,64 +2,64 @@
 
 from __future__ import annotations
 
-import argparse
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from cllm.cli.command import command, parser, positive
-from cllm.cli.serve import add_service_options, api_keys, check_packages, open_decoder, open_service
+from cllm.cli.command import add_options, command, parser, read
+from cllm.cli.serve import ServiceOptions, check_packages, open_service
 from cllm.errors import UsageError
+from cllm.options import option
+from cllm.tasks import DEFAULT_TASK, get_task, task_names
 
 
-def options() -> argparse.ArgumentParser:
-    from cllm.tasks import DEFAULT_TASK, task_names
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(ServiceOptions):
+    """What the demo is given."""
 
-    result = parser("Watch AR and Jacobi decoding write the same text side by side, in a web page or a picture.", "cllm demo")
-    add_service_options(result)
-    result.add_argument("--cllm_type", choices=task_names(), default=DEFAULT_TASK, help="whose default question the page starts with")
-    result.add_argument("--prompt", help="another question to start with")
-    result.add_argument("--browser", action=argparse.BooleanOptionalAction, default=True, help="open the page in a browser")
-    result.add_argument("--record", metavar="FILE.svg", help="no page: write the race as an animated SVG")
-    result.add_argument("--record_tokens", type=positive, default=160, help="new tokens in the picture at most")
-    return result
+    cllm_type: str = option("whose default question the page starts with", DEFAULT_TASK, choices=task_names())
+    prompt: str | None = option("another question to start with", None)
+    browser: bool = option("open the page in a browser", True)
+    record: str | None = option("no page: write the race as an animated SVG", None, metavar="FILE.svg")
+    record_tokens: int = option("new tokens in the picture at most", 160, least=1)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = options().parse_args(argv)
-    from cllm.tasks import get_task
-
+    options = parser("Watch AR and Jacobi decoding write the same text side by side, in a web page or a picture.", "cllm demo")
+    add_options(options, DemoOptions)
+    args = read(DemoOptions, vars(options.parse_args(argv)))
     question = args.prompt or get_task(args.cllm_type).default_question
     if args.record:
-        _record(args, question)
+        _record(args, args.record, question)
     else:
         _show(args, question)
 
 
-def _record(args: argparse.Namespace, question: str) -> None:
+def _record(args: DemoOptions, picture: str, question: str) -> None:
     from cllm.evaluation.environment import check_writable
+    from cllm.serving.decoder import encode, open_decoder
     from cllm.serving.demo.picture import animate
     from cllm.serving.demo.race import ar_decoder, race
 
-    if Path(args.record).suffix != ".svg":
-        raise UsageError(f"--record writes SVG, so its name must end with .svg, got {args.record!r}")
-    check_writable(args.record)
-    of, decoder = open_decoder(args, question)
-    prompt = of.template.encode([{"role": "user", "content": question}], of.tokenizer)
-    steps = list(race(ar_decoder(decoder), decoder, of.tokenizer, prompt, args.record_tokens))
-    Path(args.record).write_text(animate(steps, question, Path(args.model).resolve().name), encoding="utf-8")
-    print(f"{len(steps)} forwards of both methods in {args.record}")
+    if Path(picture).suffix != ".svg":
+        raise UsageError(f"--record writes SVG, so its name must end with .svg, got {picture!r}")
+    check_writable(picture)
+    opened, decoder = open_decoder(args, question)
+    steps = list(race(ar_decoder(decoder), decoder, opened.tokenizer, encode(opened, question), args.record_tokens))
+    Path(picture).write_text(animate(steps, question, Path(args.model).resolve().name), encoding="utf-8")
+    print(f"{len(steps)} forwards of both methods in {picture}")
 
 
-def _show(args: argparse.Namespace, question: str) -> None:
+def _show(args: DemoOptions, question: str) -> None:
     check_packages()
     from cllm.decoding import GREEDY
     from cllm.serving.demo.routes import add_demo
     from cllm.serving.server.app import create_app
     from cllm.serving.server.run import Server, address, bind, own_names
 
-    keys = api_keys(args)
+    keys = args.api_keys()
     with bind(args.host, args.port) as listener:
         service = open_service(args, question, GREEDY)
         app = create_app(service, keys, own_names(listener, args.host))

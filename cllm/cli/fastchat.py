@@ -1,4 +1,4 @@
-"""``cllm fastchat``: FastChat's own programs, with CLLMs decoded by us."""
+"""``cllm fastchat``: FastChat's own programs, with CLLMs decoded by this toolkit."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ COMMANDS = {
     "generate": "answer a file of prompts",
     "chat": "talk to a model",
     "export": "write a checkpoint that decodes by Jacobi iteration in plain transformers",
-    "report": "make one page and pictures out of result files",
+    "report": "make one page and pictures from result files",
     "serve": "serve a model under the OpenAI protocol",
     "demo": "watch AR and Jacobi decoding side by side in a web page",
     "fastchat": "FastChat's chat, model worker and servers with our decoder (needs fschat)",

@@ -2,62 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from cllm.cli.command import STARTS, add_model_options, command, parser, positive
+from cllm.cli.command import add_options, command, parser
+from cllm.making.arguments import MakeArguments
 
 
-def options() -> argparse.ArgumentParser:
-    result = parser(
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(
         "Make a model faster at what you ask it, with the text that it writes today: it answers the prompts, an adapter learns "
         "to draft those answers, the window that is fastest on this device is found, and all is measured on prompts that were "
         "held out. Where nothing is faster, plain decoding is stored. Run it again to go on after an interruption.",
         "cllm make",
     )
-    add_model_options(result)
-    result.add_argument(
-        "prompts",
-        nargs="+",
-        metavar="PROMPTS",
-        help="files of prompts, mixed: JSONL with prompt or messages, a log of an OpenAI-compatible server, or .txt with a "
-        "prompt a line; or TASK or TASK:FILE, a task's data (see `cllm tasks`)",
-    )
-    result.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write: new, empty, or that of an earlier run")
-    result.add_argument(
-        "--held_out",
-        nargs="+",
-        default=[],
-        metavar="PROMPTS",
-        help="what is measured on; default: a fifth of the prompts, 64 at most, which are then not learned from",
-    )
-    result.add_argument("--minutes", type=float, help="about how long it may take; default: as long as all prompts need")
-    result.add_argument("--max_new_seq_len", type=positive, default=128, help="longest response, in tokens")
-    result.add_argument(
-        "--guess", choices=STARTS, default=STARTS[0], help="what windows start from; SGLang's UNO needs uniform (cllm export)"
-    )
-    result.add_argument("--dry_run", action="store_true", help="stop when the plan is made, and print it")
-    return result
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+    add_options(options, MakeArguments)
     words = list(sys.argv[1:] if argv is None else argv)
-    given = vars(options().parse_args(words))
+    given = vars(options.parse_args(words))
     _launch(words, given["device"])
     from cllm.making.make import make
 
-    figures = make(given.pop("model"), given.pop("prompts"), given.pop("output"), **given)
+    figures = make(**given)
     if int(os.environ.get("RANK", 0)) == 0:
         print(render(figures))
 
 
 def _launch(words: Sequence[str], device: str | None) -> None:
-    """Where there are several GPUs to use, become `accelerate launch` with a process for each."""
+    """With several GPUs, replace this process by `accelerate launch` with a process for each."""
     import torch
 
     if "RANK" in os.environ or torch.cuda.device_count() < 2 or device not in (None, "cuda"):

@@ -1,4 +1,4 @@
-"""``cllm report``: one page and pictures out of a folder of result files."""
+"""``cllm report``: one page and pictures from a folder of result files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = 10  # skipped files that are named; the page names them all
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(
-        "Make one self-contained HTML page, and PNG pictures beside it, out of the result files below a folder: those of "
+        "Make one self-contained HTML page, and PNG pictures beside it, from the result files below a folder: those of "
         "speedup, acc and tune, trainer_state.json, and those of scripts/benchmarks.",
         "cllm report",
     )

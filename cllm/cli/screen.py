@@ -1,4 +1,4 @@
-"""Where an answer appears while it is being written: as plain text, or as Markdown on a terminal that can show it."""
+"""Shows an answer while it is being written: as plain text, or as Markdown on a terminal that can render it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FENCES = ("```", "~~~")
 
 
 class Screen(AbstractContextManager, Protocol):
-    """Used in a ``with`` statement for one answer; the answer stays to be seen, however the statement is left."""
+    """A context manager for one answer, which stays visible however the ``with`` statement ends."""
 
     def show(self, piece: str) -> None: ...
 
 
 def make_screen() -> Screen:
-    """Markdown where ``rich`` is installed and the output is a terminal, but no dumb one; else plain text."""
+    """Markdown where ``rich`` is installed and the output is a terminal that is not dumb; else plain text."""
     try:
         from rich.console import Console
     except ImportError:
@@ -31,7 +31,7 @@ def make_screen() -> Screen:
 
 
 class PlainScreen(Screen):
-    """The text as it comes; an answer that could not begin leaves no empty line."""
+    """The text as it comes; an answer that could not start leaves no empty line."""
 
     def show(self, piece: str) -> None:
         print(piece, end="", flush=True)
@@ -42,7 +42,7 @@ class PlainScreen(Screen):
 
 
 class MarkdownScreen(Screen):
-    """Finished blocks are printed once and for all; the last lines of the unfinished one are drawn anew as it grows."""
+    """Prints finished blocks once; redraws the last lines of the unfinished one as it grows."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.rest = console, ""
@@ -76,7 +76,7 @@ class MarkdownScreen(Screen):
 
 
 class _Tail:
-    """As many of a Markdown text's last lines as fit on the screen."""
+    """The last lines of a Markdown text, as many as fit on the screen."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -92,7 +92,7 @@ class _Tail:
 
 
 def split_blocks(text: str) -> tuple[str, str]:
-    """Cut Markdown behind its last blank line that is not inside fenced code: what is finished, and what may still grow."""
+    """Cut Markdown after its last blank line outside fenced code: what is finished, and what may still grow."""
     fence, at, cut = "", 0, 0
     for line in text.splitlines(keepends=True):
         at += len(line)

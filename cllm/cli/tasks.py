@@ -1,4 +1,4 @@
-"""``cllm tasks``: what there is to collect from, to train for and to measure on."""
+"""``cllm tasks``: the tasks to collect from, to train for and to measure on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def render_templates() -> str:
     from cllm.prompts import CHAT, DIALOGUES, PLAIN
 
     lines = [
-        "--prompt_template, where it is not chosen by what the checkpoint says:",
+        "--prompt_template, where the checkpoint does not decide:",
         _fact(CHAT, "the tokenizer's chat template"),
         _fact(PLAIN, "the task's plain prompt, above"),
         *(_fact(name, repr(dialogue.text)) for name, dialogue in DIALOGUES.items()),

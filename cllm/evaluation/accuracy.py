@@ -1,4 +1,4 @@
-"""Accuracy on a task: answers go to a JSONL file batch by batch, are picked up again after a stop, and get scored."""
+"""Answers to a task's questions: decoded batch by batch, stored in a JSONL file that a later run resumes from, and scored."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from cllm.result_file import ResultFile, Row, plain
 from cllm.tasks.base import Example, Message, Task, user_turn
 
 TOO_LONG = "prompt too long"
-MOST_GROUPS = 20  # values of a tag; one with more is no grouping
+MOST_GROUPS = 20  # a tag with more values groups nothing
 NEEDED = ("id", "question", "target", "reply")
-TEXTS = ("id", "question", "reply")  # of these
+TEXTS = ("id", "question", "reply")  # those that are text
 
 
 class AnswerFile(ResultFile):
@@ -43,13 +43,13 @@ class AnswerFile(ResultFile):
         if asked != (question_of(example), list(example.follow_ups), plain(example.target)):
             raise UsageError(
                 f"{self.path} answers another question as {example.id}; it belongs to another --filename. "
-                "Choose another --output_file_name, or pass --no-resume to start anew"
+                "Choose another --output_file_name, or pass --no-resume to start afresh"
             )
         return True
 
 
 def checked_answers(rows: list[Row], path: str | Path) -> list[Row]:
-    """The rows themselves. Raises UsageError, naming the file, if one is no answer."""
+    """The rows themselves. Raises UsageError, naming the file, if a row is not an answer."""
     for row in rows:
         missing = [name for name in NEEDED if name not in row]
         if missing:
@@ -79,11 +79,11 @@ def answer(
     for batch in batches(sorted(prompts, key=lambda prompt: len(prompt.ids)), batch_size):
         samplings = [sampling.derive(prompt.example.id) for prompt in batch]
         turns = _converse(decoder, tokenizer, batch, template, max_new_tokens, samplings)
-        yield rescore(task, [_row(prompt, of) for prompt, of in zip(batch, turns, strict=True)])
+        yield rescore(task, [_row(prompt, replies) for prompt, replies in zip(batch, turns, strict=True)])
 
 
 def too_long_rows(task: Task, prompts: Sequence[Prompt]) -> list[Row]:
-    """Prompts that leave no room in the model's context: empty replies, which count as wrong."""
+    """Rows of prompts that leave no room in the model's context: empty replies, which count as wrong."""
     return rescore(task, [_row(prompt, [NO_ROOM]) for prompt in prompts])
 
 
@@ -136,7 +136,7 @@ def conversation(example: Example, replies: Sequence[str]) -> list[Message]:
 
 
 def _row(prompt: Prompt, turns: Sequence[Turn]) -> Row:
-    """``reply`` is the last one, which is what gets scored; ``replies`` are all, "" for those never asked for."""
+    """``reply`` is the last one, which is scored; ``replies`` are all of them, "" for those never asked for."""
     example = prompt.example
     replies = [turn.reply for turn in turns]
     replies += [""] * (1 + len(example.follow_ups) - len(replies))
@@ -200,7 +200,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
 def rescore(task: Task, rows: Sequence[Row]) -> list[Row]:
     """The rows with fresh scores, from their own question, target and reply."""
     scores = task.score_all([(row["reply"], example_of(row)) for row in rows])
-    return [row | of for row, of in zip(rows, scores, strict=True)]
+    return [row | score for row, score in zip(rows, scores, strict=True)]
 
 
 def example_of(row: Row) -> Example:

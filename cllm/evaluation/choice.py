@@ -20,13 +20,13 @@ from cllm.decoding import GREEDY, JacobiDecoder, Sampling
 from cllm.decoding.engine import Prompts
 from cllm.errors import UsageError
 from cllm.evaluation.method import Engine
-from cllm.evaluation.speed import Run, budget, measure
+from cllm.evaluation.speed import Progress, Run, budget, measure
 from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, context_length
 
 # What --guess auto chooses from. The last keeps all that an iteration refined, which on a CPU the three before it drop.
 CANDIDATES = ("context", "prompt_lookup", "pool", "prompt_lookup+pool", "prompt_lookup+pool+context")
-LEAST = 3  # batches that there are
-FINALISTS = 4  # choices that decode all batches, at least
+LEAST = 3  # batches at least
+FINALISTS = 4  # choices that decode all batches at least
 
 
 def lossless_candidates(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def lossless_candidates(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class Setting(NamedTuple):
-    """What a decoder can be told."""
+    """What a decoder is given."""
 
     width: int
     drafts: int  # draft tokens of a consistency adapter
@@ -48,16 +48,16 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """One width with so many draft tokens and one strategy for fresh guesses, at one batch size."""
+    """A width with a number of draft tokens and a strategy for fresh guesses, at one batch size."""
 
     width: int
     drafts: int
     guess: str
     batch_size: int
-    seconds: float  # per iteration behind the prefill
+    seconds: float  # per iteration after the prefill
     tokens_per_forward: float
     tokens_per_second: float  # prefill included
-    batches: int  # that it decoded; fewer than others of its batch size did: it was too slow to go on
+    batches: int  # that it decoded; fewer than others of its batch size where it was too slow to stay in the race
 
 
 def measure_choices(
@@ -72,9 +72,9 @@ def measure_choices(
     eos_ids: Sequence[int] = (),
     sampling: Sampling = GREEDY,
     seed: int = 0,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Progress = iter,
 ) -> list[Choice]:
-    """Every width with every guess at every batch size; at width 1 nothing is guessed, so the first stands for all.
+    """Every width with every guess at every batch size; at width 1 nothing is guessed, so the first guess stands for all.
 
     A model with a consistency adapter is measured with all of the ``drafts`` that are no fewer than a width's guesses; by
     default, and where there is none, with as many.
@@ -148,7 +148,7 @@ def fastest(measured: Sequence[Choice], batch_size: int) -> Choice:
 
 
 def _batches(prompts: Prompts, size: int) -> list[Prompts]:
-    """All prompts in LEAST batches or more, which are full; the last are with prompts that were there before."""
+    """All prompts in LEAST full batches or more; the last ones repeat earlier prompts."""
     count = max(LEAST, -(-len(prompts) // size))
     return [[prompts[(at * size + row) % len(prompts)] for row in range(size)] for at in range(count)]
 

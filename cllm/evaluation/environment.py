@@ -34,7 +34,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 def git_revision(package: Path) -> str | None:
     """The commit of the checkout whose top level holds ``package``, with ``-dirty`` where tracked files were changed.
 
-    None for an installed package, even one that lies somewhere inside another project's checkout.
+    None for an installed package, even inside another project's checkout.
     """
     top = _git(package, "rev-parse", "--show-toplevel")
     commit = _git(package, "rev-parse", "--verify", "--quiet", "HEAD")
@@ -44,7 +44,7 @@ def git_revision(package: Path) -> str | None:
 
 
 def check_writable(path: StrPath) -> None:
-    """Raise UsageError if a result file cannot be written, before hours are spent on the result."""
+    """Raise UsageError if a result file cannot be written: called before hours are spent on the result."""
     target = Path(path)
     if target.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")

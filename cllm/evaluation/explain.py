@@ -5,7 +5,7 @@ Shapes: N tokens of a response, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cllm.decoding import JacobiDecoder
+from cllm.decoding import GuessStrategy, JacobiDecoder
 from cllm.decoding.engine import Prompts
 from cllm.decoding.guess import CONTEXT, STARTS
 from cllm.evaluation.choice import iteration_seconds
@@ -25,31 +25,31 @@ from cllm.evaluation.speed import Measurement, measure
 from cllm.evaluation.table import format_table, number, percent
 from cllm.reference import drafting
 
-PROMPTS, PLACES = 4, 16  # looked at closely: texts, and places in each
+PROMPTS, PLACES = 4, 16  # texts that are examined closely, and places in each
 TIMED_TOKENS = 32  # of a response whose iterations are timed
-NUMERICS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of the largest logit: what rounding explains
-DEAR = 1.25  # times the cost of a forward of one token, from which on a window is called dear
-SOUND = 0.8  # of the next guesses are the same at least, near-ties aside
-GAP = 0.1  # between two shares, from which on they are called apart, if their intervals are as well
+NUMERICS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # share of the largest logit that rounding explains
+EXPENSIVE = 1.25  # a window that costs this many times a forward of one token is called expensive
+SOUND = 0.8  # share of the next guesses that are the same at least, near-ties aside
+GAP = 0.1  # least difference between two shares that is reported, if their intervals do not overlap
 
 
 @dataclass(frozen=True)
 class Share:
-    """How often something was so: ``right`` of ``of`` times."""
+    """How often something held: ``right`` times out of ``total``."""
 
     right: int
-    of: int
+    total: int
 
     @property
     def value(self) -> float | None:
-        return self.right / self.of if self.of else None
+        return self.right / self.total if self.total else None
 
     def above(self, other: Share) -> bool:
-        """Whether it is the larger share, beyond noise and by what is worth a word."""
-        mine, theirs = wilson(self.right, self.of), wilson(other.right, other.of)
+        """Whether it is the larger share, beyond noise and by more than GAP."""
+        mine, theirs = wilson(self.right, self.total), wilson(other.right, other.total)
         if mine is None or theirs is None:
             return False
-        return mine[0] > theirs[1] and self.right / self.of - other.right / other.of > GAP
+        return mine[0] > theirs[1] and self.right / self.total - other.right / other.total > GAP
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All figures, and ``findings`` in words, the gravest first."""
+    """All figures, and ``findings`` in words, the most serious first."""
 
     iterations: list[Cost]
     acceptance: list[Share]  # of each guess of a window, among those whose guesses before it were right
@@ -97,7 +97,7 @@ class Explanation:
 
 
 def explain(jacobi: Engine, measured: Measurement, prompts: Prompts, batches: Sequence[Prompts]) -> Explanation:
-    """Look into what :func:`cllm.evaluation.speed.measure` found of ``jacobi`` and AR decoding on these ``batches``.
+    """Examine what :func:`cllm.evaluation.speed.measure` found for ``jacobi`` and AR decoding on these ``batches``.
 
     ``prompts``: those of all batches, in their order.
     """
@@ -126,26 +126,19 @@ def _costs(decoder: JacobiDecoder, batches: Sequence[Prompts]) -> list[Cost]:
     """Iterations of this window and of narrower ones, taking turns."""
     settings = {width: width - 1 if decoder.step.drafts else 0 for width in (1, 2, 4, 8, 16, 32) if width < decoder.block_size}
     settings[decoder.block_size] = decoder.step.drafts
-    methods = [
-        Engine(
-            JacobiDecoder(
-                decoder.model,
-                width,
-                eos_token_ids=decoder.eos_ids.tolist(),
-                guess=decoder.guess,
-                adapter=decoder.step.adapter if drafts else None,
-                drafts=drafts,
-                seed=decoder.seed,
-                compile=decoder.compile,
-            ),
-            str(width),
-            str(width),
-        )
-        for width, drafts in settings.items()
-    ]
+    adapter, stops = decoder.step.adapter, decoder.eos_ids.tolist()
+    methods = []
+    for width, drafts in settings.items():
+        more = {"eos_token_ids": stops, "drafts": drafts, "adapter": adapter if drafts else None}
+        methods.append(Engine(_like(decoder, width, decoder.guess, **more), str(width), str(width)))
     runs = measure(methods, batches, TIMED_TOKENS, context=decoder.context).runs
     seconds = {width: iteration_seconds(runs[str(width)]) for width in settings}
     return [Cost(width, settings[width], each, each / seconds[1]) for width, each in seconds.items()]
+
+
+def _like(decoder: JacobiDecoder, width: int, guess: GuessStrategy | str, **more: Any) -> JacobiDecoder:
+    """Another decoder of the same model, run in the same way."""
+    return JacobiDecoder(decoder.model, width, guess=guess, seed=decoder.seed, compile=decoder.compile, **more)
 
 
 def _acceptance(responses: Sequence[Response], width: int) -> list[Share]:
@@ -203,29 +196,21 @@ def _replayed(decoder: JacobiDecoder, prompts: Prompts) -> Share:
     refined = min(decoder.step.drafts or decoder.block_size, decoder.block_size - 1)  # guesses of a window
     if not refined:
         return Share(0, 0)
-    again = JacobiDecoder(
-        decoder.model,
-        decoder.block_size,
-        guess=_start(decoder.guess.name),
-        adapter=decoder.step.adapter,
-        drafts=decoder.step.drafts,
-        seed=decoder.seed,
-        compile=decoder.compile,
-    )
-    same = of = 0
+    again = _like(decoder, decoder.block_size, _start(decoder.guess.name), drafts=decoder.step.drafts, adapter=decoder.step.adapter)
+    same = total = 0
     for prompt in prompts:
         text = list(prompt)
         expected: list[int] = []
         for iteration in islice(again.iterate([prompt], max_new_tokens=PLACES * again.width), PLACES):
             window, emitted = iteration.window_BW[0].tolist(), int(iteration.emitted_B[0])
             same += sum(a == b for a, b in zip(expected, window[1:]))
-            of += len(expected)
+            total += len(expected)
             if len(window) < again.block_size:  # narrower where the text is about to end
                 break
             known, guesses = (torch.tensor([ids], device=again.device) for ids in (text, window[1 : 1 + refined]))
             expected = _drafted(again, known, guesses).tolist()[emitted - 1 :]
             text += iteration.choices_BW[0, :emitted].tolist()
-    return Share(same, of)
+    return Share(same, total)
 
 
 def _drafted(decoder: JacobiDecoder, known_1S: torch.Tensor, guesses_1W: torch.Tensor) -> torch.Tensor:
@@ -233,7 +218,8 @@ def _drafted(decoder: JacobiDecoder, known_1S: torch.Tensor, guesses_1W: torch.T
     adapter, count = decoder.step.adapter, guesses_1W.shape[1]
     with drafting(decoder.model, adapter, count) if adapter else nullcontext():
         logits = decoder.model(torch.cat([known_1S, guesses_1W], dim=1), use_cache=False).logits
-    return logits[0, -count:].argmax(dim=-1)
+    drafted: torch.Tensor = logits[0, -count:].argmax(dim=-1)
+    return drafted
 
 
 def _places(prompt: int, response: int) -> list[int]:
@@ -244,9 +230,9 @@ def _places(prompt: int, response: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _differences(model: PreTrainedModel, prompts: Prompts, of: dict[str, list[Response]]) -> list[Difference]:
+def _differences(model: PreTrainedModel, prompts: Prompts, texts: dict[str, list[Response]]) -> list[Difference]:
     found = []
-    for name, responses in of.items():
+    for name, responses in texts.items():
         for place, (prompt, response) in enumerate(zip(prompts, responses)):
             ids = torch.tensor(response.token_ids, device=model.device)
             text = torch.tensor([[*prompt, *response.token_ids]], device=model.device)
@@ -263,7 +249,7 @@ def _differences(model: PreTrainedModel, prompts: Prompts, of: dict[str, list[Re
 
 
 def _findings(found: Explanation, tpf: float) -> list[str]:
-    """What stands out, the gravest first."""
+    """What stands out, the most serious first."""
     findings = []
     for name in dict.fromkeys(d.method for d in found.differences if not d.numerics):
         first = next(d for d in found.differences if d.method == name and not d.numerics)
@@ -278,7 +264,7 @@ def _findings(found: Explanation, tpf: float) -> list[str]:
             f"near-ties: {len(near)} texts part from a plain forward's where two tokens are as likely but for rounding "
             f"(margins up to {max(d.margin for d in near):.2g} in logits)"
         )
-    if found.replayed.of and found.replayed.right < SOUND * found.replayed.of:
+    if found.replayed.total and found.replayed.right < SOUND * found.replayed.total:
         findings.append(
             f"cache: {found.replayed.value:.0%} of the decoder's next guesses are those that a plain forward without a cache "
             "gives for the same window; keys and values, their slots, or the mask are wrong where it drafts"
@@ -286,10 +272,10 @@ def _findings(found: Explanation, tpf: float) -> list[str]:
     if found.forced:
         findings += _start_findings(found)
     cost = found.iterations[-1].times_width_1
-    if cost > DEAR:
+    if cost > EXPENSIVE:
         findings.append(
-            f"width: an iteration of this window costs {cost:.2f} times one of width 1, so {tpf:.2f} tokens per forward come "
-            f"to a speedup of about {tpf / cost:.2f}; `cllm tune` finds the width that pays on this device"
+            f"width: an iteration of this window costs {cost:.2f} times one of width 1, so {tpf:.2f} tokens per forward "
+            f"give a speedup of about {tpf / cost:.2f}; `cllm tune` finds the width that pays on this device"
         )
     return findings
 
@@ -306,26 +292,26 @@ def _start_findings(found: Explanation) -> list[str]:
     ]
 
 
-def render_explanation(of: dict[str, Any]) -> str:
+def render_explanation(found: Mapping[str, Any]) -> str:
     """What :meth:`Explanation.as_dict` gave, for people."""
     costs = [
         [str(cost["width"]), str(cost["drafts"]), number(1000 * cost["seconds"], 1), number(cost["times_width_1"])]
-        for cost in of["iterations"]
+        for cost in found["iterations"]
     ]
-    starts = {start: f"drafted right\nfrom {start}" + " *" * (start == of["start"]) for start in of["forced"]}
+    starts = {start: f"drafted right\nfrom {start}" + " *" * (start == found["start"]) for start in found["forced"]}
     guesses = [
-        [str(place), _percent(share), *(_percent(of["forced"][start][place - 1]) for start in starts)]
-        for place, share in enumerate(of["acceptance"], 1)
+        [str(place), _percent(share), *(_percent(found["forced"][start][place - 1]) for start in starts)]
+        for place, share in enumerate(found["acceptance"], 1)
     ]
-    gains = f"{number(of['gain_cold'])} tokens per forward, the others {number(of['gain_warm'])}"
+    gains = f"{number(found['gain_cold'])} tokens per forward, the others {number(found['gain_warm'])}"
     parts = [
         format_table(["width", "drafts", "milliseconds\nper iteration", "times\nwidth 1"], costs),
         format_table(["guess", "accepted, if those\nbefore it are", *starts.values()], guesses),
         "Drafted right: this guess and all before it, over the true text; *: as windows start here.\n"
-        f"Cold windows, after a forward that confirmed no guess: {_percent(of['cold_windows'])}; they gain {gains}.\n"
-        f"Prefill: {percent(of['prefill_share'])} of the time. Held against plain forwards: {of['texts_checked']} texts, and "
-        f"the next guesses of windows, {_percent(of['replayed'])} of which are the same.",
-        "\n".join(f"- {finding}" for finding in of["findings"]) or "Nothing stands out.",
+        f"Cold windows, after a forward that confirmed no guess: {_percent(found['cold_windows'])}; they gain {gains}.\n"
+        f"Prefill: {percent(found['prefill_share'])} of the time. Compared with plain forwards: {found['texts_checked']} texts, and "
+        f"the next guesses of windows, {_percent(found['replayed'])} of which are the same.",
+        "\n".join(f"- {finding}" for finding in found["findings"]) or "Nothing stands out.",
     ]
     return "\n\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""Ways to decode that are measured against each other: our engine, and Hugging Face ``generate``."""
+"""The decoding methods that are compared: our engine, and Hugging Face's ``generate``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Names of the ways to decode, as they stand in the files of ``speedup``."""
+"""Names of the decoding methods, as the files of ``speedup`` have them."""
 
+from typing import Final, Literal, get_args
+
+Baseline = Literal["ar", "no_adapter", "generate", "prompt_lookup"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 JACOBI, AR, GENERATE, PROMPT_LOOKUP = "jacobi", "ar", "generate", "prompt_lookup"
-NO_ADAPTER = "no_adapter"  # Jacobi decoding of a target model without its consistency adapter
-BASELINES = (AR, NO_ADAPTER, GENERATE, PROMPT_LOOKUP)
+NO_ADAPTER: Final = "no_adapter"  # Jacobi decoding of a target model without its consistency adapter
 
 
 def is_jacobi(method: str) -> bool:

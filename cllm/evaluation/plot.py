@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from cllm.errors import UsageError
@@ -53,8 +52,8 @@ def speedup(results: Results) -> Figure | None:
         axes.set(title=title)
         axes.margins(x=0.15)
         axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
-    methods = sorted((of for speed in results.speeds for of in speed.methods), key=lambda of: of.is_jacobi)
-    names = dict.fromkeys(of.label for of in methods)  # baselines first: AR is grey
+    methods = sorted((method for speed in results.speeds for method in speed.methods), key=lambda method: method.is_jacobi)
+    names = dict.fromkeys(method.label for method in methods)  # baselines first: AR is grey
     colours = {name: colour(index) for index, name in enumerate(names)}
     places, labels, at = [], [], 0.0
     for speed in results.speeds:
@@ -81,8 +80,8 @@ def accuracy(results: Results) -> Figure | None:
     if not results.qualities:
         return None
     figure, (axes,) = new_figure()
-    for index, of in enumerate(results.qualities):
-        _quality(axes, of, colour(index))
+    for index, quality in enumerate(results.qualities):
+        _quality(axes, quality, colour(index))
     axes.set(xlabel=TPF, ylabel="score", title="Tokens per forward against accuracy")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
@@ -94,7 +93,7 @@ def width(results: Results) -> Figure | None:
     if not (results.widths or results.speeds):
         return None
     figure, (axes,) = new_figure()
-    lines = [(f"{of.name}, {guess}", points) for of in results.widths for guess, points in of.points.items()]
+    lines = [(f"{run.name}, {guess}", points) for run in results.widths for guess, points in run.points.items()]
     lines += [(f"{task}, {model}", points) for (task, model), points in _by_width(results.speeds).items()]
     for index, (label, points) in enumerate(lines):
         axes.plot(*zip(*points), marker="o", color=colour(index), label=label)
@@ -141,31 +140,19 @@ FIGURES: dict[str, tuple[str, Callable[[Results], Figure | None]]] = {
 }
 
 
-# ------------------------------------------------------------ what they are made of
+# ------------------------------------------------------------ their parts
 
 
 def histogram(axes: Axes, gains: Mapping[str, Sequence[int]]) -> None:
     """Bars side by side: the share of forwards that gained 1, 2, ... tokens, for each name."""
-    most, bar = max(max(of) for of in gains.values()), 0.8 / len(gains)
-    for index, (name, of) in enumerate(gains.items()):
-        counts = Counter(of)
+    most, bar = max(max(each) for each in gains.values()), 0.8 / len(gains)
+    for index, (name, own) in enumerate(gains.items()):
+        counts = Counter(own)
         places = [n + (index - (len(gains) - 1) / 2) * bar for n in range(1, most + 1)]
-        shares = [counts[n] / len(of) for n in range(1, most + 1)]
+        shares = [counts[n] / len(own) for n in range(1, most + 1)]
         axes.bar(places, shares, width=bar, color=colour(index), label=name)
     axes.set(xlabel="tokens accepted in one forward", ylabel="share of forwards", xticks=range(1, most + 1))
     axes.legend(fontsize="small")
-
-
-def progress(axes: Axes, accepted: Mapping[str, Sequence[Sequence[int]]]) -> None:
-    """How far each response had come after each forward; ``accepted``: for each name, the gains of each response."""
-    for index, (name, responses) in enumerate(accepted.items()):
-        for number, gains in enumerate(responses):
-            label = None if number else name
-            axes.plot(list(accumulate(gains, initial=0)), color=colour(index), alpha=0.5, linewidth=1, label=label)
-    longest = max(sum(gains) for responses in accepted.values() for gains in responses)
-    axes.plot([0, longest], [0, longest], "k--", linewidth=1, label="AR decoding: one token a forward")
-    axes.set(xlabel="forward passes", ylabel="tokens accepted")
-    axes.legend()
 
 
 def _bar(axes: Axes, at: float, value: float, interval: Interval | None, look: dict[str, Any]) -> None:
@@ -174,16 +161,17 @@ def _bar(axes: Axes, at: float, value: float, interval: Interval | None, look: d
     axes.text((interval or (0, value))[1], at, f" {value:.2f}", va="center", fontsize="small")
 
 
-def _quality(axes: Axes, of: Quality, shade: str) -> None:
-    error = [[of.score - of.interval[0]], [of.interval[1] - of.score]] if of.interval else None
-    axes.errorbar(of.tokens_per_forward, of.score, yerr=error, fmt="o", capsize=3, color=shade, label=f"{of.task}: {of.label} ({of.name})")
+def _quality(axes: Axes, found: Quality, shade: str) -> None:
+    error = [[found.score - found.interval[0]], [found.interval[1] - found.score]] if found.interval else None
+    label = f"{found.task}: {found.label} ({found.name})"
+    axes.errorbar(found.tokens_per_forward, found.score, yerr=error, fmt="o", capsize=3, color=shade, label=label)
 
 
 def _by_width(speeds: Sequence[Speed]) -> dict[tuple[str, str], list[tuple[int, float]]]:
     points: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for speed in speeds:
         points.setdefault((speed.task, speed.model), []).append((speed.width, speed.tokens_per_forward))
-    return {key: sorted(of) for key, of in points.items()}
+    return {key: sorted(each) for key, each in points.items()}
 
 
 def _training(axes: Axes, run: Training) -> None:

@@ -1,4 +1,4 @@
-"""A quick look at a model in training: its speed and the quality of its text, on a few held-out prompts."""
+"""A quick check of a model in training: its speed and the quality of its text, on a few held-out prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cllm.training.probe_metrics import ProbeMetrics
 
 @dataclass(frozen=True)
 class Probe:
-    """Greedy Jacobi responses of up to ``length`` tokens to all ``prompts`` in one batch, and what they are worth.
+    """Greedy Jacobi responses of up to ``length`` tokens to all ``prompts`` in one batch, measured.
 
     ``target``: the model before training, whose likelihoods judge the text; it is moved to where the measured model is.
     """
@@ -44,10 +44,10 @@ class Probe:
     def _figures(self, model: PreTrainedModel) -> ProbeMetrics:
         decoder = JacobiDecoder(
             model, self.block_size, eos_token_ids=self.stop_ids, guess=self.guess, compile="off", prefix_cache=0
-        )  # nothing is captured or kept: the weights go on changing
+        )  # nothing is captured or kept, since the weights keep changing
         prompts = [prompt.ids for prompt in self.prompts]
         results = decoder.generate(prompts, max_new_tokens=self.length)
-        decoder.step.linears.clear()  # training needs the memory, and changes what is in it
+        decoder.step.linears.clear()  # training needs the memory and changes the weights
         responses = [result.token_ids for result in results]
         target: Any = self.target
         target.to(model.device)
@@ -70,7 +70,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class DraftProbe:
-    """The same of a target model whose drafts come from a consistency adapter in training, or from none."""
+    """The same for a target model whose drafts come from a consistency adapter in training, or from none."""
 
     probe: Probe
     in_training: Any  # the model with the adapter
@@ -87,7 +87,7 @@ class DraftProbe:
 
 @contextmanager
 def maskable(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile a model that trains with another attention uses one that decoding can give a mask to."""
+    """While active, a model that trains with another attention uses one that takes the masks of decoding."""
     own = model.config._attn_implementation
     if own not in MASKABLE:
         model.set_attn_implementation(MASKABLE[0])

@@ -26,7 +26,7 @@ class Prompt:
 def encode(
     examples: Iterable[Example], template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, context: int | None
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts that leave room for a reply in a context of so many tokens, and those that do not."""
+    """Prompts that leave room for a reply in a context of ``context`` tokens, and those that do not."""
     fitting: list[Prompt] = []
     too_long: list[Prompt] = []
     for example in examples:

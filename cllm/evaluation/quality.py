@@ -1,4 +1,4 @@
-"""Is the text still good? What must stand beside every figure of speed, since a model that repeats itself is fast.
+"""Is the text still good? Every figure of speed needs this beside it, since a model that repeats itself is fast.
 
 Shapes: N tokens of a response, V vocabulary.
 """
@@ -6,7 +6,7 @@ Shapes: N tokens of a response, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ CHUNK = 128  # positions whose logits are turned to float32 at a time
 
 @dataclass(frozen=True)
 class Quality:
-    """How good a set of responses is. Shares are 0 .. 1, intervals 95%; None where it was not asked for."""
+    """How good a set of responses is. Shares are 0 .. 1, intervals 95%; None for what was not asked for."""
 
     responses: int
     score: float | None  # the task's own metric
@@ -117,22 +117,14 @@ def _response_logits(model: PreTrainedModel, prompt: Sequence[int], response: Se
 
 def response_nlls(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
     """:func:`response_nll` of every response, one at a time: no padding, the same figures whatever the batch."""
-    return _of_each(response_nll, model, prompts, responses)
+    with evaluating(model):
+        return [response_nll(model, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def response_entropies(model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
     """:func:`response_entropy` of every response, one at a time."""
-    return _of_each(response_entropy, model, prompts, responses)
-
-
-def _of_each(
-    figure: Callable[[PreTrainedModel, Sequence[int], Sequence[int]], float],
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-) -> list[float]:
     with evaluating(model):
-        return [figure(model, p, r) for p, r in zip(prompts, responses, strict=True)]
+        return [response_entropy(model, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 QUALITY_ROWS: tuple[tuple[str, str, str | None, bool], ...] = (  # title, field, field of the interval, in percent

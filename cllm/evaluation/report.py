@@ -1,4 +1,4 @@
-"""One self-contained HTML page of results: pictures inside, nothing from elsewhere."""
+"""One self-contained HTML page of results."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def _speed_table(results: Results) -> str:
 
 def _quality_table(results: Results) -> str:
     rows = [
-        (of.task, of.label, number(of.tokens_per_forward), percent_with_interval(of.score, of.interval), of.name)
-        for of in results.qualities
+        (each.task, each.label, number(each.tokens_per_forward), percent_with_interval(each.score, each.interval), each.name)
+        for each in results.qualities
     ]
     return _table(("task", "model", plot.TPF, "score", "file"), rows)
 

@@ -1,4 +1,4 @@
-"""Result files of this project, read back for a report: what each kind says, and which files are none."""
+"""Result files of this project, read back for a report: what each kind says, and which files are not results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cllm.errors import UsageError
 from cllm.evaluation.interval import Interval
 from cllm.evaluation.method_name import AR, is_jacobi
 
-MOST_BYTES = 1 << 26  # of a file that is looked at; result files are far smaller
+MOST_BYTES = 1 << 26  # of a file that is read; result files are far smaller
 
 
 @dataclass(frozen=True)
 class MethodSpeed:
-    """One way to decode, in one run of ``speedup``."""
+    """One method in one run of ``speedup``."""
 
     label: str
     tokens_per_forward: float
@@ -31,7 +31,7 @@ class MethodSpeed:
 
 @dataclass(frozen=True)
 class Speed:
-    """A run of ``speedup``. ``tokens_per_forward`` is that of the first way of Jacobi decoding."""
+    """A run of ``speedup``. ``tokens_per_forward`` is that of the first Jacobi method."""
 
     name: str
     model: str
@@ -77,7 +77,7 @@ class Training:
 class Benchmark:
     """A file of ``scripts/benchmarks``, or a run of ``scripts/study.py``: its figures as they stand.
 
-    Nested ones have their place in front.
+    The names of nested ones begin with where they are.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Benchmark:
 
 @dataclass
 class Results:
-    """All that a folder holds. ``skipped``: file -> why it is no result."""
+    """All that a folder holds. ``skipped``: file -> why it is not a result."""
 
     speeds: list[Speed] = field(default_factory=list)
     qualities: list[Quality] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Results:
 def read_results(folder: Path) -> Results:
     """Look at every file below ``folder``. Names in the results are paths from there.
 
-    Raises UsageError where it is no folder, or no file in it is a result.
+    Raises UsageError if it is not a folder or holds no result.
     """
     if not folder.is_dir():
         raise UsageError(f"expected a folder of result files, got {folder}")
@@ -151,24 +151,24 @@ def _add_speed(results: Results, name: str, raw: Mapping[str, Any]) -> None:
     methods = [
         MethodSpeed(
             label=str(labels[key]),
-            tokens_per_forward=float(of["tokens_per_forward"]),
-            tokens_per_forward_interval=_interval(of["tokens_per_forward_interval"]),
-            tokens_per_second=float(of["tokens_per_second"]),
-            speedup=None if of["speedup"] is None else float(of["speedup"]),
-            speedup_interval=_interval(of["speedup_interval"]),
+            tokens_per_forward=float(figures["tokens_per_forward"]),
+            tokens_per_forward_interval=_interval(figures["tokens_per_forward_interval"]),
+            tokens_per_second=float(figures["tokens_per_second"]),
+            speedup=None if figures["speedup"] is None else float(figures["speedup"]),
+            speedup_interval=_interval(figures["speedup_interval"]),
             gains=[int(gain) for prompt in raw["prompts"] for gain in prompt["methods"][key].get("accepted") or []],
             is_jacobi=is_jacobi(key),
         )
-        for key, of in raw["methods"].items()
+        for key, figures in raw["methods"].items()
     ]
     model, task = str(settings["test_model"]), str(settings["task"])
     speed = Speed(name, model, task, str(raw["environment"]["device_name"]), int(settings["block_size"]), methods)
     rates = {"jacobi": speed.tokens_per_forward, "target": float(raw["methods"][AR]["tokens_per_forward"])}
     labels = {"jacobi": model, "target": f"{settings.get('target_model')}, AR"}
     qualities = [
-        Quality(name, labels[key], task, rates[key], float(of["score"]), _interval(of["score_interval"]))
-        for key, of in raw["quality"].items()
-        if key in rates and of["score"] is not None
+        Quality(name, labels[key], task, rates[key], float(figures["score"]), _interval(figures["score_interval"]))
+        for key, figures in raw["quality"].items()
+        if key in rates and figures["score"] is not None
     ]
     results.speeds.append(speed)
     results.qualities += qualities
@@ -186,9 +186,9 @@ def _add_accuracy(results: Results, name: str, raw: Mapping[str, Any]) -> None:
 
 def _add_widths(results: Results, name: str, raw: Mapping[str, Any]) -> None:
     points: dict[str, dict[int, float]] = {}
-    for of in raw["choices"]:
-        points.setdefault(str(of["guess"]), {})[int(of["width"])] = float(of["tokens_per_forward"])
-    results.widths.append(Widths(name, {guess: sorted(of.items()) for guess, of in points.items()}))
+    for choice in raw["choices"]:
+        points.setdefault(str(choice["guess"]), {})[int(choice["width"])] = float(choice["tokens_per_forward"])
+    results.widths.append(Widths(name, {guess: sorted(found.items()) for guess, found in points.items()}))
 
 
 def _add_training(results: Results, name: str, raw: Mapping[str, Any]) -> None:
@@ -207,7 +207,7 @@ def _add_benchmark(results: Results, name: str, raw: Mapping[str, Any]) -> None:
 
 
 def _add_study(results: Results, name: str, raw: Mapping[str, Any]) -> None:
-    measured = {title: of for title, of in raw["figures"].items() if of is not None}
+    measured = {title: figure for title, figure in raw["figures"].items() if figure is not None}
     results.benchmarks.append(Benchmark(name, f"study, {raw['run']}", _flat(measured)))
 
 

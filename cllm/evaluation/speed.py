@@ -19,6 +19,7 @@ from cllm.evaluation.method import Engine, Method, Response
 from cllm.evaluation.method_name import AR
 
 WARM_UP_TOKENS = 16
+Progress = Callable[[Iterable[Prompts]], Iterable[Prompts]]  # what shows how far a loop over batches has come
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Run:
     """One method on one batch."""
 
     seconds: float
-    prefill_seconds: float  # of which up to the end of the forward that the prompts' last tokens went through
+    prefill_seconds: float  # up to the end of the forward that computes the prompts' last tokens
     responses: list[Response]
 
 
@@ -39,6 +40,10 @@ class Measurement:
     def responses(self, method: str) -> list[Response]:
         return [response for run in self.runs[method] for response in run.responses]
 
+    def texts(self, method: str) -> list[list[int]]:
+        """The token ids of each response."""
+        return [response.token_ids for response in self.responses(method)]
+
 
 def measure(
     methods: Sequence[Method],
@@ -46,12 +51,12 @@ def measure(
     max_new_tokens: int,
     *,
     context: int | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Progress = iter,
 ) -> Measurement:
-    """Decode every batch with every method in turn, the first to go changing from batch to batch, after a warm-up.
+    """After a warm-up, decode every batch with every method, each time starting with another one.
 
     Engines begin with no prefixes; those of earlier batches stay, as far as their decoders keep any.
-    All rows of a batch have the same budget: ``max_new_tokens``, or what the context leaves behind its longest prompt.
+    All rows of a batch have the same budget: ``max_new_tokens``, or what the context leaves after its longest prompt.
     """
     measurement = Measurement({method.name: [] for method in methods})
     for method in methods if batches else ():
@@ -86,16 +91,16 @@ def _timed_call(method: Method, prompts: Prompts, max_new_tokens: int) -> Run:
     device = method.model.device
     longest, reached, prefilled = max(map(len, prompts)), 0, []
 
-    def note(_: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal reached
         positions = kwargs.get("position_ids")
         if positions is None:
             reached += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[1]
-        else:  # what is known of a prompt does not go through the model
+        else:  # the reused part of a prompt does not go through the model
             reached = int(positions.max()) + 1
         if reached >= longest:
             prefilled.append(now(device))
-            handle.remove()  # or it would disturb compiled steps
+            handle.remove()  # it would disturb compiled steps
 
     handle = method.model.register_forward_hook(note, with_kwargs=True)
     try:
@@ -108,7 +113,7 @@ def _timed_call(method: Method, prompts: Prompts, max_new_tokens: int) -> Run:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, read when the device is done."""
+    """Seconds, read once the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,24 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS
-from cllm.cli import collect, speedup, train, tune
 from cllm.decoding import JacobiDecoder
-from cllm.decoding.guess import STARTS
 from cllm.errors import UsageError
+from cllm.evaluation.arguments import SpeedArguments, TuneArguments
 from cllm.evaluation.environment import check_writable
 from cllm.evaluation.method import Engine
 from cllm.evaluation.method_name import AR, JACOBI
 from cllm.evaluation.report import write_report
 from cllm.evaluation.results import read_results
 from cllm.evaluation.speed import measure
+from cllm.evaluation.speed_run import measure_speed
+from cllm.evaluation.tune import tune
 from cllm.files import StrPath, write_json, write_text
+from cllm.making.arguments import BLOCK, MakeArguments
 from cllm.making.plan import LEAST_HELD_OUT, LEAST_PROMPTS, TUNING_PROMPTS, Costs, Plan, StepClock, make_plan, peak_memory
 from cllm.making.sources import Gathered, Source, gather, split_off
 from cllm.making.stages import FILE, Stage, Stages
 from cllm.models import (
     DATA,
-    DEFAULT_GUESS,
     REASON,
     add_to_record,
     check_path,
@@ -44,6 +44,7 @@ from cllm.models import (
     store_choice,
     weights_stamp,
 )
+from cllm.options import Dtype
 from cllm.prompts import PLAIN, PromptTemplate, choose_template
 from cllm.serving.contents import contents
 from cllm.serving.export import CARD, Skeleton, copy_file
@@ -51,92 +52,41 @@ from cllm.serving.model_card import read_reports
 from cllm.tasks import OWN_PROMPTS, get_task
 from cllm.tasks.base import Example
 from cllm.tasks.source import load_examples
+from cllm.training.arguments import LosslessTrainingArguments
+from cllm.training.build import TrainingInputs, build_trainer, train
+from cllm.trajectory.arguments import CollectArguments
+from cllm.trajectory.collection import collect, make_collector, process_group
 from cllm.trajectory.store import TrajectoryWriter, read_rows
 
-WORK = "make"  # the folder in OUTPUT with all that lies on the way
+WORK = "make"  # the folder in OUTPUT with all intermediate files
 FIGURES = "make.json"
-REPORT = "report.html"  # where matplotlib is there to draw
+REPORT = "report.html"  # where matplotlib is installed
 LEAST = LEAST_PROMPTS + LEAST_HELD_OUT  # prompts
-BLOCK = 8  # tokens of a block in training; windows of decoding may be wider
 BATCH, COLLECTED = 4, 16  # examples in a training step, prompts that are answered together
-SAMPLE, SAMPLE_STEPS = 8, 4  # prompts and training steps that a plan is made from
+SAMPLE, SAMPLE_STEPS = 8, 4  # prompts and training steps that are timed for the plan
 SAMPLE_TOKENS = 32  # of a response that AR decoding is timed on
-WIDTHS, DRAFTS = (6, 8, 12), (7, 11, 15)  # that are tried
-CHECKPOINTS = 0.1  # of the training steps between two
+WIDTHS, DRAFTS = (6, 8, 12), (7, 11, 15)  # candidates
+CHECKPOINTS = 0.1  # share of the training steps between two
 AMX = "amx_bf16"  # what /proc/cpuinfo calls matrix units for bfloat16
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What :func:`make` is given."""
+def make(model: str, prompts: StrPath | Sequence[StrPath], output: StrPath, **options: Any) -> dict[str, Any]:
+    """Train a consistency adapter for a model on its own responses, find the fastest window on this device, and measure.
 
-    target: str
-    prompts: Sequence[StrPath]
-    output: Path
-    held_out: Sequence[StrPath] = ()
-    minutes: float | None = None
-    max_new_seq_len: int = 128
-    guess: str = DEFAULT_GUESS
-    prompt_template: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    attn_implementation: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.minutes is not None and not 0 < self.minutes < float("inf"):
-            raise UsageError(f"minutes must be a number above 0, got {self.minutes}")
-        if self.max_new_seq_len < BLOCK:
-            raise UsageError(f"max_new_seq_len must be >= {BLOCK}, got {self.max_new_seq_len}")
-        if self.guess not in STARTS:
-            raise UsageError(f"guess must be one of {', '.join(STARTS)}, got {self.guess!r}")
-        if not self.prompts:
-            raise UsageError("no prompts; pass at least one file, task or TASK:FILE")
-
-
-def make(
-    target: str,
-    prompts: StrPath | Sequence[StrPath],
-    output: StrPath,
-    *,
-    held_out: StrPath | Sequence[StrPath] = (),
-    minutes: float | None = None,
-    max_new_seq_len: int = 128,
-    guess: str = DEFAULT_GUESS,
-    prompt_template: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    attn_implementation: str | None = None,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Train a consistency adapter for ``target`` on its own responses, find the fastest window on this device, and measure.
-
-    ``target``: checkpoint folder or hub name. ``prompts`` and ``held_out``: ``FILE`` (JSONL, ``.txt`` or a log, see
-    :mod:`cllm.tasks.own_prompts`), ``TASK`` or ``TASK:FILE``, one or several; without ``held_out`` a fifth of the prompts is
-    held out, 64 at most. ``minutes``: about how long it may take, for as many prompts and epochs as fit; by default it takes
-    all prompts. ``max_new_seq_len``: tokens of a response at most. ``guess``: what windows start from in training.
-    ``dry_run``: stop when the plan is made. The folder ``output`` is then loaded as any model:
-    :func:`cllm.models.load_model`. A run that was interrupted goes on when it is called again with the same arguments.
+    ``model``: checkpoint folder or hub name. ``prompts``: ``FILE`` (JSONL, ``.txt`` or a log, see
+    :mod:`cllm.tasks.own_prompts`), ``TASK`` or ``TASK:FILE``, one or several. ``options``: the other fields of
+    :class:`cllm.making.arguments.MakeArguments`, such as ``minutes=15`` or ``held_out="test.jsonl"``. The folder ``output`` then
+    loads like any model (:func:`cllm.models.load_model`). To resume an interrupted run, call it again with the same arguments.
 
     Returns the figures that ``output/make.json`` holds: the plan, seconds by stage, the window, tokens per forward and the
     speedup over AR decoding on the held-out prompts, with 95% intervals. A window that is not faster than AR beyond noise is
-    replaced by width 1, which is AR decoding; ``reason`` then says why. Raises UsageError for what cannot be worked with.
+    replaced by width 1, which is AR decoding; ``reason`` then says why. Raises UsageError for unusable input.
     """
-    options = Options(
-        target,
-        _listed(prompts),
-        Path(output),
-        _listed(held_out),
-        minutes,
-        max_new_seq_len,
-        guess,
-        prompt_template,
-        dtype,
-        device,
-        attn_implementation,
-    )
-    return Making(options).run(dry_run)
+    if "held_out" in options:
+        options["held_out"] = _listed(options["held_out"])
+    return Making(MakeArguments(model=model, prompts=_listed(prompts), output=Path(output), **options)).run()
 
 
 def _listed(given: StrPath | Sequence[StrPath]) -> list[StrPath]:
@@ -146,15 +96,15 @@ def _listed(given: StrPath | Sequence[StrPath]) -> list[StrPath]:
 class Making:
     """One run: its files, and its stages in order."""
 
-    def __init__(self, options: Options) -> None:
-        """Raises UsageError for sources that are not there, and for an output folder with other things in it."""
-        check_path(options.target)
+    def __init__(self, options: MakeArguments) -> None:
+        """Raises UsageError for missing sources, and for an output folder that holds something else."""
+        check_path(options.model)
         self.options, self.work = options, options.output / WORK
         self.sources = [Source.parse(text) for text in options.prompts]
         self.held_out = [Source.parse(text) for text in options.held_out]
         self.device = options.device or default_device()
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.wait: Callable[[], None] = lambda: None  # until all processes are here
+        self.wait: Callable[[], None] = lambda: None  # until all processes have called it
         self.started = time.perf_counter()
         self.learned_from, self.measured_on = self.work / "prompts.jsonl", self.work / "held_out.jsonl"
         self.facts, self.planned = self.work / "prompts.json", self.work / "plan.json"
@@ -162,19 +112,19 @@ class Making:
         self.tuned, self.measured = self.work / "tune.json", self.work / "speedup.json"
         _check_output(options.output)
 
-    def run(self, dry_run: bool) -> dict[str, Any]:
-        stages = self.stages()
-        if state := collect.process_group(self.processes):
+    def run(self) -> dict[str, Any]:
+        stages, dry_run = self.stages(), self.options.dry_run
+        if state := process_group(self.processes):
             self.wait = state.wait_for_everyone
         Stages(self.work, stages[:2] if dry_run else stages, self.rank, self.wait).run()
         if dry_run:
             return {"plan": self.plan.as_dict()}
-        return json.loads((self.options.output / FIGURES).read_text(encoding="utf-8"))
+        return _read(self.options.output / FIGURES)
 
     def stages(self) -> list[Stage]:
         options = self.options
         asked = {
-            "target": [options.target, weights_stamp(options.target)],
+            "target": [options.model, weights_stamp(options.model)],
             "prompts": [source.stamp() for source in self.sources],
             "held_out": [source.stamp() for source in self.held_out],
             "prompt_template": options.prompt_template,
@@ -195,19 +145,19 @@ class Making:
 
     @property
     def plan(self) -> Plan:
-        return Plan(**json.loads(self.planned.read_text(encoding="utf-8")))
+        return Plan(**_read(self.planned))
 
     # ------------------------------------------------------------- the stages
 
     def _read_prompts(self) -> None:
-        """Write the prompts to learn from and those to measure on, each once, and in what form they are asked."""
+        """Write the prompts to learn from and those to measure on, without duplicates, and the template they are asked in."""
         found, apart = gather(self.sources, "train"), gather(self.held_out, "test")
         found.leave_out(list(apart.examples), "held out as well")
         template = self._leave_out_unfit(found, apart)
-        for reason, times in apart.passed_over.items():
+        for reason, times in apart.skipped.items():
             found.count(f"held out, but {reason}", times)
         held_out = apart.examples if self.held_out else split_off(found)
-        reasons = "".join(f"; {count} {reason}" for reason, count in found.passed_over.items())
+        reasons = "".join(f"; {count} {reason}" for reason, count in found.skipped.items())
         if len(found.examples) < LEAST_PROMPTS or len(held_out) < LEAST_HELD_OUT:
             raise UsageError(
                 f"at least {LEAST} prompts are needed, {LEAST_HELD_OUT} of them held out; "
@@ -216,26 +166,26 @@ class Making:
         logger.info("%d prompts to learn from, %d held out%s", len(found.examples), len(held_out), reasons)
         for path, examples in ((self.learned_from, found.examples), (self.measured_on, held_out)):
             write_text(path, "".join(_row(example) for example in examples.values()))
-        facts = {"prompts": len(found.examples), "held_out": len(held_out), "passed_over": found.passed_over}
+        facts = {"prompts": len(found.examples), "held_out": len(held_out), "skipped": found.skipped}
         write_json(self.facts, facts | {"prompt_template": template, "data": [source.label for source in self.sources]})
 
     def _leave_out_unfit(self, *parts: Gathered) -> str:
-        """Leave out what cannot be answered; returns the template that the others are asked in."""
-        tokenizer = load_tokenizer(self.options.target)
-        context = context_length(AutoConfig.from_pretrained(self.options.target))
+        """Leave out prompts that cannot be answered; returns the template for the others."""
+        tokenizer = load_tokenizer(self.options.model)
+        context = context_length(AutoConfig.from_pretrained(self.options.model))
         templates = {source.task.plain_template for source in self.sources}
         plain = templates.pop() if len(templates) == 1 else get_task(OWN_PROMPTS).plain_template
         template = choose_template(self.options.prompt_template, plain, tokenizer, {})
         for part in parts:
             if tokenizer.chat_template is None and self.options.prompt_template is None:
-                _check_no_conversations(part, self.options.target)
+                _check_no_conversations(part, self.options.model)
             for name, example in list(part.examples.items()):
                 if reason := _unfit(example, template, tokenizer, context):
                     part.leave_out([name], reason)
         return template.text
 
     def _plan(self) -> None:
-        """Answer a few prompts, take a few training steps, decode one response alone; from what they took, the plan."""
+        """Time a few responses, a few training steps and one response decoded alone, and make the plan from that."""
         sample = self.work / "sample"
         if self.rank == 0:
             response = self._timed_responses(sample)
@@ -260,29 +210,27 @@ class Making:
         write_json(self.planned, made.as_dict())
 
     def _respond(self) -> None:
-        collect.run(self._collecting(self.responses, self.plan.prompts, resume=True))
+        collect(self._collecting(self.responses, self.plan.prompts, resume=True)).check()
 
     def _train(self) -> None:
-        words = self._training(self.responses, self.adapter, num_train_epochs=self.plan.epochs)
-        resuming = ["--save_steps", CHECKPOINTS, "--save_total_limit", 1, "--resume_from_checkpoint", True]
-        train.run(words + _words(resuming), "cllm make")
+        resuming = {"save_steps": CHECKPOINTS, "save_total_limit": 1, "resume_from_checkpoint": "True"}
+        train(*self._training(self.responses, self.adapter, num_train_epochs=self.plan.epochs, **resuming))
         if self.rank == 0:
             add_to_record(self.adapter, {DATA: self._facts()["data"]})
 
     def _tune(self) -> None:
-        words = ["--filename", self.learned_from, "--data_size", TUNING_PROMPTS, "--output", self.tuned, "--save"]
-        words += ["--widths", *WIDTHS, "--drafts", *DRAFTS, "--guess", self.options.guess]
-        tune.run(tune.options(argv := self._decoding("--model", words)).parse_args(argv))
+        sample = self._decoding(self.learned_from, TUNING_PROMPTS)
+        args = TuneArguments(widths=WIDTHS, drafts=DRAFTS, guess=[self.options.guess], save=True, **sample)
+        write_json(self.tuned, tune(args))
 
     def _measure(self) -> None:
-        best = json.loads(self.tuned.read_text(encoding="utf-8"))["best"]["1"]
-        words = ["--filename", self.measured_on, "--data_size", self.plan.held_out, "--output", self.measured]
-        words += ["--max_new_tokens", best["width"], "--drafts", best["drafts"], "--guess", best["guess"]]
-        args = speedup.options(None, argv := self._decoding("--test_model", words)).parse_args(argv)
-        write_json(self.measured, speedup.run(args))
+        best = _read(self.tuned)["best"]["1"]
+        window = {"block_size": best["width"], "drafts": best["drafts"], "guess": [best["guess"]]}
+        args = SpeedArguments(**window, **self._decoding(self.measured_on, self.plan.held_out))
+        write_json(self.measured, measure_speed(args))
 
     def _publish(self) -> None:
-        """Store the window, or width 1 where that is not faster; copy the adapter to where it is used, and sum up."""
+        """Store the window, or width 1 where it is not faster; copy the adapter to the output, and summarise."""
         output = self.options.output
         reports = read_reports([self.measured], folder_record(self.adapter))
         settings, reason = reports[0]["settings"], too_slow(reports[0]["methods"][JACOBI])
@@ -304,14 +252,14 @@ class Making:
     # -------------------------------------------------------------- internals
 
     def _facts(self) -> dict[str, Any]:
-        return json.loads(self.facts.read_text(encoding="utf-8"))
+        return _read(self.facts)
 
     def _timed_responses(self, folder: Path) -> float:
-        """Seconds of one of a few responses in a batch; they are stored in the folder."""
-        args, task = self._collecting(folder, SAMPLE, resume=False), get_task(OWN_PROMPTS)
+        """Seconds per response, in a batch of a few that are stored in the folder."""
+        task = get_task(OWN_PROMPTS)
         examples = list(load_examples(task, self.learned_from, "train", SAMPLE))
-        collector, settings = collect.make_collector(args, task)
-        with TrajectoryWriter(folder, settings.as_dict(), resume=False) as writer:
+        collector = make_collector(self._collecting(folder, SAMPLE, resume=False), task)
+        with TrajectoryWriter(folder, collector.settings.as_dict(), resume=False) as writer:
             start = time.perf_counter()
             for _ in collector.run(examples, writer, batch_size=COLLECTED):
                 pass
@@ -319,8 +267,8 @@ class Making:
 
     def _timed_step(self, folder: Path) -> float:
         """Seconds of a training step of all processes together, on the responses in the folder."""
-        words = self._training(folder, folder / "adapter", max_steps=SAMPLE_STEPS, save_strategy="no")
-        trainer, clock = train.build_trainer(*train.arguments(words, "cllm make")), StepClock()
+        trainer = build_trainer(*self._training(folder, folder / "adapter", max_steps=SAMPLE_STEPS, save_strategy="no"))
+        clock = StepClock()
         trainer.add_callback(clock)
         trainer.train()
         return clock.seconds
@@ -328,7 +276,7 @@ class Making:
     def _timed_token(self, prompt: list[int]) -> float:
         """Seconds of a token by AR decoding of a prompt alone, its prefill included."""
         model = load_model(
-            self.options.target,
+            self.options.model,
             dtype=self.options.dtype,
             device=self.device,
             attn_implementation=self.options.attn_implementation,
@@ -337,42 +285,68 @@ class Making:
         (run,) = measure([Engine(JacobiDecoder(model, 1), AR, AR)], [[prompt]], length, context=context).runs[AR]
         return run.seconds / len(run.responses[0].token_ids)
 
-    def _collecting(self, folder: Path, count: int, resume: bool) -> Any:
-        words = ["--model", self.options.target, "--filename", self.learned_from, "--output", folder, "--responses_only"]
-        words += ["--data_size", count, "--max_new_tokens", BLOCK, "--max_new_seq_len", self.options.max_new_seq_len]
-        words += ["--batch_size", COLLECTED, "--guess", self.options.guess, "--resume" if resume else "--no-resume"]
-        words += ["--prompt_template", self._facts()["prompt_template"], *self._how(self._frozen)]
-        return collect.build_parser(OWN_PROMPTS).parse_args(_words(words))
+    def _collecting(self, folder: Path, count: int, resume: bool) -> CollectArguments:
+        return CollectArguments(
+            model=self.options.model,
+            task=OWN_PROMPTS,
+            filename=str(self.learned_from),
+            output=str(folder),
+            responses_only=True,
+            data_size=count,
+            block_size=BLOCK,
+            max_new_seq_len=self.options.max_new_seq_len,
+            batch_size=COLLECTED,
+            guess=self.options.guess,
+            resume=resume,
+            prompt_template=self._facts()["prompt_template"],
+            dtype=self._frozen,
+            device=self.options.device,
+            attn_implementation=self.options.attn_implementation,
+        )
 
-    def _training(self, responses: Path, folder: Path, **more: Any) -> list[str]:
-        words = ["--lossless", "--model", self.options.target, "--trajectories", responses, "--output_dir", folder]
-        words += ["--block_size", BLOCK, "--per_device_train_batch_size", BATCH, "--logging_steps", 8, "--report_to", "none"]
-        words += self._how(self._frozen, training=True)
-        words += ["--bf16"] if self._quick_bfloat16 else []
-        words += ["--use_cpu"] if self.device == "cpu" else []
-        return _words(words + [word for name, value in more.items() for word in (f"--{name}", value)])
+    def _training(self, responses: Path, folder: Path, **more: Any) -> tuple[TrainingInputs, LosslessTrainingArguments]:
+        inputs = TrainingInputs(
+            model=self.options.model,
+            trajectories=str(responses),
+            block_size=BLOCK,
+            dtype=self._frozen or "float32",
+            attn_implementation=self.options.attn_implementation,
+        )
+        args = LosslessTrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=BATCH,
+            logging_steps=8,
+            report_to="none",
+            bf16=self._quick_bfloat16,
+            use_cpu=self.device == "cpu",
+            disable_tqdm=False,
+            **more,
+        )
+        return inputs, args
 
-    def _decoding(self, option: str, words: Sequence[Any]) -> list[str]:
-        """Words of ``tune`` and ``speedup``."""
-        more = ["--max_new_seq_len", self.options.max_new_seq_len, *self._how(self.options.dtype)]
-        return _words(["--task", OWN_PROMPTS, option, self.adapter, *words, *more])
-
-    def _how(self, dtype: str | None, training: bool = False) -> list[str]:
-        """The model is loaded."""
-        given = {"dtype": dtype, "attn_implementation": self.options.attn_implementation}
-        given |= {} if training else {"device": self.options.device}
-        return [word for name, value in given.items() if value for word in (f"--{name}", value)]
+    def _decoding(self, prompts: Path, count: int) -> dict[str, Any]:
+        """What tuning and measuring are both given."""
+        return {
+            "model": str(self.adapter),
+            "task": OWN_PROMPTS,
+            "filename": str(prompts),
+            "data_size": count,
+            "max_new_seq_len": self.options.max_new_seq_len,
+            "dtype": self.options.dtype,
+            "device": self.options.device,
+            "attn_implementation": self.options.attn_implementation,
+        }
 
     @property
     def _quick_bfloat16(self) -> bool:
-        """Whether this device multiplies matrices of bfloat16 several times faster."""
+        """Whether this device multiplies bfloat16 matrices several times faster than float32."""
         if self.device != "cpu":
             return True
         file = Path("/proc/cpuinfo")
         return file.is_file() and AMX in file.read_text(encoding="utf-8")
 
     @property
-    def _frozen(self) -> str | None:
+    def _frozen(self) -> Dtype | None:
         """The precision of the target model's weights where it writes responses and is trained for."""
         return self.options.dtype or ("bfloat16" if self._quick_bfloat16 else None)
 
@@ -407,8 +381,9 @@ def too_slow(figures: dict[str, Any]) -> str | None:
     )
 
 
-def _words(values: Sequence[Any]) -> list[str]:
-    return [str(value) for value in values]
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def _row(example: Example) -> str:

@@ -15,10 +15,10 @@ from transformers import TrainerCallback
 from cllm.errors import UsageError
 
 EPOCHS = 10  # at most
-EXAMPLES = 1000  # worth passing through in all where time is no matter: few prompts are taken more often
-MARGIN = 0.9  # of the time that is left is planned with
-MEASURING_SHARE = 0.2  # of the time that could be spent on more prompts, for measuring on held-out ones
-TUNING_PROMPTS, TUNING_RESPONSES = 8, 40  # responses that `tune` decodes on so many prompts, all its choices together
+EXAMPLES = 1000  # examples to train on in all epochs, where time is unlimited
+MARGIN = 0.9  # share of the remaining time that is planned
+MEASURING_SHARE = 0.2  # share of the spare time that is spent on measuring with held-out prompts
+TUNING_PROMPTS, TUNING_RESPONSES = 8, 40  # prompts, and the responses that `tune` decodes for them with all its choices together
 LEAST_PROMPTS = 8  # to learn from
 LEAST_HELD_OUT = 2  # an interval needs two
 
@@ -32,7 +32,7 @@ class Costs:
     single: float  # of one response by AR decoding alone
     tokens: float  # of a response
     spent: float  # until here
-    memory: int  # bytes at most until here
+    memory: int  # most bytes until here
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Plan:
 def make_plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) -> Plan:
     """The best use of the time: as many prompts as fit, then more epochs.
 
-    Other prompts teach more than the same again, as long as writing a response takes no longer than learning from it; where it
-    does, there are epochs enough for that from the start.
+    New prompts teach more than repeated ones, unless writing a response takes longer than learning from it: then each response
+    is used for as many epochs as it costs from the start.
     ``prompts`` and ``held_out``: how many there are. ``minutes``: of the whole run; None for as long as it takes. Raises
     UsageError where the time is too short for anything.
     """
@@ -110,7 +110,7 @@ class StepClock(TrainerCallback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self.ends.append(time.perf_counter())
@@ -122,7 +122,7 @@ class StepClock(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Bytes that this process has needed at most: on the GPU where there is one, else in all."""
+    """Most bytes that this process has used: on the GPU where there is one, else in all."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Where prompts come from: files of one's own and tasks' data, mixed, without repetitions, in an order that says nothing."""
+"""Where prompts come from: the user's files and tasks' data, mixed, deduplicated, and ordered by hash."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cllm.cli.probe import configured_task
 from cllm.errors import UsageError
 from cllm.files import StrPath
-from cllm.tasks import OWN_PROMPTS, get_task, is_task, task_names
+from cllm.tasks import OWN_PROMPTS, is_task, task_names
 from cllm.tasks.base import Example, Task
+from cllm.tasks.configure import configured_task
 from cllm.tasks.source import load_examples
 
-HELD_OUT_SHARE = 5  # one prompt of so many is held out
+HELD_OUT_SHARE = 5  # one prompt in five is held out
 HELD_OUT_MOST = 64
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of one's own prompts, a task's data on the hub, or a file of a task's rows."""
+    """A file of the user's own prompts, a task's data on the hub, or a file of a task's rows."""
 
     task: Task
     file: str | None
 
     @classmethod
     def parse(cls, text: StrPath) -> Source:
-        """``FILE``, ``TASK`` or ``TASK:FILE``. Raises UsageError for what is neither."""
+        """``FILE``, ``TASK`` or ``TASK:FILE``. Raises UsageError for anything else."""
         name, _, file = str(text).partition(":")
         if str(text) and Path(text).exists() and not is_task(text):
-            return cls(configured_task(get_task(OWN_PROMPTS), str(text), "collect"), str(text))
+            return cls(configured_task(OWN_PROMPTS, "collect", filename=str(text)), str(text))
         if not is_task(name):
             tasks = ", ".join(task_names())
             raise UsageError(f"no such file: {text}; prompts are FILE, TASK or TASK:FILE, the task one of {tasks}")
         if file and not Path(file).exists():
             raise UsageError(f"no such file: {file}")
-        return cls(configured_task(get_task(name), file or None, "collect"), file or None)
+        return cls(configured_task(name, "collect", filename=file or None), file or None)
 
     @property
     def label(self) -> str:
-        """What the model card calls it: no path."""
+        """What the model card calls it, without a path."""
         return Path(self.file).name if self.file else self.task.name
 
     def stamp(self) -> list[str | None]:
@@ -61,7 +61,7 @@ class Gathered:
     """Prompts by a hash of their text, in the order of the hashes, and how many were left out, by reason."""
 
     examples: dict[str, Example] = field(default_factory=dict)
-    passed_over: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def leave_out(self, hashes: Iterable[str], reason: str) -> None:
         left_out = [name for name in hashes if self.examples.pop(name, None) is not None]
@@ -69,7 +69,7 @@ class Gathered:
             self.count(reason, len(left_out))
 
     def count(self, reason: str, times: int = 1) -> None:
-        self.passed_over[reason] = self.passed_over.get(reason, 0) + times
+        self.skipped[reason] = self.skipped.get(reason, 0) + times
 
 
 def gather(sources: Sequence[Source], split: str) -> Gathered:
@@ -94,6 +94,6 @@ def digest(example: Example) -> str:
 
 
 def split_off(gathered: Gathered) -> dict[str, Example]:
-    """Take the prompts out that are held out: always the same ones of the same prompts."""
+    """Remove and return the held-out prompts: always the same ones for the same prompts."""
     count = min(max(len(gathered.examples) // HELD_OUT_SHARE, 1), HELD_OUT_MOST)
     return {name: gathered.examples.pop(name) for name in list(gathered.examples)[:count]}

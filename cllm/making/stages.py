@@ -1,7 +1,7 @@
-"""Stages that run one after the other, each once: a run that was killed anywhere goes on where it stopped.
+"""Stages that run one after the other, each once: a run that was killed anywhere resumes where it stopped.
 
-``stages.json`` says of every stage what it was made from and whether it ended. What a stage was made from includes that of all
-stages before it, so a changed input starts its stage and those after it anew; so does an output that is gone.
+``stages.json`` records what every stage was made from and whether it ended. This includes the inputs of all earlier stages, so a
+changed input reruns its stage and those after it; so does a missing output.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """One step on the way. What it leaves is in ``outputs`` alone; started again, it goes on with what is there."""
+    """One step. It writes nothing but ``outputs``; started again, it resumes from what is there."""
 
     name: str
     doing: str  # for people
     run: Callable[[], None]
     outputs: Sequence[Path]
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # JSON values, without what the stages before made
-    together: bool = False  # all processes run it; otherwise the first one alone
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # JSON values, without the outputs of earlier stages
+    together: bool = False  # run by all processes, otherwise by the first one alone
 
 
 class Stages:
@@ -42,14 +42,14 @@ class Stages:
         self.file, self.stages, self.rank, self.wait = folder / FILE, stages, rank, wait
 
     def run(self) -> None:
-        """Raises whatever a stage does; what had been done by then is kept."""
+        """Run them. Raises whatever a stage raises; what had been done by then is kept."""
         made_from, redone = "", False
         for number, stage in enumerate(self.stages, 1):
             made_from = _digest([made_from, stage.name, dict(stage.inputs)])
             known = self._read().get(stage.name, {})
             same, ended = known.get("made_from") == made_from, bool(known.get("ended"))
             there = all(path.exists() for path in stage.outputs)
-            self.wait()  # before one of them writes what the others read here
+            self.wait()  # before one process writes what the others read here
             where = f"stage {number} of {len(self.stages)}: {stage.doing}"
             if same and ended and there and not redone:
                 self._say(f"{where}: done before")
@@ -69,7 +69,7 @@ class Stages:
                 self._write(stage, made_from=made_from, ended=True, seconds=round(time.perf_counter() - start, 1))
 
     def seconds(self) -> dict[str, float]:
-        """How long each stage took that has ended, from its last start on."""
+        """How long each finished stage took, since its last start."""
         return {name: facts["seconds"] for name, facts in self._read().items() if facts.get("ended")}
 
     def _say(self, text: str) -> None:
@@ -81,7 +81,8 @@ class Stages:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            return json.loads(self.file.read_text(encoding="utf-8"))
+            known: dict[str, dict[str, Any]] = json.loads(self.file.read_text(encoding="utf-8"))
+            return known
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

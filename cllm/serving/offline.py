@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
 
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cllm.decoding import GREEDY, Queue, Request, Sampling
 from cllm.errors import UsageError
+from cllm.evaluation.environment import check_writable
+from cllm.evaluation.guess import SAMPLE_PROMPTS
 from cllm.files import BadRow, StrPath, read_rows
+from cllm.models import weights_stamp
+from cllm.open_model import OpenModel
 from cllm.prompts import PromptTemplate
+from cllm.result_file import ResultFile
+from cllm.serving.arguments import GenerateArguments
+from cllm.serving.decoder import open_decoder
 
 ROLES = ("system", "user", "assistant")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,3 +120,62 @@ def answer(
         statistics = {"tokens": len(result.token_ids), "forwards": result.forwards, "stop": result.stop}
         yield {"id": names.pop(number), "reply": reply} | statistics
     yield from refused
+
+
+def generate_file(args: GenerateArguments) -> tuple[int, Counter[str]]:
+    """Answer a file of prompts by Jacobi decoding with continuous batching.
+
+    Replies go to ``args.output`` as they finish; run again with the same arguments, it keeps them and answers the others.
+    Returns how many replies there are, and how many rows have none, by reason. Raises UsageError where model, prompts and
+    options do not fit together, and where the output was made with other settings.
+    """
+    sampling = args.sampling(args.seed)
+    check_writable(args.output)
+    total, bad = _count(args.prompts)
+    opened, decoder = open_decoder(
+        args, lambda opened: _samples(args.prompts, opened), batch_size=args.batch_size, sampling=sampling, seed=args.seed
+    )
+    settings = {
+        "model": args.model,
+        "weights": weights_stamp(args.model),
+        "prompt_template": opened.template.text,
+        "max_tokens": args.max_tokens,
+        "dtype": opened.dtype,
+        "sampling": asdict(sampling),
+    }
+    results = ResultFile(args.output, settings, args.resume, "--output")
+    queue = Queue(decoder, args.batch_size, args.max_slots)
+    waiting = (item for item in read_prompts(args.prompts) if isinstance(item, Prompt) and item.id not in results.rows)
+    answers = answer(queue, opened.tokenizer, opened.template, waiting, max_tokens=args.max_tokens, sampling=sampling)
+    with tqdm(total=total, initial=len(results.rows), unit="reply", file=sys.stderr, disable=None) as bar:
+        for row in answers:
+            results.append([row])
+            bar.update()
+    errors = sum("error" in row for row in results.rows.values())
+    return len(results.rows) - errors, Counter({"prompts that cannot be answered (see `error`)": errors}) + bad
+
+
+def _count(path: str) -> tuple[int, Counter[str]]:
+    """How many prompts a file has, and its bad rows by reason. Raises UsageError where there is no prompt."""
+    total, bad = 0, Counter[str]()
+    for item in read_prompts(path):
+        if isinstance(item, Prompt):
+            total += 1
+            continue
+        bad[f"rows skipped: {item.reason}"] += 1
+        logger.warning("%s: skipped %s", path, item)
+    if not total:
+        raise UsageError(f"no prompt in {path}; expected rows with `prompt` or `messages`")
+    return total, bad
+
+
+def _samples(path: str, opened: OpenModel) -> list[list[int]]:
+    """The first prompts of a file as token ids, without those that the template refuses."""
+    samples: list[list[int]] = []
+    for item in read_prompts(path):
+        if len(samples) == SAMPLE_PROMPTS:
+            break
+        if isinstance(item, Prompt):
+            with suppress(UsageError):
+                samples.append(opened.template.encode(item.messages, opened.tokenizer))
+    return samples

@@ -54,7 +54,7 @@ class ConsistencyArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         for name, allowed in ALLOWED.items():
             if getattr(self, name, allowed[0]) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

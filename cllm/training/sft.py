@@ -8,24 +8,32 @@ Shapes: B rows, T tokens of a packed row, M answer tokens.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainingArguments
 
 from cllm.attention import LENGTHS, TRAINABLE, check_model
 from cllm.errors import UsageError
+from cllm.models import load_tokenizer, packed_length, read_record, write_record
 from cllm.packing import PADDING, Block, PackedRow, arrange, pack
-from cllm.prompts import PromptTemplate
+from cllm.prompts import PromptTemplate, choose_template
+from cllm.tasks import get_task
 from cllm.tasks.base import Example
+from cllm.tasks.source import load_examples
 from cllm.training.base import Batch, TokenMeanTrainer, hidden_at
 from cllm.training.examples import index_pairs, layout_fields
 from cllm.training.head import LanguageHead
+from cllm.training.lora import LoraArguments, add_adapter
 from cllm.training.objective import cross_entropy_sum
+from cllm.training.run import checkpoint, make_trainer, open_weights, train_and_save
+
+logger = logging.getLogger(__name__)
 
 LEAST_SHARED = 16  # tokens; a shorter common beginning is not worth a block
 
@@ -148,3 +156,57 @@ def _before_answers(group: Sequence[Answered], text: PackedRow) -> Iterator[int]
     """Indices in a packed text of the tokens that predict the answers' tokens."""
     for row, end in zip(group, [*text.offsets()[1:], len(text)], strict=True):
         yield from range(end - len(row.answer_ids) - 1, end - 1)
+
+
+@dataclass
+class FineTuningInputs:
+    """What to train on."""
+
+    model: str = field(metadata={"help": "the general model: checkpoint folder or hub name"})
+    task: str = field(metadata={"help": "whose answers to learn; `cllm tasks` lists them"})
+    filename: str | None = field(default=None, metadata={"help": "local data, plain or .gz; default: the hub dataset"})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "held-out rows: their loss is logged after every epoch, or as --eval_strategy says"}
+    )
+    data_size: int | None = field(default=None, metadata={"help": "use only the first so many examples"})
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "as in `cllm collect`; default: the model's chat template, else the task's plain prompt"},
+    )
+    dtype: str = field(default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"})
+
+
+def fine_tune(inputs: FineTuningInputs, args: TrainingArguments, lora: LoraArguments | None = None) -> None:
+    """Ordinary fine-tuning on a task's answers (arXiv 2403.00835, section 4.1); the target model is left in ``args.output_dir``.
+
+    ``lora``: adapters instead of all weights. ``args.resume_from_checkpoint`` continues an interrupted run. Raises UsageError
+    where model, data and options do not fit together and for a full disk.
+    """
+    lora = lora or LoraArguments()
+    args.remove_unused_columns = False
+    resume_from = checkpoint(args)
+    task = get_task(inputs.task)
+    examples = load_examples(task, inputs.filename, "train", inputs.data_size)
+    tokenizer = load_tokenizer(inputs.model)
+    model = open_weights(inputs.model, dtype=inputs.dtype, **lora.load_options(str(args.device)))
+    template = choose_template(inputs.prompt_template, task.plain_template, tokenizer, read_record(model.config))
+    context = packed_length(model.config)
+    rows = AnswerDataset(examples, template, tokenizer, context)
+    for reason, count in rows.left_out.items():
+        logger.warning("%d examples left out: %s", count, reason)
+    write_record(model.config, {"prompt_template": template.text, "task": task.name, "base_model": inputs.model, **lora.record()})
+    held_out = None
+    if inputs.eval_file is not None:
+        held_out = AnswerDataset(load_examples(task, inputs.eval_file, "test"), template, tokenizer, context)
+        if args.eval_strategy == "no":
+            args.eval_strategy = IntervalStrategy.EPOCH
+    trainer = make_trainer(
+        AnswerTrainer,
+        args,
+        model=add_adapter(model, lora, args.seed),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=AnswerCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    train_and_save(trainer, resume_from, lora, inputs.dtype)

@@ -19,8 +19,9 @@ import time
 from common import add_output, parser, peak_memory, publish
 from transformers import TrainerCallback
 
-from cllm.cli.train import arguments, build_trainer
+from cllm.cli.train import arguments
 from cllm.models import load_model
+from cllm.training.build import build_trainer
 
 SIDES: dict[str, list[str]] = {"default objective": [], "lossless": ["--lossless"]}
 WARM_UP = 1  # steps
@@ -87,7 +88,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         words = [f"--model={args.model}", f"--trajectories={args.trajectories}", f"--output_dir={folder}"]
         words += [f"--per_device_train_batch_size={args.batch_size}", f"--max_steps={WARM_UP + args.steps}"]
         words += ["--use_cpu", "--report_to=none", "--save_strategy=no"]
-        trainer = build_trainer(*arguments([*words, *SIDES[args.side]], "lossless_training.py"))
+        inputs, training, parts = arguments([*words, *SIDES[args.side]], "lossless_training.py")
+        trainer = build_trainer(inputs, training, **parts)
         clock = Clock()
         trainer.add_callback(clock)
         with peak_memory(trainer.args.device) as peak:

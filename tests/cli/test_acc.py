@@ -11,6 +11,7 @@ from tiny import save_tiny_checkpoint, tiny_tokenizer
 
 from cllm.cli import acc
 from cllm.errors import UsageError
+from cllm.evaluation.accuracy_run import choose_prompt
 from cllm.scoring.sandbox import protection
 from cllm.tasks import get_task
 
@@ -220,7 +221,7 @@ def test_a_long_prompt_counts_as_wrong(tmp_path, data, capsys):
     ],
 )
 def test_which_prompt_wins(option, prompt_type, record, chat, expected):
-    assert acc.choose_prompt(option, PLAIN, tiny_tokenizer(chat), record, prompt_type=prompt_type).text == expected
+    assert choose_prompt(option, PLAIN, tiny_tokenizer(chat), record, prompt_type=prompt_type).text == expected
 
 
 @pytest.mark.parametrize(

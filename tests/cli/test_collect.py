@@ -120,10 +120,10 @@ def test_left_out_and_passed_over(model_dir: Path, tmp_path: Path, capsys, caplo
     assert printed[1:] == [
         "  1 left out: duplicate prompt",
         "  1 left out: prompt longer than the context",
-        "  1 rows passed over: answer without '####'",
-        "  1 rows passed over: empty question",
-        "  1 rows passed over: not a JSON object",
-        "  1 rows passed over: not valid JSON",
+        "  1 rows skipped: answer without '####'",
+        "  1 rows skipped: empty question",
+        "  1 rows skipped: not a JSON object",
+        "  1 rows skipped: not valid JSON",
     ]
     assert "skipped line 5: not valid JSON" in caplog.text
 

@@ -94,7 +94,7 @@ def test_rows_that_cannot_be_answered_trouble_no_other(words: list[str], tmp_pat
     assert "max_new_tokens must be between 1 and 2147483647" in found["huge"]["error"]
     assert "2 replies" in printed and "2 prompts that cannot be answered" in printed
     for reason in ("not valid JSON", "the last message is not the user's", "id given twice", "neither prompt nor messages"):
-        assert f"1 rows passed over: {reason}" in printed
+        assert f"1 rows skipped: {reason}" in printed
 
 
 def test_out_of_memory_a_smaller_batch_is_tried(

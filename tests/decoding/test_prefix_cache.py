@@ -11,12 +11,12 @@ import torch
 from cases import BUDGETS, draw_case, follow, reusing
 from tiny import KINDS, random_adapter, tiny_model
 
-from cllm.cli import command
 from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling, linear
 from cllm.decoding.cache import RowCache
 from cllm.decoding.prefix_cache import DEFAULT_BYTES, PrefixCache
 from cllm.decoding.runner import CapturingRunner
 from cllm.errors import UsageError
+from cllm.options import PREFIX_BYTES
 
 TOKEN = 2 * 2 * 3 * 4  # bytes per token in the caches below: keys and values, 2 layers, 3 float32 numbers
 
@@ -180,7 +180,7 @@ def test_off() -> None:
     assert {result.reused for result in results} == {0} and decoder.prefixes.bytes == 0
     with pytest.raises(UsageError, match="prefix_cache must be >= 0 bytes, got -1"):
         JacobiDecoder(model, 4, prefix_cache=-1)
-    assert command.PREFIX_BYTES == DEFAULT_BYTES
+    assert PREFIX_BYTES == DEFAULT_BYTES
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,7 +78,7 @@ def kinds(found: Explanation) -> set[str]:
 def test_a_sound_decoder(learned: Adapter) -> None:
     found = explained(plain_model(), learned)
     assert not kinds(found) & {"cache", "start", "near-ties"} and not found.differences
-    assert found.replayed.right == found.replayed.of > 100
+    assert found.replayed.right == found.replayed.total > 100
     assert [cost.width for cost in found.iterations] == [1, 2, 4] and found.iterations[0].times_width_1 == 1.0
     assert [cost.drafts for cost in found.iterations] == [0, 1, 3]
     assert len(found.acceptance) == WIDTH - 1 and found.forced["filler"][0].value > 0.5
@@ -136,10 +136,10 @@ def test_a_decoder_without_an_adapter() -> None:
     model = plain_model()
     found = explained(model, None)
     assert [cost.drafts for cost in found.iterations] == [0, 0, 0] and len(found.forced["filler"]) == WIDTH - 1
-    assert found.replayed.right == found.replayed.of > 100 and not kinds(found) & {"cache", "start"}
+    assert found.replayed.right == found.replayed.total > 100 and not kinds(found) & {"cache", "start"}
     methods = build_methods(model, [], block_size=1, guesses=[], eos_ids=[])
     alone = explain(methods[0], measure(methods, [PROMPTS[:1]], LENGTH), PROMPTS[:1], [PROMPTS[:1]])
-    assert not alone.forced and not alone.acceptance and not alone.replayed.of
+    assert not alone.forced and not alone.acceptance and not alone.replayed.total
     assert [cost.width for cost in alone.iterations] == [1]
 
 

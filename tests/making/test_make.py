@@ -99,7 +99,7 @@ def test_the_result_writes_the_base_models_text_with_the_window_that_is_stored(m
 
 def test_it_does_nothing_twice(made: Path, target: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
-    monkeypatch.setattr("cllm.making.make.train.run", None)
+    monkeypatch.setattr("cllm.making.make.train", None)
     assert run(target, prompts, made) == figures(made)
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 

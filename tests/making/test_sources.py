@@ -23,7 +23,7 @@ def files(tmp_path: Path) -> list[str]:
 def test_files_mix_in_an_order_of_no_meaning(files: list[str]) -> None:
     found, turned = (gather([Source.parse(text) for text in texts], "train") for texts in (files, files[::-1]))
     assert asked(found) == asked(turned) and len(asked(found)) == 50
-    assert found.passed_over == {"asked more than once": 1, "not valid JSON": 1}
+    assert found.skipped == {"asked more than once": 1, "not valid JSON": 1}
     kinds = [text.startswith("Why") for text in asked(found)]
     assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
 
@@ -45,9 +45,9 @@ def test_what_is_left_out_is_counted(files: list[str]) -> None:
     found = gather([Source.parse(files[0])], "train")
     names = list(found.examples)
     found.leave_out([*names[:3], "unknown"], "held out as well")
-    assert len(found.examples) == 27 and found.passed_over["held out as well"] == 3
+    assert len(found.examples) == 27 and found.skipped["held out as well"] == 3
     found.leave_out(names[:3], "held out as well")
-    assert found.passed_over["held out as well"] == 3
+    assert found.skipped["held out as well"] == 3
 
 
 def test_names_and_stamps(files: list[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from cases import generate
@@ -95,5 +96,5 @@ def test_refused_adapters(adapter: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert exit_.value.code == 2 and "cannot be merged" in capsys.readouterr().err
 
 
-def test_command_offers_the_librarys_forms() -> None:
-    assert command.FORMS == FORMS
+def test_the_commands_forms_are_the_librarys() -> None:
+    assert get_args(get_type_hints(command.ExportOptions)["form"]) == (*FORMS, "merged")

@@ -6,6 +6,7 @@ from commands import refused
 from servers import run_server
 
 from cllm.cli import demo, serve
+from cllm.cli.command import add_options, parser, read
 from cllm.serving.server.service import Limits
 
 ASKED = {"prompt": "1 + 1?", "max_tokens": 8}
@@ -30,13 +31,19 @@ def test_without_a_key_only_its_own_page_may_call_it() -> None:
         assert httpx.post(race, json=ASKED, timeout=60).status_code == 200
 
 
-def test_sources_of_the_key(monkeypatch) -> None:
-    for command in (serve, demo):
+def test_where_the_key_comes_from(monkeypatch) -> None:
+    for kind in (serve.ServeOptions, demo.DemoOptions):
+
+        def keys(*words: str, kind=kind) -> list[str]:
+            options = parser("", "cllm")
+            add_options(options, kind)
+            return read(kind, vars(options.parse_args(["m", *words]))).api_keys()
+
         monkeypatch.setenv(serve.KEY, "environment")
-        assert serve.api_keys(command.options().parse_args(["m"])) == ["environment"]
-        assert serve.api_keys(command.options().parse_args(["m", "--api_key", "one", "--api_key", "two"])) == ["one", "two"]
+        assert keys() == ["environment"]
+        assert keys("--api_key", "one", "--api_key", "two") == ["one", "two"]
         monkeypatch.delenv(serve.KEY)
-        assert serve.api_keys(command.options().parse_args(["m"])) == []
+        assert keys() == []
 
 
 @pytest.mark.parametrize("command", [serve, demo])

@@ -1,25 +1,27 @@
-"""Checks during ``cllm train``: the options, and what is made of them."""
+"""Checks of a model in training: their options, and the callbacks that make them."""
 
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cllm.cli.command import parser
 from cllm.errors import UsageError, check_minimums
-from cllm.tasks.base import Task
-
-if TYPE_CHECKING:
-    from cllm.evaluation.probe import Probe
+from cllm.evaluation.probe import DraftProbe, Probe
+from cllm.evaluation.prompt import encode
+from cllm.models import context_length, default_guess, read_record, stop_token_ids
+from cllm.prompts import choose_template
+from cllm.tasks.configure import configured_task
+from cllm.tasks.source import load_examples
+from cllm.training.probe_callback import ProbeCallback
+from cllm.training.probe_metrics import always_good, is_good
 
 ON_COLLAPSE = ("warn", "stop")
 
 
 @dataclass
 class ProbeArguments:
-    """Checks of the model in training, on held-out prompts. Raises UsageError for what cannot be."""
+    """Checks of the model in training, on held-out prompts. Raises UsageError for a value that is out of range."""
 
     probe_prompts: int = field(
         default=0,
@@ -44,7 +46,7 @@ class ProbeArguments:
 
 @dataclass
 class CollapseArguments(ProbeArguments):
-    """Those of a training that can spoil the text."""
+    """Checks of a training that can harm the text."""
 
     on_collapse: str = field(
         default="warn",
@@ -57,42 +59,28 @@ class CollapseArguments(ProbeArguments):
         super().__post_init__()
 
 
-def watch(trainer: Any, probe: CollapseArguments, target: Any) -> None:
-    """Let a trainer check its model, whose record says how it is trained, as ``probe`` says. ``target``: before training.
+def watch(trainer: Any, probe: ProbeArguments, target: Any) -> None:
+    """Let a trainer check its model as ``probe`` says. ``target``: the model before training.
 
     Raises UsageError where there is no task, no prompt that fits, or a file that cannot be read.
     """
-    from cllm.training.probe_callback import ProbeCallback
-    from cllm.training.probe_metrics import is_good
-
-    stop = probe.on_collapse == "stop"
+    stop = isinstance(probe, CollapseArguments) and probe.on_collapse == "stop"
     trainer.add_callback(ProbeCallback(trainer, _probe(trainer, probe, target), target, probe.probe_every, is_good, stop))
 
 
 def watch_drafts(trainer: Any, probe: ProbeArguments) -> None:
-    """Let a trainer of a consistency adapter check its speed; otherwise as :func:`watch`."""
-    from cllm.evaluation.probe import DraftProbe
-    from cllm.training.probe_callback import ProbeCallback
-    from cllm.training.probe_metrics import always_good
-
+    """As :func:`watch`, for the trainer of a consistency adapter, which changes the speed alone."""
     base = trainer.model.get_base_model()
     measure = DraftProbe(_probe(trainer, probe, base), trainer.model)
     trainer.add_callback(ProbeCallback(trainer, measure, base, probe.probe_every, always_good, stop=False))
 
 
 def _probe(trainer: Any, probe: ProbeArguments, target: Any) -> Probe:
-    from cllm.evaluation.probe import Probe
-    from cllm.evaluation.prompt import encode
-    from cllm.models import context_length, default_guess, read_record, stop_token_ids
-    from cllm.prompts import choose_template
-    from cllm.tasks import get_task
-    from cllm.tasks.source import load_examples
-
     record = read_record(trainer.model.config)
     name = probe.probe_task or record.get("task")
     if name is None:
         raise UsageError("the trajectories do not say their task; pass --probe_task")
-    task, tokenizer = configured_task(get_task(name), probe.probe_file, "speedup"), trainer.processing_class
+    task, tokenizer = configured_task(name, "speedup", filename=probe.probe_file), trainer.processing_class
     template = choose_template(None, task.plain_template, tokenizer, record)
     examples = list(load_examples(task, probe.probe_file, "test", probe.probe_prompts))
     context = context_length(target.config)
@@ -109,10 +97,3 @@ def _probe(trainer: Any, probe: ProbeArguments, target: Any) -> Probe:
         probe.probe_length,
         stop_token_ids(target, tokenizer, template),
     )
-
-
-def configured_task(task: Task, filename: str | None, command: str) -> Task:
-    """The task as a ``command`` takes it, its own options at their defaults."""
-    options = parser("", f"cllm {command}")
-    task.add_options(options, command)
-    return task.configure(options.parse_args([], Namespace(filename=filename)))

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from tiny import EOS_ID, tiny_model, tiny_tokenizer
 
-from cllm.cli import guess as chosen
-from cllm.cli.model import OpenModel
 from cllm.decoding import GREEDY, Sampling
 from cllm.errors import UsageError
+from cllm.evaluation import guess as chosen
 from cllm.evaluation.choice import Choice
+from cllm.open_model import OpenModel
 from cllm.prompts import PromptTemplate
 
 PROMPTS = [[5, 6, 7], [8] * 9]

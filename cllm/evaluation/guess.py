@@ -1,16 +1,16 @@
-"""What commands make of ``--guess`` (:func:`cllm.cli.command.add_guess_option`)."""
+"""Which fresh guesses to decode with: those that the user names, those stored in the checkpoint, or the fastest."""
 
 from __future__ import annotations
 
 import logging
 
 from cllm.adapter import attached
-from cllm.cli.command import AUTO
-from cllm.cli.model import OpenModel
 from cllm.decoding import GREEDY, Sampling, make_guess
 from cllm.decoding.engine import Prompts
 from cllm.evaluation.choice import CANDIDATES, fastest, lossless_candidates, measure_choices
 from cllm.models import context_length, default_guess
+from cllm.open_model import OpenModel
+from cllm.options import AUTO
 
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 4, 48  # what `auto` measures with
 logger = logging.getLogger(__name__)
@@ -24,33 +24,33 @@ def check_guess(name: str | None) -> None:
 
 def pick_guess(
     name: str | None,
-    of: OpenModel,
+    opened: OpenModel,
     width: int,
     prompts: Prompts,
     *,
     batch_size: int = 1,
     sampling: Sampling = GREEDY,
 ) -> str:
-    """The strategy to decode with: the one named, else what ``cllm tune`` stored, else the training's.
+    """The strategy to decode with: ``name``, else what ``cllm tune`` stored, else what the model was trained with.
 
     ``auto`` decodes the first few of ``prompts`` (token ids) with each candidate and takes the one with the most tokens/s.
     """
-    stored = default_guess(of.record)
+    stored = default_guess(opened.record)
     if name != AUTO or width == 1 or not prompts:
         return stored if name in (None, AUTO) else name
-    room = context_length(of.model.config)
+    room = context_length(opened.model.config)
     samples = [ids for ids in prompts if room is None or len(ids) + max(SAMPLE_TOKENS, 4 * width) <= room]
     if not samples:
         logger.info("--guess auto: no prompt leaves room to measure with; %s is taken", stored)
         return stored
     measured = measure_choices(
-        of.model,
+        opened.model,
         samples[:SAMPLE_PROMPTS],
         [width],
-        CANDIDATES if attached(of.model) is None else lossless_candidates(of.record),
+        CANDIDATES if attached(opened.model) is None else lossless_candidates(opened.record),
         [batch_size],
         max_new_tokens=SAMPLE_TOKENS,
-        eos_ids=of.stops,
+        eos_ids=opened.stops,
         sampling=sampling,
     )
     best = fastest(measured, batch_size)
