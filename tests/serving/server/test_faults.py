@@ -63,10 +63,10 @@ def at(rows, length: int) -> bool:
 POINTS: dict[str, tuple[type, str, Callable[..., bool]]] = {
     "is there room": (Queue, "fits", lambda self, jobs: bad(jobs[-1].request)),
     "can it be decoded": (JacobiDecoder, "check", lambda self, request, *_: bad(request)),
-    "its tensors": (JacobiDecoder, "_start", lambda self, requests, first: any(map(bad, requests))),
+    "its tensors": (JacobiDecoder, "_new_batch", lambda self, requests, first: any(map(bad, requests))),
     "its prefill": (Prefill, "__call__", lambda self, new, requests, *_: any(map(bad, requests))),
     "keeping its keys": (PrefixCache, "store", lambda self, cache, row, scope, ids: list(ids)[: len(PROMPT)] == PROMPT),
-    "joining": (Batch, "put", lambda self, other, *_: BAD in other.rows.noise_seed_B),
+    "joining": (Batch, "merge", lambda self, other, *_: BAD in other.rows.noise_seed_B),
     "how tokens are chosen": (Chooser, "__init__", lambda self, samplings, *_: any(s.seed == BAD for s in samplings)),
     "its first forward in company": (Step, "__call__", lambda self, rows, *_: at(rows, 0)),
     "a later forward": (Step, "__call__", lambda self, rows, *_: at(rows, len(PROMPT) + 8)),
