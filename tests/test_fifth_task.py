@@ -126,7 +126,7 @@ def test_a_fifth_task_goes_all_the_way(tmp_path, echo, data, capsys):
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "responses stored" in printed
-    assert "1 rows skipped: not valid JSON" in printed and "1 rows passed over: no field 'text'" in printed
+    assert "1 rows skipped: not valid JSON" in printed and "1 rows skipped: no field 'text'" in printed
     settings = json.loads((trajectories / "settings.json").read_text())
     assert settings["task"] == "echo" and settings["task_options"] == {"loud": True}
 
