@@ -17,6 +17,7 @@ from cllm.adapter import Adapter, attached
 from cllm.attention import LENGTHS, check_model
 from cllm.decoding.batch import Batch
 from cllm.decoding.cache import GROWTH
+from cllm.decoding.delayed_poll import DelayedPoll
 from cllm.decoding.guess import FreshGuess, make_guess
 from cllm.decoding.guess_strategy import GuessStrategy
 from cllm.decoding.prefill import Prefill
@@ -42,7 +43,7 @@ from cllm.modes import evaluating
 
 Window = Literal["sliding", "block"]
 Prompts = Sequence[Sequence[int]]
-CUDA_SYNC_INTERVAL = 8  # iterations between synchronisations with a GPU
+CUDA_SYNC_INTERVAL = 8  # iterations between synchronisations with a GPU, while few rows finish
 
 
 class Streamer(Protocol):
@@ -209,9 +210,10 @@ class JacobiDecoder:
     def flow(self, feed: Feed, cancelled: Collection[int] = ()) -> Iterator[Iteration]:
         """Continuous batching: one :class:`Iteration` per forward, while rows join and leave, until no row is left.
 
-        Whenever the host synchronises with the rows (after every iteration on a CPU, every CUDA_SYNC_INTERVAL on a GPU), it
-        calls ``feed`` for new requests. They are prefilled together, in an iteration of their own, and then join the running
-        rows. Before that, rows whose numbers are in ``cancelled`` end; the caller may change it at any time.
+        Whenever the host synchronises with the rows (after every iteration on a CPU; on a GPU every CUDA_SYNC_INTERVAL, or one
+        iteration after an eighth of the rows finished), it calls ``feed`` for new requests. They are prefilled together, in an
+        iteration of their own, and then join the running rows. Before that, rows whose numbers are in ``cancelled`` end; the
+        caller may change it at any time.
         Raises UsageError for a request that :meth:`check` refuses.
         """
         with evaluating(self.model):
@@ -254,8 +256,9 @@ class JacobiDecoder:
     def _loop(self, feed: Feed, cancelled: Collection[int], batch: Batch) -> Iterator[Iteration]:
         inside: dict[int, Request] = {}  # by row number
         fed = step = reach = limit = 0
+        poll, due = DelayedPoll(self.device), False
         while True:
-            if step % self.sync_interval == 0:
+            if step % self.sync_interval == 0 or due:
                 if cancelled:
                     batch.cancel(cancelled)
                 running, places = batch.poll()
@@ -288,9 +291,14 @@ class JacobiDecoder:
                     running = {row: (place, start) for place, (row, (_, start)) in enumerate(running.items())}
                 chooser = Chooser([request.sampling for request in inside.values()], [place for place, _ in running.values()])
                 reach = max(start for _, start in running.values()) + self.step.drafts
+                poll.restart()
             step += 1
             reach = min(reach + self.step.verified, limit)  # no token has a slot beyond this
-            yield Iteration(self.runner.run(batch, chooser, self.runner.length(reach), self._width(batch)))
+            iteration = Iteration(self.runner.run(batch, chooser, self.runner.length(reach), self._width(batch)))
+            if self.sync_interval > 1:
+                finished = poll.finished(batch.live.done_B) - (batch.size - len(running))
+                due = finished * self.sync_interval >= batch.size  # in a large batch, several rows are replaced together
+            yield iteration
 
     def _to_reread(self, batch: Batch, ended: Mapping[int, tuple[Request, int, int]]) -> dict[int, Request]:
         """The rows that only ended because their text must be recomputed (longrope), as requests for the rest.

@@ -134,6 +134,17 @@ def test_buffers_keep_their_addresses() -> None:
     assert len(places) == 1 and decoder.runner.capture.captures == 1
 
 
+@pytest.mark.parametrize("tokens", [9, 10, 13, 25])
+def test_a_row_that_ends_costs_one_iteration_more(tokens: int) -> None:
+    """However rarely the host looks; and the place of such a row is taken by the next request at once."""
+    model = tiny_model(seed=1, vocab_size=97, eos_token_id=None)
+    decoder = capturing(model, 1)
+    assert len(list(decoder.iterate([[1, 2, 3]], max_new_tokens=tokens))) <= tokens + 1
+    waiting = [Request([1, 2], tokens), Request([4], tokens)]
+    iterations = list(decoder.flow(lambda running: [waiting.pop()] if waiting and not running else []))
+    assert len(iterations) <= 2 * (tokens + 1) and sum(int(i.emitted_B.sum()) for i in iterations) == 2 * tokens
+
+
 def test_two_concurrent_batches() -> None:
     model = tiny_model(seed=1, vocab_size=97, eos_token_id=None)
     decoder, plain = capturing(model, 3), JacobiDecoder(model, 3)
