@@ -60,15 +60,23 @@ def measure(
     """
     measurement = Measurement({method.name: [] for method in methods})
     for method in methods if batches else ():
-        timed(method, batches[0], min(WARM_UP_TOKENS, budget(batches[0], max_new_tokens, context)))
-        if isinstance(method, Engine):
-            method.decoder.prefixes.clear()
+        _warm_up(method, batches, max_new_tokens, context)
     for index, prompts in enumerate(progress(batches)):
         at = index % len(methods)
         for method in [*methods[at:], *methods[:at]]:
             run = timed(method, prompts, budget(prompts, max_new_tokens, context))
             measurement.runs[method.name].append(run)
     return measurement
+
+
+def _warm_up(method: Method, batches: Sequence[Prompts], max_new_tokens: int, context: int | None) -> None:
+    """A few tokens; where steps are captured, all tokens of the batch with the longest prompt, so that most kinds of step are."""
+    captures = isinstance(method, Engine) and method.decoder.runner.fixed
+    prompts = max(batches, key=lambda batch: max(map(len, batch))) if captures else batches[0]
+    tokens = budget(prompts, max_new_tokens, context)
+    timed(method, prompts, tokens if captures else min(WARM_UP_TOKENS, tokens))
+    if isinstance(method, Engine):
+        method.decoder.prefixes.clear()
 
 
 def budget(prompts: Prompts, max_new_tokens: int, context: int | None) -> int:

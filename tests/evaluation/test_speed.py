@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_model
 
 from cllm.decoding import JacobiDecoder
+from cllm.decoding.runner import CapturingRunner
 from cllm.evaluation.method import Engine, Response
 from cllm.evaluation.speed import Measurement, Run, budget, divergence, divergences, measure, summarise, timed
 
@@ -96,6 +97,15 @@ def test_every_method_begins_with_no_prefixes():
     measured = measure([Engine(JacobiDecoder(model, 1), "a", "a")], [[[3] * 90], [[3] * 95]], 1)
     assert tokens == [90, 90, 5]  # the second batch goes on from the first
     assert all(0 < run.prefill_seconds < run.seconds for run in measured.runs["a"])
+
+
+def test_captured_steps_are_captured_before_the_clock_runs():
+    decoder = JacobiDecoder(tiny_model(eos_token_id=None), 1)
+    captures = []
+    decoder.runner = CapturingRunner(decoder.step, lambda step: captures.append(step) or step)
+    warm = []
+    measure([Engine(decoder, "a", "a")], [[[3]], [[3] * 60], [[5]]], 20, progress=lambda batches: warm.extend(captures) or batches)
+    assert len(warm) == len(captures) > 0
 
 
 def test_a_method_for_single_prompts_gets_them_one_by_one():
