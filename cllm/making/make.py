@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS
 from cllm.decoding import JacobiDecoder
-from cllm.errors import UsageError
+from cllm.decoding.queue import free_memory
+from cllm.errors import UsageError, out_of_memory
 from cllm.evaluation.arguments import SpeedArguments, TuneArguments
 from cllm.evaluation.environment import check_writable
 from cllm.evaluation.method import Engine
@@ -62,14 +64,28 @@ WORK = "make"  # the folder in OUTPUT with all intermediate files
 FIGURES = "make.json"
 REPORT = "report.html"  # where matplotlib is installed
 LEAST = LEAST_PROMPTS + LEAST_HELD_OUT  # prompts
-BATCH, COLLECTED = 4, 16  # examples in a training step, prompts that are answered together
-SAMPLE, SAMPLE_STEPS = 8, 4  # prompts and training steps that are timed for the plan
+EPOCH_STEPS = 20  # an epoch has fewer only if its steps have the fewest examples
+SAMPLE_STEPS = 4  # training steps that are timed for the plan
 SAMPLE_TOKENS = 32  # of a response that AR decoding is timed on
-WIDTHS, DRAFTS = (6, 8, 12), (7, 11, 15)  # candidates
 CHECKPOINTS = 0.1  # share of the training steps between two
 AMX = "amx_bf16"  # what /proc/cpuinfo calls matrix units for bfloat16
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What suits a kind of device."""
+
+    batch: int  # examples in a training step
+    collected: int  # prompts that are answered together
+    sample: int  # prompts that are timed for the plan
+    widths: tuple[int, ...]  # candidates, and those for drafts
+    drafts: tuple[int, ...]
+
+
+CPU = Sizes(batch=4, collected=16, sample=8, widths=(6, 8, 12), drafts=(7, 11, 15))
+GPU = Sizes(batch=32, collected=128, sample=128, widths=(8, 12, 16), drafts=(11, 15, 23))
 
 
 def make(model: str, prompts: StrPath | Sequence[StrPath], output: StrPath, **options: Any) -> dict[str, Any]:
@@ -103,6 +119,7 @@ class Making:
         self.sources = [Source.parse(text) for text in options.prompts]
         self.held_out = [Source.parse(text) for text in options.held_out]
         self.device = options.device or default_device()
+        self.sizes = CPU if self.device == "cpu" else GPU
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.wait: Callable[[], None] = lambda: None  # until all processes have called it
         self.started = time.perf_counter()
@@ -190,18 +207,20 @@ class Making:
         if self.rank == 0:
             response = self._timed_responses(sample)
         self.wait()
-        step = self._timed_step(sample)
+        step, at_once = self._timed_step(sample)
         if self.rank > 0:
             return
         rows = list(read_rows(sample))
         tokens = sum(len(row.response_ids) for row in rows) / len(rows)
         costs = Costs(
             response=response / self.processes,
-            example=step / (BATCH * self.processes),
+            example=step / (min(self._examples, len(rows)) * self.processes),
             single=self._timed_token(rows[0].prompt_ids) * tokens,
             tokens=tokens,
             spent=time.perf_counter() - self.started,
             memory=peak_memory(),
+            batch=self._examples * self.processes,
+            at_once=at_once,
         )
         shutil.rmtree(sample)
         facts = self._facts()
@@ -214,13 +233,14 @@ class Making:
 
     def _train(self) -> None:
         resuming = {"save_steps": CHECKPOINTS, "save_total_limit": 1, "resume_from_checkpoint": "True"}
-        train(*self._training(self.responses, self.adapter, num_train_epochs=self.plan.epochs, **resuming))
+        plan = self.plan
+        train(*self._training(self.responses, self.adapter, plan.at_once, num_train_epochs=plan.epochs, **resuming))
         if self.rank == 0:
             add_to_record(self.adapter, {DATA: self._facts()["data"]})
 
     def _tune(self) -> None:
         sample = self._decoding(self.learned_from, TUNING_PROMPTS)
-        args = TuneArguments(widths=WIDTHS, drafts=DRAFTS, guess=[self.options.guess], save=True, **sample)
+        args = TuneArguments(widths=self.sizes.widths, drafts=self.sizes.drafts, guess=[self.options.guess], save=True, **sample)
         write_json(self.tuned, tune(args))
 
     def _measure(self) -> None:
@@ -255,23 +275,45 @@ class Making:
         return _read(self.facts)
 
     def _timed_responses(self, folder: Path) -> float:
-        """Seconds per response, in a batch of a few that are stored in the folder."""
-        task = get_task(OWN_PROMPTS)
-        examples = list(load_examples(task, self.learned_from, "train", SAMPLE))
-        collector = make_collector(self._collecting(folder, SAMPLE, resume=False), task)
-        with TrajectoryWriter(folder, collector.settings.as_dict(), resume=False) as writer:
-            start = time.perf_counter()
-            for _ in collector.run(examples, writer, batch_size=COLLECTED):
-                pass
-            return (time.perf_counter() - start) / len(examples)
+        """Seconds per response of a few prompts answered together; the responses are stored in ``folder``."""
+        task, sample = get_task(OWN_PROMPTS), self.sizes.sample
+        examples = list(load_examples(task, self.learned_from, "train", sample))
+        collector = make_collector(self._collecting(folder, sample, resume=False), task)
+        seconds = 0.0
+        for _ in range(1 + collector.decoder.runner.fixed):  # where steps are captured, the first round captures them
+            collector.decoder.prefixes.clear()
+            with TrajectoryWriter(folder, collector.settings.as_dict(), resume=False) as writer:
+                start = time.perf_counter()
+                for _ in collector.run(examples, writer, batch_size=self.sizes.collected):
+                    pass
+                seconds = time.perf_counter() - start
+        return seconds / len(examples)
 
-    def _timed_step(self, folder: Path) -> float:
-        """Seconds of a training step of all processes together, on the responses in the folder."""
-        trainer = build_trainer(*self._training(folder, folder / "adapter", max_steps=SAMPLE_STEPS, save_strategy="no"))
+    def _timed_step(self, folder: Path) -> tuple[float, int]:
+        """Seconds of a training step of all processes together, on the responses in ``folder``, and how many of its examples fit
+        into memory at once."""
+        at_once = self._examples
+        while True:
+            try:
+                return self._step_seconds(folder, at_once), at_once
+            except RuntimeError as error:
+                if not out_of_memory(error) or at_once == 1 or self.processes > 1:
+                    raise
+            at_once //= 2
+            free_memory()
+
+    def _step_seconds(self, folder: Path, at_once: int) -> float:
+        trainer = build_trainer(*self._training(folder, folder / "adapter", at_once, max_steps=SAMPLE_STEPS, save_strategy="no"))
         clock = StepClock()
         trainer.add_callback(clock)
         trainer.train()
         return clock.seconds
+
+    @property
+    def _examples(self) -> int:
+        """Examples of a training step, per process. Several processes take the fewest, since one of them cannot shrink alone."""
+        most = self.sizes.batch if self.processes == 1 else CPU.batch
+        return min(most, max(CPU.batch, self._facts()["prompts"] // EPOCH_STEPS))
 
     def _timed_token(self, prompt: list[int]) -> float:
         """Seconds of a token by AR decoding of a prompt alone, its prefill included."""
@@ -295,7 +337,7 @@ class Making:
             data_size=count,
             block_size=BLOCK,
             max_new_seq_len=self.options.max_new_seq_len,
-            batch_size=COLLECTED,
+            batch_size=self.sizes.collected,
             guess=self.options.guess,
             resume=resume,
             prompt_template=self._facts()["prompt_template"],
@@ -304,7 +346,7 @@ class Making:
             attn_implementation=self.options.attn_implementation,
         )
 
-    def _training(self, responses: Path, folder: Path, **more: Any) -> tuple[TrainingInputs, LosslessTrainingArguments]:
+    def _training(self, responses: Path, folder: Path, at_once: int, **more: Any) -> tuple[TrainingInputs, LosslessTrainingArguments]:
         inputs = TrainingInputs(
             model=self.options.model,
             trajectories=str(responses),
@@ -314,7 +356,8 @@ class Making:
         )
         args = LosslessTrainingArguments(
             output_dir=str(folder),
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=self._examples // at_once,
             logging_steps=8,
             report_to="none",
             bf16=self._quick_bfloat16,

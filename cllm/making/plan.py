@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from cllm.errors import UsageError
 
 EPOCHS = 10  # at most
-EXAMPLES = 1000  # examples to train on in all epochs, where time is unlimited
+STEPS = 250  # of training in all epochs, where time is unlimited
 MARGIN = 0.9  # share of the remaining time that is planned
 MEASURING_SHARE = 0.2  # share of the spare time that is spent on measuring with held-out prompts
 TUNING_PROMPTS, TUNING_RESPONSES = 8, 40  # prompts, and the responses that `tune` decodes for them with all its choices together
@@ -33,6 +33,8 @@ class Costs:
     tokens: float  # of a response
     spent: float  # until here
     memory: int  # most bytes until here
+    batch: int  # examples of a training step, of all processes
+    at_once: int  # examples that fit into a process's memory at once
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Plan:
     trained_tokens: int  # of these in all epochs
     minutes: dict[str, float]  # by stage
     memory: int  # bytes
+    at_once: int  # examples that each process trains on at once
 
     @property
     def total_minutes(self) -> float:
@@ -75,7 +78,7 @@ def make_plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) 
     """
     tuning = TUNING_RESPONSES * costs.single
     if minutes is None:
-        epochs = max(1, min(EPOCHS, round(EXAMPLES / prompts)))
+        epochs = max(1, min(EPOCHS, round(STEPS * costs.batch / prompts)))
         return _plan(costs, prompts, held_out, epochs, tuning)
     epochs = min(math.ceil(costs.response / costs.example), EPOCHS)
     each, measured = costs.response + epochs * costs.example, 2 * costs.single
@@ -101,7 +104,7 @@ def _plan(costs: Costs, prompts: int, held_out: int, epochs: int, tuning: float)
     }
     tokens = round(prompts * costs.tokens)
     minutes = {name: round(each / 60, 2) for name, each in seconds.items()}
-    return Plan(prompts, held_out, epochs, tokens, tokens * epochs, minutes, costs.memory)
+    return Plan(prompts, held_out, epochs, tokens, tokens * epochs, minutes, costs.memory, costs.at_once)
 
 
 class StepClock(TrainerCallback):

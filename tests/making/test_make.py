@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cases import generate
 from commands import question_rows, refused, write_rows
 from huggingface_hub import ModelCard
@@ -24,6 +25,7 @@ from cllm.errors import UsageError
 from cllm.making.make import WORK, too_slow
 from cllm.models import DATA, REASON, default_width, folder_record, load_model, load_tokenizer
 from cllm.prompts import PromptTemplate
+from cllm.training.build import build_trainer
 from cllm.training.lossless import LosslessTrainer
 from cllm.trajectory.store import read_rows
 
@@ -102,6 +104,24 @@ def test_it_does_nothing_twice(made: Path, target: Path, prompts: Path, monkeypa
     monkeypatch.setattr("cllm.making.make.train", None)
     assert run(target, prompts, made) == figures(made)
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
+
+
+def test_out_of_memory_fewer_examples_are_trained_on_at_once(
+    target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a step is about as many as before."""
+    build, steps = build_trainer, set()
+
+    def scarce(*parts):
+        size, accumulation = parts[-1].per_device_train_batch_size, parts[-1].gradient_accumulation_steps
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        steps.add((size, accumulation))
+        return build(*parts)
+
+    for module in ("cllm.making.make", "cllm.training.build"):
+        monkeypatch.setattr(f"{module}.build_trainer", scarce)
+    assert run(target, prompts, tmp_path / "out")["plan"]["at_once"] == 2 and steps == {(2, 2)}
 
 
 @pytest.mark.slow

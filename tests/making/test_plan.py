@@ -7,7 +7,7 @@ import pytest
 from cllm.errors import UsageError
 from cllm.making.plan import EPOCHS, LEAST_PROMPTS, Costs, make_plan
 
-COSTS = Costs(response=0.5, example=0.8, single=3.0, tokens=100.0, spent=40.0, memory=2**31)
+COSTS = Costs(response=0.5, example=0.8, single=3.0, tokens=100.0, spent=40.0, memory=2**31, batch=4, at_once=4)
 
 
 @pytest.mark.parametrize("minutes", [10.0, 15.0, 30.0, 60.0, 600.0])
