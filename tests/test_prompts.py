@@ -218,7 +218,7 @@ IMAGES = "{% for part in m.content %}{{ part.image }}{% endfor %}"
 def test_a_chat_template_that_leaves_something_out_is_refused(template):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(UsageError, match="leaves out message 1, of the user"):
+    with pytest.raises(UsageError, match="leaves out message 1, from the user"):
         PromptTemplate("chat").encode(TALK, tokenizer)
 
 

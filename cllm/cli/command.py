@@ -118,7 +118,7 @@ def add_options(options: argparse.ArgumentParser, kind: type[Options]) -> None:
         if flag.startswith("-"):
             how |= {"dest": option.name, "default": default, "required": default is MISSING}
             if option.several:
-                how |= {"default": list(default), "action": "store" if default else "extend"}
+                how["default"] = list(default)
         options.add_argument(flag, **how | metadata)
 
 

@@ -26,6 +26,7 @@ class SpeedArguments(PrefixOptions, ModelOptions, TaskOptions):
         "more to compare with, may be repeated; no_adapter: the same window without the model's consistency adapter; "
         "generate and prompt_lookup are Hugging Face's; ar is always there",
         (),
+        action="extend",
     )
     window: Literal["sliding", "block"] = option("block: the paper's procedure", "sliding")
     guess: Sequence[str] = option(f"{GUESS_HELP}; each of several is measured as a method of its own", (), metavar="NAME")

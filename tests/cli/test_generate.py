@@ -102,8 +102,8 @@ def test_out_of_memory_a_smaller_batch_is_tried(
 ) -> None:
     flow = JacobiDecoder.flow
 
-    def short(self: JacobiDecoder, feed: Any):
-        for iteration in flow(self, feed):
+    def short(self: JacobiDecoder, *given: Any):
+        for iteration in flow(self, *given):
             if len(iteration.rows_B) > 1:
                 raise torch.OutOfMemoryError
             yield iteration

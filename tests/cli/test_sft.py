@@ -9,6 +9,7 @@ from commands import question_rows, refused, write_rows
 from tiny import save_tiny_adapter, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from cllm.attention import LENGTHS
 from cllm.cli import sft
 from cllm.errors import UsageError
 from cllm.models import read_record
@@ -87,7 +88,8 @@ def test_a_shared_beginning_is_packed_once() -> None:
     useful = (batch["block"] >= 0).sum()
     assert useful == len(SHARED) + 5 + 2 + 5 + 2 + 5 < sum(len(row.prompt_ids) + len(row.answer_ids) for row in ROWS)
     alone = AnswerCollator(0)([ROWS[0]])
-    assert alone["input_ids"].tolist() == [[*SHARED, 1, 2, 3, 4, 5]] and alone["target"].tolist() == [3, 4, 5]
+    assert alone["input_ids"][alone["block"] >= 0].tolist() == [*SHARED, 1, 2, 3, 4, 5] and alone["target"].tolist() == [3, 4, 5]
+    assert alone["input_ids"].shape[1] % LENGTHS == 0
     assert alone["index"].tolist() == [[0, 41], [0, 42], [0, 43]]
 
 

@@ -96,7 +96,7 @@ def test_resume_refuses_other_settings_by_name(tmp_path):
 def test_resume_refuses_answers_of_unknown_origin(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps(row()) + "\n")
-    with pytest.raises(UsageError, match=r"answers.jsonl exists, but not answers.jsonl.settings.json"):
+    with pytest.raises(UsageError, match=r"answers.jsonl exists, but answers.jsonl.settings.json, which"):
         accuracy.AnswerFile(path, {})
     settings = tmp_path / "answers.jsonl.settings.json"
     settings.symlink_to(settings.name)  # there, but not to be read

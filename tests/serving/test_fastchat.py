@@ -201,7 +201,7 @@ def test_template_that_refuses_system_messages():
 def test_template_that_drops_turns_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}>"
-    with pytest.raises(UsageError, match="leaves out message 1, of the user"):
+    with pytest.raises(UsageError, match="leaves out message 1, from the user"):
         ours.dialogue_parts(PromptTemplate("chat"), tokenizer)
 
 

@@ -252,7 +252,7 @@ def test_folders_that_cannot_be_exported_or_overwritten(base: Path, adapter: Pat
         export(str(tmp_path / "out"), tmp_path / "alone", adapter_only=True)
     for folder in (adapter, base):
         before = names(folder)
-        with pytest.raises(UsageError, match="OUTPUT must be"):
+        with pytest.raises(UsageError, match="OUTPUT must (be|differ)"):
             export(str(adapter), folder)
         assert names(folder) == before
 
