@@ -22,7 +22,7 @@ def main() -> None:
     start = time.perf_counter()
     model = tiny_model(vocab_size=97, eos_token_id=None).to(where)
     captured = stage.captured(args, model, 4)
-    equal = facts(captured) == facts(JacobiDecoder(model, 4, compile="off"))
+    equal = fields(captured) == fields(JacobiDecoder(model, 4, compile="off"))
     kept = captured.runner._kept.captured.values()  # type: ignore[attr-defined]
     result = {
         "captured iterations equal": equal,
@@ -34,10 +34,10 @@ def main() -> None:
     assert equal and result["captured"], "captured iterations differ, or none was captured"
 
 
-def facts(decoder: JacobiDecoder) -> list[Any]:
+def fields(decoder: JacobiDecoder) -> list[Any]:
     """What iterations say of two rows."""
     iterations = decoder.iterate([[1, 2, 3], [4]], max_new_tokens=100)
-    return [next(iterations).facts_BF.tolist() for _ in range(ITERATIONS)]
+    return [next(iterations).fields_BF.tolist() for _ in range(ITERATIONS)]
 
 
 def installed(name: str) -> str | None:
