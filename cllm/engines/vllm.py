@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cllm.adapter import LOSSLESS
-from cllm.decoding.draft import Draft, Guess
 from cllm.decoding.guess import make_guess
+from cllm.decoding.guess_strategy import GuessStrategy, PartialWindow
 from cllm.errors import UsageError
 from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, default_guess, read_record
 
@@ -150,11 +150,11 @@ class JacobiProposer:
         padded = [guesses + [0] * (drafts - len(guesses)) for guesses in refined]
         window_RW = torch.cat([text_RS.gather(1, start_R[:, None]), torch.tensor(padded, dtype=text_RS.dtype)], dim=1)
         one_R, zero_R = torch.ones_like(start_R), torch.zeros_like(start_R)
-        draft = Draft(text_RS, start_R, window_RW, one_R, filled_R, one_R, zero_R, self.vocabulary)
-        return self.guess.fill(torch.empty(len(refined), 0), draft).window_BW[:, 1:]
+        partial = PartialWindow(text_RS, start_R, window_RW, one_R, filled_R, one_R, zero_R, self.vocabulary)
+        return self.guess.fill(torch.empty(len(refined), 0), partial).window_BW[:, 1:]
 
 
-def vllm_guess(name: str) -> Guess:
+def vllm_guess(name: str) -> GuessStrategy:
     """The strategy for fresh guesses of that name. Raises UsageError for one that keeps something of a request."""
     guess = make_guess(name)
     if guess.memory_size:
