@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import enable_progress_bars
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -167,6 +167,15 @@ def _merged(model: PreTrainedModel, path: str) -> PreTrainedModel:
     except Exception as error:  # as in load_model
         raise UsageError(f"cannot load the adapter in {path!r}: {first_line(error)}") from error
     return cast(PreTrainedModel, adapted.merge_and_unload())
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The configuration of a checkpoint. Raises UsageError where there is none."""
+    check_path(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # as in load_model
+        raise UsageError(f"cannot read the configuration of {path!r}: {first_line(error)}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -1,6 +1,6 @@
 """Commands run inside the test process, and questions to run them on.
 
-from commands import question_rows, refused, write_rows
+from commands import failed, question_rows, refused, write_rows
 """
 
 import json
@@ -33,3 +33,13 @@ def refused(capsys: pytest.CaptureFixture[str], main: Callable[..., None], *word
     assert exit_.value.code == 2, captured.err
     assert len(errors) == 1 and errors[0].startswith("error: "), captured.err
     return errors[0].removeprefix("error: ")
+
+
+def failed(capsys: pytest.CaptureFixture[str], main: Callable[..., None], *words: Any) -> str:
+    """The last line of a command that a fault ends with exit status 2 after it has begun."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main([str(word) for word in words])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and "Traceback" not in error, error
+    return error.splitlines()[-1]

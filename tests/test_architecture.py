@@ -17,7 +17,7 @@ LAYERS = (  # from the bottom; a module may import its own layer and those below
     {"adapter"},
     {"attention", "chat_template", "prompts", "models"},
     {"packing", "decoding", "reference", "custom_generate", "options", "open_model"},
-    {"trajectory", "training", "evaluation", "serving"},
+    {"trajectory", "training", "evaluation", "serving", "engines"},
     {"making"},
     {"cli"},
     {"inference", "__main__"},  # other ways to call cli

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from cllm.cli.command import add_options, add_task_option, command, parser, read
 from cllm.trajectory.arguments import CollectArguments
 
+SHOWN = 5  # responses that are named among those that are not the model's own
+
 
 @command
 def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
@@ -25,4 +27,10 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
         print(f"  {count} left out: {reason}")
     for reason, count in sorted(found.bad_rows.items()):
         print(f"  {count} rows skipped: {reason}")
+    if found.compared:
+        print(f"{len(found.departures)} of {found.compared} responses are not what the model here writes greedily")
+    for row_id, departure in sorted(found.departures.items(), key=lambda item: -item[1].margin)[:SHOWN]:
+        print(f"  {row_id}: from token {departure.token} on, {departure.margin:.3g} below the best logit")
+    if len(found.departures) > SHOWN:
+        print(f"  and {len(found.departures) - SHOWN} more, each closer")
     found.check()

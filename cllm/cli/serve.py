@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cllm.cli.command import add_options, command, parser, read
 from cllm.errors import UsageError
-from cllm.options import SamplingOptions, option
+from cllm.options import KEY, Engine, SamplingOptions, option
 from cllm.serving.arguments import DecoderArguments
 from cllm.tasks import DEFAULT_TASK, get_task
 
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
     from cllm.decoding import Sampling
     from cllm.serving.server.service import Service
 
-KEY = "CLLM_API_KEY"
+OWN_OPTIONS = (  # vLLM's server has no such options, or calls them otherwise
+    *("max_slots", "max_tokens", "max_waiting", "max_body", "timeout", "grace", "prefix_cache"),
+    *("device", "attn_implementation", "prompt_template"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,9 @@ class ServiceOptions(DecoderArguments):
 class ServeOptions(SamplingOptions, ServiceOptions):
     """What ``cllm serve`` is given."""
 
+    engine: Engine = option(
+        "vllm: start `vllm serve` with the window and the guesses of this checkpoint; options of vLLM may follow after --", "cllm"
+    )
     grace: float = option("seconds that running answers get to end after SIGTERM", 30.0, least=0)
 
 
@@ -64,8 +73,14 @@ class ServeOptions(SamplingOptions, ServiceOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser("Serve a model under the OpenAI protocol: /v1/chat/completions, /v1/completions, /v1/models.", "cllm serve")
     add_options(options, ServeOptions)
-    args = read(ServeOptions, vars(options.parse_args(argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    args = read(ServeOptions, vars(options.parse_args(own)))
     sampling = args.sampling()
+    if args.engine == "vllm":
+        start_vllm(args, sampling, more)
+    if more:
+        raise UsageError(f"options after -- are vLLM's and need --engine vllm, got {' '.join(more)}")
     check_packages()
     from cllm.serving.server.app import create_app
     from cllm.serving.server.run import Server, address, bind, own_names
@@ -76,6 +91,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         app = create_app(service, keys, own_names(listener, args.host))
         print(f"{service.name} on {address(listener)}/v1; Ctrl-C stops it", flush=True)
         Server(app, service.worker, args.grace).run(sockets=[listener])
+
+
+def start_vllm(args: ServeOptions, sampling: Sampling, more: Sequence[str]) -> NoReturn:
+    """Become vLLM's server. Raises UsageError for options that it has no counterpart of, and a model that it cannot decode."""
+    from cllm.engines.install import check_installed
+    from cllm.engines.vllm_server import serve_command
+    from cllm.models import default_device, default_width, load_config, read_record
+
+    for each in fields(ServeOptions):
+        if each.name in OWN_OPTIONS and getattr(args, each.name) != each.default:
+            raise UsageError(f"--{each.name} is an option of our own server; leave it out with --engine vllm")
+    if sampling.min_p:
+        raise UsageError(f"vLLM takes no min_p (--min_p) beside drafts, got {sampling.min_p}")
+    record = read_record(load_config(args.model))
+    chosen = asdict(sampling)
+    del chosen["seed"]  # requests have theirs
+    passed = {
+        "served-model-name": args.served_model_name or Path(args.model).resolve().name,
+        "host": args.host,
+        "port": args.port,
+        "dtype": args.dtype or ("auto" if default_device() == "cuda" else "float32"),
+        "max-num-seqs": args.batch_size,
+        "override-generation-config": json.dumps(chosen),
+    }
+    words = [word for name, value in passed.items() for word in (f"--{name}", str(value))]
+    command = serve_command(args.model, record, args.block_size or default_width(record), guess=args.guess, more=[*words, *more])
+    check_installed()
+    print(shlex.join(command), flush=True)
+    keys = ["--api-key", *keys] if (keys := args.api_keys()) else []
+    environment = os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *command[1:], *keys], environment)
 
 
 def check_packages() -> None:

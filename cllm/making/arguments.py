@@ -10,12 +10,13 @@ from pathlib import Path
 from cllm.errors import UsageError
 from cllm.files import StrPath
 from cllm.options import ModelOptions, Start, option
+from cllm.trajectory.arguments import SourceOptions
 
 BLOCK = 8  # tokens of a block in training; windows of decoding may be wider
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeArguments(ModelOptions):
+class MakeArguments(SourceOptions, ModelOptions):
     """What a run is given. Raises UsageError for a value that is out of range."""
 
     model: str = field(metadata={"help": "checkpoint folder or hub name", "flag": "model", "metavar": "MODEL"})

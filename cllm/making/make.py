@@ -8,12 +8,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS
 from cllm.decoding import JacobiDecoder
@@ -41,6 +41,7 @@ from cllm.models import (
     context_length,
     default_device,
     folder_record,
+    load_config,
     load_model,
     load_tokenizer,
     store_choice,
@@ -56,7 +57,7 @@ from cllm.tasks.base import Example
 from cllm.tasks.source import load_examples
 from cllm.training.arguments import LosslessTrainingArguments
 from cllm.training.build import TrainingInputs, build_trainer, train
-from cllm.trajectory.arguments import CollectArguments
+from cllm.trajectory.arguments import CollectArguments, SourceOptions
 from cllm.trajectory.collection import collect, make_collector, process_group
 from cllm.trajectory.store import TrajectoryWriter, read_rows
 
@@ -147,6 +148,8 @@ class Making:
             "prompt_template": options.prompt_template,
         }
         limits = {name: getattr(options, name) for name in ("minutes", "max_new_seq_len", "guess", "dtype")}
+        if source := {name: getattr(options, name) for name in ("engine", "responses") if getattr(options, name) not in ("cllm", None)}:
+            limits["source"] = source
         limits |= {"device": self.device, "processes": self.processes}
         written = [self.learned_from, self.measured_on, self.facts]
         published = [options.output / name for name in (ADAPTER, ADAPTER_WEIGHTS, "config.json", CARD, FIGURES)]
@@ -189,7 +192,7 @@ class Making:
     def _leave_out_unfit(self, *parts: Gathered) -> str:
         """Leave out prompts that cannot be answered; returns the template for the others."""
         tokenizer = load_tokenizer(self.options.model)
-        context = context_length(AutoConfig.from_pretrained(self.options.model))
+        context = context_length(load_config(self.options.model))
         templates = {source.task.plain_template for source in self.sources}
         plain = templates.pop() if len(templates) == 1 else get_task(OWN_PROMPTS).plain_template
         template = choose_template(self.options.prompt_template, plain, tokenizer, {})
@@ -344,6 +347,7 @@ class Making:
             dtype=self._frozen,
             device=self.options.device,
             attn_implementation=self.options.attn_implementation,
+            **{each.name: getattr(self.options, each.name) for each in fields(SourceOptions)},
         )
 
     def _training(self, responses: Path, folder: Path, at_once: int, **more: Any) -> tuple[TrainingInputs, LosslessTrainingArguments]:

@@ -26,21 +26,8 @@ class Endpoint:
     def __init__(
         self, base_url: str, model: str, key: str | None = None, *, timeout: float = 300, retries: int = 6, max_tokens: int = 2048
     ) -> None:
-        if not _is_address(base_url):
-            raise UsageError(f"--judge_base_url must look like http://host:port/v1, got {base_url!r}")
-        try:
-            import openai
-        except ImportError as error:
-            raise UsageError("a judge is asked through the package openai, which is missing: pip install openai") from error
         self.url, self.model, self.retries = base_url, model, retries
-        self._openai: Any = openai
-        self._client: Any = openai.OpenAI(
-            base_url=base_url,
-            api_key=key or "none",
-            timeout=timeout,
-            max_retries=retries,
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),  # a redirect would see the answers to judge
-        )
+        self._openai, self._client = open_client(base_url, key, "--judge_base_url", retries=retries, timeout=timeout)
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
 
     def complete(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -99,6 +86,27 @@ def _text(content: Any) -> str | None:
     if isinstance(content, list):  # parts, as some servers send them
         return "".join(str(part.get("text", "")) for part in content)
     return content if isinstance(content, str) else None
+
+
+def open_client(base_url: str, key: str | None, option: str, *, retries: int, timeout: float = 300) -> tuple[Any, Any]:
+    """The package ``openai`` and a client of it. ``option``: what ``base_url`` is called in messages.
+
+    Raises UsageError for an address that is not http or https, and where the package is not installed.
+    """
+    if not _is_address(base_url):
+        raise UsageError(f"{option} must look like http://host:port/v1, got {base_url!r}")
+    try:
+        import openai
+    except ImportError as error:
+        raise UsageError(f"{option} is asked through the package openai, which is missing: pip install openai") from error
+    client = openai.OpenAI(
+        base_url=base_url,
+        api_key=key or "none",
+        timeout=timeout,
+        max_retries=retries,
+        http_client=openai.DefaultHttpxClient(follow_redirects=False),  # a redirect would see prompts and keys
+    )
+    return openai, client
 
 
 def _is_address(url: str) -> bool:

@@ -5,13 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cllm.errors import UsageError
-from cllm.options import ModelOptions, PrefixOptions, Start, TaskOptions, option
+from cllm.options import KEY, Engine, ModelOptions, Options, PrefixOptions, Start, TaskOptions, option
 
 FOLDER = "collected_jacobi_trajectory"  # where the default output folders lie
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectArguments(PrefixOptions, ModelOptions, TaskOptions):
+class SourceOptions(Options):
+    """Who writes a model's responses. Raises UsageError for two sources at once."""
+
+    engine: Engine = option("who writes the model's responses; vllm has to be installed", "cllm")
+    base_url: str | None = option(
+        "take the responses from a server of the same model, up to /v1, which knows return_token_ids as vLLM's does; a key is "
+        f"read from ${KEY}",
+        None,
+        metavar="URL",
+    )
+    responses: str | None = option(
+        "take the responses from JSONL: prompt_token_ids, prompt or messages, and token_ids or response; what is not the model's "
+        "own greedy text is counted",
+        None,
+        metavar="FILE",
+    )
+    tensor_parallel_size: int = option("GPUs that share the model with --engine vllm", 1, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sum((self.engine == "vllm", self.base_url is not None, self.responses is not None)) > 1:
+            raise UsageError("responses have one source: --engine vllm, --base_url or --responses; leave out the others")
+        if self.tensor_parallel_size > 1 and self.engine != "vllm":
+            raise UsageError("--tensor_parallel_size is an option of --engine vllm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectArguments(SourceOptions, PrefixOptions, ModelOptions, TaskOptions):
     """What :func:`cllm.trajectory.collection.collect` is given. Raises UsageError for values that are out of range."""
 
     block_size: int = option("block size n", 16, flag="--max_new_tokens", least=1)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
-from typing import Any
+from itertools import islice, pairwise
+from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,14 +19,16 @@ from cllm.decoding import JacobiDecoder, Queue, Request
 from cllm.decoding.guess import STARTS
 from cllm.decoding.prefix_cache import DEFAULT_BYTES
 from cllm.errors import UsageError
-from cllm.models import DEFAULT_GUESS, packed_length, stop_token_ids
+from cllm.models import DEFAULT_GUESS, embedding_count, packed_length, stop_token_ids
 from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Example
-from cllm.trajectory.hygiene import Seen, augment, degenerate
+from cllm.trajectory.departures import Departure, departures
+from cllm.trajectory.hygiene import Seen, augment, cut_at_eos, degenerate
 from cllm.trajectory.record import Dropped, TrajectoryRow
 from cllm.trajectory.states import States, block_starts, jacobi_states
 from cllm.trajectory.store import TrajectoryWriter
 
+T = TypeVar("T")
 STATE_TOKENS = 1024  # response tokens iterated together; bounds the memory for logits
 
 
@@ -53,6 +55,7 @@ class CollectionSettings:
     vocab_size: int = 0
     vocabulary: str = ""  # cllm.models.vocabulary_stamp of the tokenizer
     weights: str | None = None  # cllm.models.weights_stamp of the model
+    responses: str = ""  # whose they are: "" for our engine's, "vllm", "server", or the name of their file
     source: str = ""  # name of the data's file or folder, since row ids are unique only within it; "" for the hub dataset
     source_rows: str | None = None  # fingerprint of its rows; None for the hub dataset
     task_options: Mapping[str, Any] = field(default_factory=dict)  # Task.settings: the task's own options
@@ -69,7 +72,7 @@ class CollectionSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON values. Options that older collections lack appear only with a value other than the default."""
-        later = {"task_options": {}, "guess": DEFAULT_GUESS, "responses_only": False}
+        later = {"task_options": {}, "guess": DEFAULT_GUESS, "responses_only": False, "responses": ""}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
@@ -85,10 +88,40 @@ class Prompt:
 Response = tuple[Prompt, list[int]]  # a prompt and the token ids of its response
 
 
+class Source(Protocol):
+    """Whatever answers prompts: our engine, another one, a server, a file."""
+
+    def respond(self, prompts: Iterable[Prompt], together: int) -> Iterator[Response | Dropped]:
+        """The model's greedy responses in any order, as many prompts being answered together. Prompts are read as needed."""
+        ...
+
+
+class OwnEngine:
+    """The responses of a model here, by AR decoding and continuous batching: an untrained model accepts too few guesses to
+    pay for a wider window. ``prefix_cache``: of the decoder."""
+
+    def __init__(self, model: PreTrainedModel, stops: Sequence[int], max_new_tokens: int, prefix_cache: int = DEFAULT_BYTES) -> None:
+        self.max_new_tokens = max_new_tokens
+        self.decoder = JacobiDecoder(model, block_size=1, eos_token_ids=stops, prefix_cache=prefix_cache)
+
+    def respond(self, prompts: Iterable[Prompt], together: int) -> Iterator[Response | Dropped]:
+        asked: dict[int, Prompt] = {}
+
+        def requests() -> Iterator[Request]:
+            for number, prompt in enumerate(prompts):
+                asked[number] = prompt
+                yield Request(prompt.ids, self.max_new_tokens)
+
+        for number, result in Queue(self.decoder, together).run(requests()):
+            yield asked.pop(number), result.token_ids
+
+
 class Collector:
     """Turns prompts into trajectory rows with one model.
 
-    ``prefix_cache`` is the decoder's budget for prefix reuse, in bytes.
+    ``prefix_cache`` is the decoder's budget for prefix reuse, in bytes. ``source``: where the responses come from, by default
+    the model itself. Those of another source are cut where the model would have stopped, and compared with what it would have
+    written: :attr:`compared`, :attr:`departures`.
 
     Raises UsageError for a block size beyond the model's context, UnsupportedModelError for a model that cannot decode by
     Jacobi iteration.
@@ -100,6 +133,7 @@ class Collector:
         tokenizer: PreTrainedTokenizerBase,
         settings: CollectionSettings,
         prefix_cache: int = DEFAULT_BYTES,
+        source: Source | None = None,
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.template = PromptTemplate(settings.prompt_template)
@@ -107,9 +141,12 @@ class Collector:
         if context is not None and settings.block_size >= context:
             raise UsageError(f"block size must be below the model's context of {context}, got {settings.block_size}")
         self.context = context
-        # AR decoding: an untrained model accepts too few guesses to pay for a wider window.
-        stops = stop_token_ids(model, tokenizer, self.template)
-        self.decoder = JacobiDecoder(model, block_size=1, eos_token_ids=stops, prefix_cache=prefix_cache)
+        self.stops = stop_token_ids(model, tokenizer, self.template)
+        self.foreign = source is not None
+        self.source = source or OwnEngine(model, self.stops, settings.max_new_seq_len, prefix_cache)
+        self.vocabulary = embedding_count(model)
+        self.compared = 0  # responses of another source
+        self.departures: dict[str, Departure] = {}  # those that are not the model's greedy ones, by row id
 
     def run(
         self,
@@ -141,38 +178,25 @@ class Collector:
                 else:
                     dropped.append(item)
 
-        for responses in self.respond(prompts(), batch_size):
-            rows, rejected = self.rows(responses)
+        for answers in batched(self.source.respond(prompts(), batch_size), batch_size):
+            rows, rejected = self.rows([answer for answer in answers if not isinstance(answer, Dropped)])
+            dropped += [answer for answer in answers if isinstance(answer, Dropped)]
             writer.write(rows, dropped + rejected)
-            yield done + len(dropped) + len(responses)
+            yield done + len(dropped) + len(rows) + len(rejected)
             done = 0
             dropped.clear()
         writer.write([], dropped)
         yield done + len(dropped)
 
-    def respond(self, prompts: Iterable[Prompt], batch_size: int) -> Iterator[list[Response]]:
-        """The model's greedy responses by continuous batching, in lists of at most ``batch_size`` in order of completion."""
-        pending: dict[int, Prompt] = {}
-
-        def requests() -> Iterator[Request]:
-            for number, prompt in enumerate(prompts):
-                pending[number] = prompt
-                yield Request(prompt.ids, self.settings.max_new_seq_len)
-
-        finished: list[Response] = []
-        for number, result in Queue(self.decoder, batch_size).run(requests()):
-            finished.append((pending.pop(number), result.token_ids))
-            if len(finished) == batch_size:
-                yield finished
-                finished = []
-        if finished:
-            yield finished
-
     def rows(self, responses: list[Response]) -> tuple[list[TrajectoryRow], list[Dropped]]:
         """The rows of responses worth keeping, with the states of all their blocks, and the responses dropped."""
         good, dropped = [], []
         for prompt, ids in responses:
+            if self.foreign:
+                ids = cut_at_eos(ids, self.stops)[: self.settings.max_new_seq_len]
             reason = "empty response" if len(ids) < 2 else degenerate(ids)
+            if not all(0 <= token < self.vocabulary for token in ids):
+                reason = "tokens that the model does not have"
             if self.context is not None and len(prompt.ids) + len(ids) > self.context:
                 reason = "too long to pack"
             if reason:
@@ -181,8 +205,15 @@ class Collector:
                 good.append((prompt, ids))
         rows = []
         for part in _token_batches(good):
+            if self.foreign:
+                self._compare(part)
             rows += self._with_states(part)
         return rows, dropped
+
+    def _compare(self, part: list[Response]) -> None:
+        found = departures(self.model, [prompt.ids for prompt, _ in part], [response for _, response in part])
+        self.compared += len(part)
+        self.departures |= {prompt.row_id: departure for (prompt, _), departure in zip(part, found) if departure is not None}
 
     def _with_states(self, part: list[Response]) -> list[TrajectoryRow]:
         settings = self.settings
@@ -234,6 +265,13 @@ def _fixed_points(part: list[Response], starts: list[list[int]]) -> list[list[St
         [[response[start:end]] for start, end in pairwise([*offsets, len(response)])]
         for (_, response), offsets in zip(part, starts, strict=True)
     ]
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of ``size`` items, and of what is left at the end."""
+    source = iter(items)
+    while batch := list(islice(source, size)):
+        yield batch
 
 
 def _token_batches(good: list[Response]) -> Iterator[list[Response]]:

@@ -18,12 +18,14 @@ from tqdm import tqdm
 from cllm.errors import UsageError
 from cllm.evaluation.environment import check_writable
 from cllm.models import vocabulary_stamp, weights_stamp
-from cllm.open_model import open_model
+from cllm.open_model import OpenModel, open_model
+from cllm.options import KEY
 from cllm.tasks.base import Task
 from cllm.tasks.configure import configured_task
 from cllm.tasks.source import Extent, load_examples
 from cllm.trajectory.arguments import FOLDER, CollectArguments
-from cllm.trajectory.collect import CollectionSettings, Collector
+from cllm.trajectory.collect import CollectionSettings, Collector, Source
+from cllm.trajectory.departures import Departure
 from cllm.trajectory.published import write_published
 from cllm.trajectory.store import TrajectoryWriter, read_rows, stored_counts
 
@@ -36,6 +38,8 @@ class Collected:
     kept: int  # responses
     dropped: dict[str, int]  # reason -> prompts and responses left out
     bad_rows: dict[str, int]  # reason -> rows of the data that could not be used
+    compared: int  # responses of another source than our engine, in this run
+    departures: dict[str, Departure]  # row id -> where one of them is not the model's own greedy text
 
     def check(self) -> None:
         """Raise UsageError where there is nothing to train from."""
@@ -79,7 +83,8 @@ def collect(args: CollectArguments) -> Collected:
         if rank == 0 and args.published:
             write_published(args.published, read_rows(folder), args.block_size, collector.tokenizer.pad_token_id)
         counts = stored_counts(folder)
-    return Collected(folder, counts["kept"], counts["dropped"], dict(Counter(examples.bad)))
+    bad_rows = dict(Counter(examples.bad))
+    return Collected(folder, counts["kept"], counts["dropped"], bad_rows, collector.compared, collector.departures)
 
 
 def make_collector(args: CollectArguments, task: Task, source_rows: str | None = None) -> Collector:
@@ -98,9 +103,30 @@ def make_collector(args: CollectArguments, task: Task, source_rows: str | None =
         task_options=task.settings(),
         weights=weights_stamp(args.model),
         source=Path(args.filename).name if args.filename else "",
+        responses="vllm" if args.engine == "vllm" else "server" if args.base_url else Path(args.responses or "").name,
         source_rows=source_rows,
     )
-    return Collector(opened.model, opened.tokenizer, settings, args.prefix_cache)
+    return Collector(opened.model, opened.tokenizer, settings, args.prefix_cache, open_source(args, opened))
+
+
+def open_source(args: CollectArguments, opened: OpenModel) -> Source | None:
+    """Who writes the responses of the model; None for our engine."""
+    if args.engine == "vllm":
+        from cllm.engines.vllm_engine import VllmEngine
+
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UsageError("--engine vllm works in one process, which shares GPUs by --tensor_parallel_size; start it alone")
+        sharing = {"tensor_parallel_size": args.tensor_parallel_size}
+        return VllmEngine(args.model, opened.stops, args.max_new_seq_len, dtype=opened.dtype, **sharing)
+    if args.base_url:
+        from cllm.engines.server import Server
+
+        return Server(args.base_url, args.model, opened.stops, args.max_new_seq_len, os.environ.get(KEY))
+    if args.responses:
+        from cllm.engines.response_file import ResponseFile
+
+        return ResponseFile(args.responses, opened.template, opened.tokenizer)
+    return None
 
 
 def process_group(processes: int) -> PartialState | None:

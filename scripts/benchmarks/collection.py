@@ -27,7 +27,7 @@ def main() -> None:
         fast = time.perf_counter() - start
     kept = {int(row.row_id): row for row in rows}
     slow, slow_tokens, equal, states = 0.0, 0, 0, 0
-    eos = collector.decoder.eos_ids.tolist()
+    eos = collector.stops
     for index, ids in enumerate(prompts):
         start = time.perf_counter()
         blocks, forwarded = reference.collect(model, ids, args.block_size, args.length, start_guess(collector, str(index)), eos)

@@ -244,8 +244,7 @@ def aligned_collector(args: argparse.Namespace, model: PreTrainedModel, tokenize
 def collect(collector: Collector, prompts: list[list[int]]) -> tuple[list[TrajectoryRow], list[Dropped]]:
     """The rows of some prompts, decoded together; a row's id is the prompt's number."""
     numbered = [Prompt(str(number), ids, None) for number, ids in enumerate(prompts)]
-    (responses,) = collector.respond(numbered, len(numbered))
-    return collector.rows(responses)
+    return collector.rows(list(collector.source.respond(numbered, len(numbered))))
 
 
 def cllm_trainer(

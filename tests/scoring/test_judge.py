@@ -2,16 +2,14 @@
 
 import json
 import sys
-import threading
 import time
 from argparse import ArgumentParser
 from collections import Counter
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import fault, sequence, serving
 
 from cllm.errors import UsageError
 from cllm.scoring.endpoint import Endpoint, Refused
@@ -32,62 +30,6 @@ def reply(text):
     return 200, {}, json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]})
 
 
-def fault(status, message="", **headers):
-    return status, headers, json.dumps({"error": {"message": message}})
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
-            number = len(self.server.seen) - 1
-        answer = self.server.script(number, body)
-        if answer == "drop":
-            self.close_connection = True
-            self.connection.close()
-            return
-        status, headers, text = answer
-        payload = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(payload) + (50 if headers.get("X-Short") else 0)))
-        self.end_headers()
-        self.wfile.write(payload)
-        self.close_connection = bool(headers.get("X-Short"))
-
-    do_GET = do_POST
-
-    def log_message(self, *args):
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        pass
-
-
-@contextmanager
-def serving(script):
-    """A server whose ``script(number of the request, body)`` gives (status, headers, text) or "drop"."""
-    server = Server(("127.0.0.1", 0), Handler)
-    server.script, server.seen, server.lock = script, [], threading.Lock()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 def endpoint(server, key=None, **options):
     return Endpoint(server.url, "judge-1", key, **({"timeout": 5} | options))
 
@@ -98,10 +40,6 @@ def pauses(monkeypatch):
     found = []
     monkeypatch.setattr(time, "sleep", found.append)
     return found
-
-
-def sequence(*answers):
-    return lambda number, body: answers[min(number, len(answers) - 1)]
 
 
 ASK = [{"role": "user", "content": "Grade this."}]
