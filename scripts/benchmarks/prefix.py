@@ -13,7 +13,8 @@ import argparse
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from common import Forwarded, encode_messages, joined, load_both, model_parser, publish
 from tqdm import tqdm
@@ -82,27 +83,26 @@ class Race:
             for side in self._turns(len(lengths)):
                 decoder = self.decoders[side]
                 decoder.prefixes.clear()
-                _, _, (reply,) = answer(decoder, [text], args.length)
-                prefill, *_ = answer(decoder, [[*text, *reply, *question]], 1)
-                seconds[side].append(prefill)
+                (reply,) = answer(decoder, [text], args.length).texts
+                seconds[side].append(answer(decoder, [[*text, *reply, *question]], 1).prefill)
             lengths.append(len(text) + len(reply) + len(question))
         return {"tokens": statistics.mean(lengths)} | _compared("seconds to the first tokens", seconds)
 
     def questions(self, prompts: list[list[int]]) -> dict[str, Any]:
-        prefills: dict[str, list[float]] = {side: [] for side in SIDES}
-        totals: dict[str, list[float]] = {side: [] for side in SIDES}
-        texts: dict[str, list[list[int]]] = {side: [] for side in SIDES}
+        answers: dict[str, list[Answer]] = {side: [] for side in SIDES}
         self._clear()
         size = self.args.batch_size
         for at, batch in enumerate(tqdm([prompts[start : start + size] for start in range(0, len(prompts), size)])):
             for side in self._turns(at):
-                prefill, total, replies = answer(self.decoders[side], batch, self.args.length)
-                prefills[side].append(prefill)
-                totals[side].append(total)
-                texts[side] += replies
-        different = sum(one != other for one, other in zip(*texts.values()))
-        figures = _compared("seconds of prefill", prefills) | _compared("seconds", totals)
-        return {"tokens": sum(map(len, prompts)), "texts that differ": different} | figures
+                answers[side].append(answer(self.decoders[side], batch, self.args.length))
+        texts = ([text for each in answers[side] for text in each.texts] for side in SIDES)
+        beyond = {side: [sum(each.prefill - each.iteration for each in answers[side])] for side in SIDES}
+        return (
+            {"tokens": sum(map(len, prompts)), "texts that differ": sum(one != other for one, other in zip(*texts))}
+            | _compared("seconds of prefill", {side: [each.prefill for each in answers[side]] for side in SIDES})
+            | _compared("seconds of prefill beyond an iteration", beyond)
+            | _compared("seconds", {side: [each.total for each in answers[side]] for side in SIDES})
+        )
 
     def samples(self, prompts: list[list[int]]) -> dict[str, Any]:
         args, count = self.args, self.args.samples
@@ -114,8 +114,7 @@ class Race:
                 decoder = self.decoders[side]
                 decoder.prefixes.clear()
                 with Forwarded(decoder.model) as forwarded:
-                    prefill, *_ = answer(decoder, [text] * count, 1, samplings)
-                seconds[side].append(prefill)
+                    seconds[side].append(answer(decoder, [text] * count, 1, samplings).prefill)
                 forwarded_tokens[side] = forwarded.tokens
         counted = {f"tokens through the model, {side}": tokens for side, tokens in forwarded_tokens.items()}
         return counted | {"of which windows": count * decoder.width} | _compared("seconds of prefill", seconds)
@@ -128,16 +127,23 @@ class Race:
             decoder.prefixes.clear()
 
 
-def answer(
-    decoder: JacobiDecoder, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling | list[Sampling] = GREEDY
-) -> tuple[float, float, list[list[int]]]:
-    """Seconds of the prefill, total seconds, and the texts."""
-    start, times, tally = now(decoder.device), [], Tally(decoder.eos_ids.tolist())
+class Answer(NamedTuple):
+    """Texts, and the seconds that they took."""
+
+    prefill: float  # of the first iteration, whose forward has the prompts and the first windows
+    iteration: float  # median of the later ones; 0.0 without any
+    total: float
+    texts: list[list[int]]
+
+
+def answer(decoder: JacobiDecoder, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling | list[Sampling] = GREEDY) -> Answer:
+    times, tally = [now(decoder.device)], Tally(decoder.eos_ids.tolist())
     for iteration in decoder.iterate(prompts, max_new_tokens=length, sampling=sampling):
         tally.add(iteration)
-        if not times:
-            times.append(now(decoder.device) - start)
-    return times[0], now(decoder.device) - start, [tally.take(row, length).token_ids for row in range(len(prompts))]
+        times.append(now(decoder.device))
+    prefill, *later = (end - start for start, end in pairwise(times))
+    texts = [tally.take(row, length).token_ids for row in range(len(prompts))]
+    return Answer(prefill, statistics.median(later or [0.0]), times[-1] - times[0], texts)
 
 
 def _compared(what: str, seconds: dict[str, list[float]]) -> dict[str, float]:
