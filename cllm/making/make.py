@@ -58,6 +58,7 @@ from cllm.tasks.source import load_examples
 from cllm.training.arguments import LosslessTrainingArguments
 from cllm.training.build import TrainingInputs, build_trainer, train
 from cllm.trajectory.arguments import CollectArguments, SourceOptions
+from cllm.trajectory.collect import OwnEngine
 from cllm.trajectory.collection import collect, make_collector, process_group
 from cllm.trajectory.store import TrajectoryWriter, read_rows
 
@@ -282,9 +283,10 @@ class Making:
         task, sample = get_task(OWN_PROMPTS), self.sizes.sample
         examples = list(load_examples(task, self.learned_from, "train", sample))
         collector = make_collector(self._collecting(folder, sample, resume=False), task)
-        seconds = 0.0
-        for _ in range(1 + collector.decoder.runner.fixed):  # where steps are captured, the first round captures them
-            collector.decoder.prefixes.clear()
+        own, seconds = collector.source.decoder if isinstance(collector.source, OwnEngine) else None, 0.0
+        for _ in range(2 if own and own.runner.fixed else 1):  # where steps are captured, the first round captures them
+            if own:
+                own.prefixes.clear()
             with TrajectoryWriter(folder, collector.settings.as_dict(), resume=False) as writer:
                 start = time.perf_counter()
                 for _ in collector.run(examples, writer, batch_size=self.sizes.collected):
