@@ -173,7 +173,7 @@ def load_config(path: str) -> PretrainedConfig:
     """The configuration of a checkpoint. Raises UsageError where there is none."""
     check_path(path)
     try:
-        return AutoConfig.from_pretrained(path)
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(path))
     except Exception as error:  # as in load_model
         raise UsageError(f"cannot read the configuration of {path!r}: {first_line(error)}") from error
 

@@ -318,7 +318,8 @@ class Making:
     def _examples(self) -> int:
         """Examples of a training step, per process. Several processes take the fewest, since one of them cannot shrink alone."""
         most = self.sizes.batch if self.processes == 1 else CPU.batch
-        return min(most, max(CPU.batch, self._facts()["prompts"] // EPOCH_STEPS))
+        prompts: int = self._facts()["prompts"]
+        return min(most, max(CPU.batch, prompts // EPOCH_STEPS))
 
     def _timed_token(self, prompt: list[int]) -> float:
         """Seconds of a token by AR decoding of a prompt alone, its prefill included."""
