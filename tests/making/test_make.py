@@ -112,12 +112,12 @@ def test_out_of_memory_fewer_examples_are_trained_on_at_once(
     """And a step is about as many as before."""
     build, steps = build_trainer, set()
 
-    def scarce(*parts):
+    def scarce(*parts, **options):
         size, accumulation = parts[-1].per_device_train_batch_size, parts[-1].gradient_accumulation_steps
         if size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         steps.add((size, accumulation))
-        return build(*parts)
+        return build(*parts, **options)
 
     for module in ("cllm.making.make", "cllm.training.build"):
         monkeypatch.setattr(f"{module}.build_trainer", scarce)
