@@ -29,7 +29,7 @@ from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, default_guess, read_record
 if TYPE_CHECKING:
     import numpy as np
 
-VERSIONS = ("0.32",)  # of vLLM, major and minor: those that the tests marked vllm have passed with
+VERSIONS = ("0.32",)  # of vLLM, major and minor: what the tests marked vllm are written for
 FORWARD = ["self", "metadata", "draft_probs", "logits", "sampling_metadata"]  # parameters of RejectionSampler.forward
 OPTIONS = "cllm"  # the key of vLLM's additional_config with the proposer's options
 GUESS, STEP_TOKENS = "guess", "step_tokens"  # the options
