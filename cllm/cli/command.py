@@ -129,6 +129,19 @@ def read(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
     return kind(**{name: given[name] for name in given if name in names}, **({"task_options": others} if others else {}))
 
 
+def read_with_output(options: argparse.ArgumentParser, kind: type[Kind], argv: Sequence[str] | None, output: str) -> tuple[Kind, str]:
+    """Parse the options of ``kind`` and ``--output``, a file that must be writable; its default is ``output``."""
+    add_options(options, kind)
+    options.add_argument("--output", default=output, help="where the results go")
+    given = vars(options.parse_args(argv))
+    file = given.pop("output")
+    args = read(kind, given)
+    from cllm.evaluation.environment import check_writable
+
+    check_writable(file)
+    return args, file
+
+
 def _parser_of(kind: type, least: float | None) -> Callable[[str], Any]:
     """What turns an option's word into its value."""
     if least is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cllm.cli.command import add_options, add_task_option, command, parser, read
+from cllm.cli.command import add_task_option, command, parser, read_with_output
 from cllm.evaluation.arguments import TuneArguments
 
 
@@ -16,15 +16,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cllm tune",
     )
     add_task_option(options, None, "tune", argv)
-    add_options(options, TuneArguments)
-    options.add_argument("--output", default="tune.json", help="where the results go")
-    given = vars(options.parse_args(argv))
-    output, args = given.pop("output"), read(TuneArguments, given)
-    from cllm.evaluation.environment import check_writable
+    args, output = read_with_output(options, TuneArguments, argv, "tune.json")
     from cllm.evaluation.tune import render_choices, tune
     from cllm.files import write_json
 
-    check_writable(output)
     report = tune(args)
     write_json(output, report)
     print(render_choices(report))

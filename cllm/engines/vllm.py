@@ -78,8 +78,8 @@ def register() -> None:
 def take_choices(requests: int) -> list[list[int]]:
     """For each request of the step that runs, what the model chose after the last verified token and after each draft.
 
-    Empty lists in a step without drafts. What an earlier step left behind because no proposer asked for it may come in their
-    place; drafts made of that are wrong, and verified like all others.
+    Empty lists in a step without drafts, or the choices of an earlier step if no proposer took them: drafts made of those are
+    wrong, and vLLM rejects them like any wrong draft.
     """
     choices, lengths = _step.choices, _step.lengths
     _step.choices = None

@@ -110,7 +110,7 @@ def test_a_seed_changes_states_not_responses(model_dir: Path, data: Path, tmp_pa
     assert all(first[key].response_ids == other[key].response_ids for key in first)
 
 
-def test_left_out_and_passed_over(model_dir: Path, tmp_path: Path, capsys, caplog) -> None:
+def test_left_out_and_skipped(model_dir: Path, tmp_path: Path, capsys, caplog) -> None:
     rows = question_rows(3)
     long = {"question": "x" * 300, "answer": "#### 1"}
     blank, unmarked = {"question": " ", "answer": "#### 1"}, {"question": "a?", "answer": "1"}
