@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from cllm.errors import UsageError
 from cllm.files import BadRow, read_rows
 from cllm.prompts import PromptTemplate
+from cllm.tasks import OWN_PROMPTS, get_task
 from cllm.tasks.base import BadField
-from cllm.tasks.own_prompts import TASK
 from cllm.trajectory.collect import Prompt, Response
 from cllm.trajectory.record import MAX_TOKEN_ID, Dropped
 
@@ -63,7 +63,7 @@ class ResponseFile:
         prompt, response = row.get("prompt_token_ids"), row.get("token_ids")
         text = row.get("response")
         if prompt is None:
-            example, *others = TASK.read([(0, dict(row))], "train")
+            example, *others = get_task(OWN_PROMPTS).read([(0, dict(row))], "train")
             if others:
                 raise BadField("several prompts")
             if isinstance(example, BadRow):
