@@ -72,7 +72,7 @@ class Layout:
         return Layout(*(tensor[:, columns] for tensor in self._tensors))
 
     def followed_by(self, other: Layout) -> Layout:
-        """The columns of this one, then those of ``other``."""
+        """A layout of the columns of this one followed by those of ``other``."""
         return Layout(*(torch.cat(pair, dim=1) for pair in zip(self._tensors, other._tensors, strict=True)))
 
     @property

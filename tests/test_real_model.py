@@ -14,7 +14,7 @@ from cllm.tasks import get_task
 from cllm.tasks.source import load_examples
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
-NEW_TOKENS = 32
+PROMPTS, NEW_TOKENS = 16, 32
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,19 @@ def questions(request, count: int) -> list[str]:
 
 
 @torch.inference_mode()
-def test_fifty_prompts_equal_generate(request, smol):
-    """Ragged batches, without and with an adapter, give the text of Hugging Face's ``generate`` on each prompt alone."""
+def test_real_prompts_equal_generate(request, smol):
+    """Ragged batches, without and with an adapter, give the text of Hugging Face's ``generate`` on each prompt alone.
+
+    ``scripts/benchmarks/exactness.py real`` does the same with as many prompts as one likes.
+    """
     model, tokenizer = smol
     eos = stop_token_ids(model, tokenizer)
     template = PromptTemplate("chat")
-    prompts = [template.encode([{"role": "user", "content": q}], tokenizer) for q in questions(request, 50)]
+    prompts = [template.encode([{"role": "user", "content": q}], tokenizer) for q in questions(request, PROMPTS)]
     decoder = JacobiDecoder(model, 8, eos_token_ids=eos)
     drafting = JacobiDecoder(model, 8, eos_token_ids=eos, adapter=random_adapter(model, rank=8, size=0.05))
     ours, drafted = (
-        [r for i in range(0, 50, 10) for r in one.generate(prompts[i : i + 10], max_new_tokens=NEW_TOKENS)] for one in (decoder, drafting)
+        [r for i in range(0, PROMPTS, 8) for r in one.generate(prompts[i : i + 8], max_new_tokens=NEW_TOKENS)] for one in (decoder, drafting)
     )
     for prompt, result, other in zip(prompts, ours, drafted):
         expected = model.generate(

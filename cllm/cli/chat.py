@@ -29,7 +29,7 @@ COMMANDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(SamplingOptions, DecoderArguments):
-    """What a chat is given."""
+    """The options of a chat."""
 
     cllm_type: str = option("whose plain template and default question to use", DEFAULT_TASK, choices=TASKS)
     max_new_seq_len: int = option("longest answer, in tokens", 512, least=1)

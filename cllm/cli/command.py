@@ -123,7 +123,7 @@ def add_options(options: argparse.ArgumentParser, kind: type[Options]) -> None:
 
 
 def read(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
-    """The parsed options as their dataclass. Those that are none of its fields are the task's own."""
+    """The parsed options as their dataclass. Options that are not fields of it belong to the task."""
     names = {each.name for each in fields(kind)}
     others = {name: value for name, value in given.items() if name not in names}
     return kind(**{name: given[name] for name in given if name in names}, **({"task_options": others} if others else {}))

@@ -20,9 +20,9 @@ RETRIES = 6
 
 
 class Server:
-    """The greedy responses of the model that is served at ``base_url``: the one called ``model`` where it has several.
+    """Greedy responses from the server at ``base_url``, of the model called ``model`` if it serves several.
 
-    Raises UsageError for an address where no such server is.
+    Raises UsageError if no such server answers at that address.
     """
 
     def __init__(self, base_url: str, model: str, stops: Sequence[int], max_new_tokens: int, key: str | None = None) -> None:
@@ -37,7 +37,7 @@ class Server:
         self._more = {"repetition_penalty": 1, "stop_token_ids": list(stops), "return_token_ids": True}
 
     def _served(self) -> dict[str, int | None]:
-        """The names of the models and how long their texts may be, where the server says so."""
+        """The names of the served models, and the longest text of each if the server says it."""
         try:
             return {card.id: getattr(card, "max_model_len", None) for card in self._client.models.list().data}
         except self._openai.OpenAIError as error:

@@ -119,7 +119,7 @@ class JacobiProposer:
         """vLLM's runners call it; there is no model to load."""
 
     def drafts_for(self, requests: int) -> int:
-        """How many drafts each of so many requests gets."""
+        """The number of drafts for each of ``requests`` that share a step."""
         return max(0, min(self.most, self.step_tokens // max(requests, 1) - 1))
 
     def propose(
@@ -155,7 +155,7 @@ class JacobiProposer:
 
 
 def vllm_guess(name: str) -> GuessStrategy:
-    """The strategy for fresh guesses of that name. Raises UsageError for one that keeps something of a request."""
+    """The strategy for fresh guesses called ``name``. Raises UsageError for a strategy that keeps state per request."""
     guess = make_guess(name)
     if guess.memory_size:
         raise UsageError(f"guess {name!r} remembers what a request chose earlier, which it cannot in vLLM; choose another")

@@ -30,7 +30,7 @@ class VllmEngine:
         self._engine: Any = None
 
     def respond(self, prompts: Iterable[Prompt], together: int) -> Iterator[Response | Dropped]:
-        """As they finish."""
+        """Responses in the order in which they finish."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

@@ -1,4 +1,4 @@
-"""The line that serves a model in vLLM by Jacobi iteration."""
+"""The ``vllm serve`` command that decodes a model by Jacobi iteration."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Share:
         return self.right / self.total if self.total else None
 
     def above(self, other: Share) -> bool:
-        """Whether it is the larger share, beyond noise and by more than GAP."""
+        """Whether this share is larger than ``other`` by more than noise and by more than GAP."""
         mine, theirs = wilson(self.right, self.total), wilson(other.right, other.total)
         if mine is None or theirs is None:
             return False
@@ -64,7 +64,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a text is not what a plain forward over it chooses."""
+    """The first place where a text differs from what a plain forward over it chooses."""
 
     method: str
     prompt: int
@@ -137,7 +137,7 @@ def _costs(decoder: JacobiDecoder, batches: Sequence[Prompts]) -> list[Cost]:
 
 
 def _like(decoder: JacobiDecoder, width: int, guess: GuessStrategy | str, **more: Any) -> JacobiDecoder:
-    """Another decoder of the same model, run in the same way."""
+    """A second decoder of the same model with the same settings."""
     return JacobiDecoder(decoder.model, width, guess=guess, seed=decoder.seed, compile=decoder.compile, **more)
 
 
@@ -223,7 +223,7 @@ def _drafted(decoder: JacobiDecoder, known_1S: torch.Tensor, guesses_1W: torch.T
 
 
 def _places(prompt: int, response: int) -> list[int]:
-    """Positions of verified tokens that two more follow, spread over a response."""
+    """Positions spread over a response, each followed by at least two more tokens."""
     last = prompt + response - 3
     every = max(1, response // PLACES)
     return list(range(prompt - 1, last + 1, every))[:PLACES]
@@ -293,7 +293,7 @@ def _start_findings(found: Explanation) -> list[str]:
 
 
 def render_explanation(found: Mapping[str, Any]) -> str:
-    """What :meth:`Explanation.as_dict` gave, for people."""
+    """The result of :meth:`Explanation.as_dict`, as text."""
     costs = [
         [str(cost["width"]), str(cost["drafts"]), number(1000 * cost["seconds"], 1), number(cost["times_width_1"])]
         for cost in found["iterations"]

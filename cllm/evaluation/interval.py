@@ -89,9 +89,10 @@ def sums_by(columns: Sequence[Sequence[float]], problems: Sequence[Hashable]) ->
 
 
 def _effective_count(scores: Sequence[bool | float], problems: Sequence[Hashable]) -> float:
-    """How many independent scores of 0 or 1 tell as much about their mean: from the number of problems to that of scores.
+    """How many independent scores of 0 or 1 would say as much about the mean.
 
-    By the variance of the mean between problems (Korn and Graubard 1998), and the number of problems where it says nothing.
+    From the variance of the mean between problems (Korn and Graubard 1998); the number of problems if there is one problem or all
+    scores are equal.
     """
     right_P, count_P = map(np.array, sums_by([scores, [1.0] * len(scores)], problems))
     N, P = len(scores), len(count_P)

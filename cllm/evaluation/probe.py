@@ -70,7 +70,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class DraftProbe:
-    """The same for a target model whose drafts come from a consistency adapter in training, or from none."""
+    """Like :class:`Probe`, for a target model with a consistency adapter that is being trained, or without one."""
 
     probe: Probe
     in_training: Any  # the model with the adapter

@@ -142,7 +142,7 @@ def _qualities(
 
 
 def _settings(args: SpeedArguments) -> dict[str, Any]:
-    """The arguments, but for the block size, which is reported as it was chosen."""
+    """The arguments as given, and the block size that was chosen."""
     given = {name: value for name, value in asdict(args).items() if name not in ("model", "block_size", "task_options")}
     return {"test_model": args.model} | given | dict(args.task_options)
 

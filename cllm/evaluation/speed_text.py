@@ -1,4 +1,4 @@
-"""A report of speed as text for people."""
+"""The report of ``cllm speedup`` as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_NAMED = 10  # prompts too long for the context
 
 
 def render_speed(report: Mapping[str, Any]) -> str:
-    """What :func:`cllm.evaluation.speed_run.measure_speed` returned, as text."""
+    """The result of :func:`cllm.evaluation.speed_run.measure_speed`, as text."""
     parts = [_head(report), _speed_table(report), _gain_table(report), *_notes(report), _quality_table(report)]
     if "explanation" in report:
         parts.append(render_explanation(report["explanation"]))

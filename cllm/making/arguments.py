@@ -1,4 +1,4 @@
-"""What ``cllm make`` is given. This module imports no torch, so ``--help`` stays fast."""
+"""The options of ``cllm make``. This module imports no torch, so ``--help`` stays fast."""
 
 from __future__ import annotations
 

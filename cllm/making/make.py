@@ -254,7 +254,7 @@ class Making:
         write_json(self.measured, measure_speed(args))
 
     def _publish(self) -> None:
-        """Store the window, or width 1 where it is not faster; copy the adapter to the output, and summarise."""
+        """Store the window, or width 1 if it is not faster than AR; copy the adapter to the output and write the figures."""
         output = self.options.output
         reports = read_reports([self.measured], folder_record(self.adapter))
         settings, reason = reports[0]["settings"], too_slow(reports[0]["methods"][JACOBI])

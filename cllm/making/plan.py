@@ -125,7 +125,7 @@ class StepClock(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has used: on the GPU where there is one, else in all."""
+    """The most bytes that this process has used so far: of GPU memory where there is a GPU, otherwise of RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

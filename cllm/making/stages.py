@@ -69,7 +69,7 @@ class Stages:
                 self._write(stage, made_from=made_from, ended=True, seconds=round(time.perf_counter() - start, 1))
 
     def seconds(self) -> dict[str, float]:
-        """How long each finished stage took, since its last start."""
+        """Seconds that each finished stage took, counted from its last start."""
         return {name: facts["seconds"] for name, facts in self._read().items() if facts.get("ended")}
 
     def _say(self, text: str) -> None:

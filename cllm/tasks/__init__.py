@@ -36,14 +36,14 @@ _from_files: dict[str, Task] = {}  # those that get_task was given by path
 
 
 def task_names(*, others: bool = False) -> list[str]:
-    """The names of all tasks, sorted; ``others`` adds the further names that some have."""
+    """The names of all tasks, sorted; with ``others``, also the aliases that some of them have."""
     tasks = [*_built_in().values(), *_from_files.values()]
     names = {name for task in tasks for name in (task.name, *(task.other_names if others else ()))}
     return sorted(names | entry_points(group=_GROUP).names)
 
 
 def is_task(name: StrPath) -> bool:
-    """Whether ``name`` is that of a task, or the path of a Python file."""
+    """Whether ``name`` names a task or is the path of a Python file."""
     return str(name).endswith(_FILE) or str(name) in task_names(others=True)
 
 

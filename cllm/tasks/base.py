@@ -166,7 +166,7 @@ class Task(ABC):
 
 
 class BadField(ValueError):
-    """A row that cannot be used. ``reason`` is one of few texts, so that it can be counted; ``detail`` may vary."""
+    """A row that cannot be used. Rows are counted by ``reason``, so that is one of a few fixed texts; ``detail`` may say more."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)

@@ -193,7 +193,7 @@ def _number(match: re.Match[str]) -> str | None:
 
 
 def _last_boxed(reply: str) -> list[str]:
-    r"""The content of the last closed, filled ``\boxed{...}`` in a list, or []; the number of ``\boxed 18``."""
+    r"""What the last ``\boxed{...}`` holds, in a list; [] if none is closed and filled. ``\boxed 18`` holds its number."""
     for match in reversed(list(_BOXED.finditer(reply))[-_TRIES:]):
         content = match["bare"] or _braced(reply, match.end())
         if content.strip():
