@@ -151,7 +151,7 @@ def _parser_of(kind: type, least: float | None) -> Callable[[str], Any]:
 
 @contextmanager
 def memory_advice(message: str) -> Iterator[None]:
-    """Where memory runs out meanwhile, the error says ``message``."""
+    """If memory runs out inside, raise UsageError with ``message``."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -16,7 +16,7 @@ from cllm.tasks import DEFAULT_TASK, get_task, task_names
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(ServiceOptions):
-    """What the demo is given."""
+    """The options of the demo."""
 
     cllm_type: str = option("whose default question the page starts with", DEFAULT_TASK, choices=task_names())
     prompt: str | None = option("another question to start with", None)

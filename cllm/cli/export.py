@@ -13,7 +13,7 @@ from cllm.options import Options, option
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """What ``cllm export`` is given."""
+    """The options of ``cllm export``."""
 
     model: str = field(
         metadata={"help": "folder of a checkpoint or a consistency adapter, or hub name", "flag": "model", "metavar": "MODEL"}

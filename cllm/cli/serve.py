@@ -29,7 +29,7 @@ OWN_OPTIONS = (  # vLLM's server has no such options, or calls them otherwise
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions(DecoderArguments):
-    """What ``cllm serve`` and ``cllm demo`` share."""
+    """The options that ``cllm serve`` and ``cllm demo`` share."""
 
     model: str = field(metadata={"help": "checkpoint folder or hub name", "flag": "model", "metavar": "MODEL"})
     served_model_name: str | None = option("default: the last part of the path", None, metavar="NAME")
@@ -61,7 +61,7 @@ class ServiceOptions(DecoderArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(SamplingOptions, ServiceOptions):
-    """What ``cllm serve`` is given."""
+    """The options of ``cllm serve``."""
 
     engine: Engine = option(
         "vllm: start `vllm serve` with the window and the guesses of this checkpoint; options of vLLM may follow after --", "cllm"

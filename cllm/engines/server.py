@@ -46,8 +46,10 @@ class Server:
             raise UsageError(f"{self.url} does not list its models as the OpenAI protocol says") from error
 
     def respond(self, prompts: Iterable[Prompt], together: int) -> Iterator[Response | Dropped]:
-        """As they finish; so many requests are under way together. Raises UsageError where the server gives no ids, refuses
-        every request, or does not answer."""
+        """Responses as they finish, with ``together`` requests under way at once.
+
+        Raises UsageError if the server gives no token ids, refuses every request, or does not answer.
+        """
         source, running = iter(prompts), set[Future[Response | Dropped]]()
         pool = ThreadPoolExecutor(together)
         try:

@@ -1,4 +1,4 @@
-"""What the measurements are given. This module imports no torch, so ``--help`` stays fast."""
+"""The options of the measurements. This module imports no torch, so ``--help`` stays fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cllm.options import AUTO, GUESS_HELP, DecodingOptions, ModelOptions, Prefix
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedArguments(PrefixOptions, ModelOptions, TaskOptions):
-    """What :func:`cllm.evaluation.speed_run.measure_speed` is given. Raises UsageError for a value that is out of range."""
+    """The options of :func:`cllm.evaluation.speed_run.measure_speed`. Raises UsageError for a value that is out of range."""
 
     model: str = field(metadata={"help": "checkpoint folder or hub name", "flag": "--test_model", "metavar": "PATH"})
     block_size: int | None = option("block size; default: the checkpoint's own, else 16", None, flag="--max_new_tokens", least=1)
@@ -37,7 +37,7 @@ class SpeedArguments(PrefixOptions, ModelOptions, TaskOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyArguments(SamplingOptions, DecodingOptions, ModelOptions, TaskOptions):
-    """What :func:`cllm.evaluation.accuracy_run.measure_accuracy` is given. Raises UsageError for a value that is out of range."""
+    """The options of :func:`cllm.evaluation.accuracy_run.measure_accuracy`. Raises UsageError for a value that is out of range."""
 
     model: str = option("checkpoint folder or hub name", "", flag="--model_dir", metavar="PATH")
     use_consistency_decoding: bool = option("Jacobi decoding; without it, autoregressive decoding", False)
@@ -84,7 +84,7 @@ class AccuracyArguments(SamplingOptions, DecodingOptions, ModelOptions, TaskOpti
 
 @dataclass(frozen=True, kw_only=True)
 class TuneArguments(ModelOptions, TaskOptions):
-    """What :func:`cllm.evaluation.tune.tune` is given. Raises UsageError for a value that is out of range."""
+    """The options of :func:`cllm.evaluation.tune.tune`. Raises UsageError for a value that is out of range."""
 
     filename: str | None = option("rows to take sample prompts from; default: ./test.jsonl if there, else the hub's test split", None)
     data_size: int | None = option("sample prompts", 16, least=1)

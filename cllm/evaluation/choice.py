@@ -30,13 +30,13 @@ FINALISTS = 4  # choices that decode all batches at least
 
 
 def lossless_candidates(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The same for a model with a consistency adapter: it was trained with one way to start, and what it refined is kept."""
+    """Fresh guesses to try for a model with a consistency adapter: those it was trained with, alone and after prompt lookup."""
     start = str(record.get(TRAINED_GUESS) or DEFAULT_GUESS)
     return start, f"prompt_lookup+{start}"
 
 
 class Setting(NamedTuple):
-    """What a decoder is given."""
+    """The settings of a decoder."""
 
     width: int
     drafts: int  # draft tokens of a consistency adapter

@@ -17,7 +17,7 @@ BLOCK = 8  # tokens of a block in training; windows of decoding may be wider
 
 @dataclass(frozen=True, kw_only=True)
 class MakeArguments(SourceOptions, ModelOptions):
-    """What a run is given. Raises UsageError for a value that is out of range."""
+    """The options of a run. Raises UsageError for a value that is out of range."""
 
     model: str = field(metadata={"help": "checkpoint folder or hub name", "flag": "model", "metavar": "MODEL"})
     prompts: Sequence[StrPath] = field(

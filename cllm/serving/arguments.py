@@ -9,14 +9,14 @@ from cllm.options import DecodingOptions, ModelOptions, SamplingOptions, option
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderArguments(DecodingOptions, ModelOptions):
-    """What :func:`cllm.serving.decoder.open_decoder` is given. Raises UsageError for a value that is out of range."""
+    """The options of :func:`cllm.serving.decoder.open_decoder`. Raises UsageError for a value that is out of range."""
 
     block_size: int | None = option("block size; default: what `cllm tune` or the training stored, else 16", None, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArguments(SamplingOptions, DecoderArguments):
-    """What :func:`cllm.serving.offline.generate_file` is given. Raises UsageError for a value that is out of range."""
+    """The options of :func:`cllm.serving.offline.generate_file`. Raises UsageError for a value that is out of range."""
 
     prompts: str = field(
         metadata={

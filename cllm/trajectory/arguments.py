@@ -1,4 +1,4 @@
-"""What a collection is given. This module imports no torch, so ``--help`` stays fast."""
+"""The options of a collection. This module imports no torch, so ``--help`` stays fast."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SourceOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CollectArguments(SourceOptions, PrefixOptions, ModelOptions, TaskOptions):
-    """What :func:`cllm.trajectory.collection.collect` is given. Raises UsageError for values that are out of range."""
+    """The options of :func:`cllm.trajectory.collection.collect`. Raises UsageError for values that are out of range."""
 
     block_size: int = option("block size n", 16, flag="--max_new_tokens", least=1)
     max_new_seq_len: int = option("longest response, in tokens", 512)
