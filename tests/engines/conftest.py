@@ -36,23 +36,9 @@ def server(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "cllm",
-        "serve",
-        random_model,
-        "--block_size",
-        8,
-        "--engine",
-        "vllm",
-        "--port",
-        port,
-        "--",
-        "--enforce-eager",
-    ]
+    command = [sys.executable, "-m", "cllm", "serve", random_model, "--block_size", 8, "--engine", "vllm", "--port", port]
+    words = [*map(str, command), "--", "--enforce-eager"]
     with open(folder / "log", "w+") as log:
-        words = [*map(str, command), "--", "--enforce-eager"]
         process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
         url = f"http://127.0.0.1:{port}"
         while subprocess.run(["curl", "-sf", f"{url}/health"], capture_output=True).returncode:
