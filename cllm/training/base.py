@@ -19,6 +19,7 @@ from cllm.errors import UsageError
 from cllm.packing import packed_mask
 from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
+from cllm.training.heap import HeapCallback
 from cllm.training.lora import has_adapter
 from cllm.training.meter import Meter
 from cllm.training.sampler import LengthGroupedSampler
@@ -44,6 +45,7 @@ class TokenMeanTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the global batch's token counts here
         self.length_sampler: LengthGroupedSampler | None = None
         self.add_callback(_ProgressCallback(self))
+        self.add_callback(HeapCallback())
         self.meter = Meter()
         if self.args.use_liger_kernel and (self.args.device.type == "cpu" or not is_liger_kernel_available()):
             raise UsageError("use_liger_kernel needs a GPU and the package liger-kernel; leave it out")
