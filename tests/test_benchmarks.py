@@ -171,3 +171,10 @@ def test_lossless_training(tiny_model_dir, problems, tmp_path):
     assert result["times faster"] == result["times faster, by round"][0] > 0
     assert set(result["responses per second"]) == {"default objective", "lossless"}
     assert str(tmp_path) not in (tmp_path / "result.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["vllm_speed", "vllm_collection"])
+def test_a_benchmark_of_vllm_shows_its_options(name):
+    """They run in the environment of scripts/vllm_check.sh; here is at least what they take from the others."""
+    shown = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), "--help"], check=True, capture_output=True, text=True).stdout
+    assert "--model" in shown and "--output" in shown

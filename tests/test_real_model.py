@@ -48,7 +48,8 @@ def test_real_prompts_equal_generate(request, smol):
     decoder = JacobiDecoder(model, 8, eos_token_ids=eos)
     drafting = JacobiDecoder(model, 8, eos_token_ids=eos, adapter=random_adapter(model, rank=8, size=0.05))
     ours, drafted = (
-        [r for i in range(0, PROMPTS, 8) for r in one.generate(prompts[i : i + 8], max_new_tokens=NEW_TOKENS)] for one in (decoder, drafting)
+        [r for i in range(0, PROMPTS, 8) for r in one.generate(prompts[i : i + 8], max_new_tokens=NEW_TOKENS)]
+        for one in (decoder, drafting)
     )
     for prompt, result, other in zip(prompts, ours, drafted):
         expected = model.generate(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-from common import add_options, load, publish
+from common import load, model_parser, publish
 
 from cllm.engines.server import Server
 from cllm.engines.vllm_engine import VllmEngine
@@ -30,8 +30,7 @@ OURS = "our engine"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=200)
+    options = model_parser(__doc__, prompts=200)
     options.add_argument("--together", type=int, default=16, help="prompts that are answered together")
     args = options.parse_args()
     model, tokenizer, prompts = load(args)

@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-from common import add_options, add_shapes, load, publish
+from common import add_shapes, load, model_parser, publish
 
 from cllm.engines.vllm_server import PROPOSER
 from cllm.models import default_width, read_record, stop_token_ids
@@ -27,8 +27,7 @@ NO_RULE = 1 << 20  # step_tokens
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(options, prompts=32)
+    options = model_parser(__doc__, prompts=32)
     add_shapes(options, widths=[4, 8, 16], batches=[1, 4, 8])
     options.add_argument("--rounds", type=int, default=3, help="how often all prompts are answered; the median counts")
     options.set_defaults(length=80)
