@@ -56,6 +56,8 @@ def register() -> None:
     Does nothing with a vLLM that has no such sampler; a proposer then refuses to start.
     """
     try:
+        from vllm.platforms import current_platform
+        from vllm.v1.sample import rejection_sampler
         from vllm.v1.sample.rejection_sampler import RejectionSampler
     except ImportError:
         return
@@ -67,12 +69,27 @@ def register() -> None:
     def watched(self: Any, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
         if _step.watched:  # before the call, which may change the logits in place
             _step.choices, _step.lengths = logits.argmax(dim=-1), [drafts + 1 for drafts in metadata.num_draft_tokens]
-            if not any(metadata.num_draft_tokens):  # vLLM comes here all the same, and on a CPU fails where a request has top_k
+            if not any(metadata.num_draft_tokens):  # vLLM comes here all the same
                 return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
         return forward(self, metadata, draft_probs, logits, sampling_metadata)
 
     setattr(watched, WATCHED, True)
     RejectionSampler.forward = watched
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """``x`` [R] repeated for the tokens of each request: [num_tokens]; ``cu_num_tokens`` [R] is their cumulative number.
+
+    In the place of vLLM's function on a CPU, which in 0.32 returns unset memory for any dtype but int64: drafts would be verified
+    at a random temperature, top-k and top-p.
+    """
+    counts_R = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    expanded = x.repeat_interleave(counts_R, output_size=num_tokens)
+    return expanded.masked_fill(expanded == replace_from, replace_to)
 
 
 def take_choices(requests: int) -> list[list[int]]:

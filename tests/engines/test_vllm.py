@@ -42,8 +42,10 @@ class RejectionSampler:
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A package called vllm with the parts that the plug-in looks at; the plug-in is loaded."""
-    parts: dict[str, Any] = {name: ModuleType(name) for name in ("vllm", "vllm.v1", "vllm.v1.sample", "vllm.v1.sample.rejection_sampler")}
+    names = ("vllm", "vllm.platforms", "vllm.v1", "vllm.v1.sample", "vllm.v1.sample.rejection_sampler")
+    parts: dict[str, Any] = {name: ModuleType(name) for name in names}
     parts["vllm"].__version__ = "0.32.0"
+    parts["vllm.platforms"].current_platform = SimpleNamespace(is_cpu=lambda: True)
     sampler = type("RejectionSampler", (), {"forward": RejectionSampler.forward, "sampler": RejectionSampler.sampler})
     parts["vllm.v1.sample.rejection_sampler"].RejectionSampler = sampler
     parts["vllm.v1.sample.rejection_sampler"].MAX_SPEC_LEN = 128
@@ -272,3 +274,11 @@ def test_a_model_that_is_no_cllm_is_warned_of(vllm, caplog) -> None:
 def test_without_vllm_the_plugin_does_nothing(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm.v1.sample.rejection_sampler", None)
     register()
+
+
+def test_a_value_of_each_request_for_each_of_its_tokens(vllm) -> None:
+    """vLLM's own function does not do this on a CPU, so the plug-in's stands in its place."""
+    expand = sys.modules["vllm.v1.sample.rejection_sampler"].expand_batch_to_tokens
+    cumulative = torch.tensor([2, 2, 5], dtype=torch.int32)
+    assert expand(torch.tensor([0.5, 7.0, 0.0]), cumulative, 5, 0, 1).tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]
+    assert expand(torch.tensor([3, 9, 40], dtype=torch.int32), cumulative, 5).tolist() == [3, 3, 40, 40, 40]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,16 @@ def test_drawn_texts(random_model: Path, tmp_path: Path) -> None:
     drawn = {"temperature": 1.0, "max_tokens": 4, "seed": 1, "ignore_eos": True}
     again = {"prompts": [[5, 6, 7], [8, 9]], "sampling": drawn | {"n": 2}, "alone": True}
     many = {"prompts": [[5, 6, 7]], "sampling": {**drawn, "n": 1500, "seed": None}}
+    filtered = {"prompts": [[5, 6, 7]], "sampling": {**many["sampling"], "temperature": 1.5, "top_k": 12, "top_p": 0.9}}
     options = {"max_num_seqs": 64, "additional_config": {"cllm": {"step_tokens": 1024}}, "max_model_len": 512}
-    results = {drafts: job(tmp_path, random_model, drafts, [again, again, many], **options)["runs"] for drafts in (0, 3)}
-    first, second, _ = results[3]
+    results = {drafts: job(tmp_path, random_model, drafts, [again, again, many, filtered], **options)["runs"] for drafts in (0, 3)}
+    first, second, *_ = results[3]
     assert first["texts"] == second["texts"] and all(a != b for a, b in first["texts"])
-    for place in range(4):
-        counts = [[text[place] for text in runs[2]["texts"][0]] for runs in results.values()]
+    for number, place in product((2, 3), range(4)):
+        counts = [[text[place] for text in runs[number]["texts"][0]] for runs in results.values()]
         for token in set(counts[0] + counts[1]):
             shares = [texts.count(token) / len(texts) for texts in counts]
-            assert abs(shares[0] - shares[1]) < 0.08, (place, token, shares)  # four standard deviations at a share of one half
+            assert abs(shares[0] - shares[1]) < 0.08, (number, place, token, shares)  # four standard deviations at one half
 
 
 def test_tokens_per_step_are_those_of_our_engine(real_model: str, prompts: list[list[int]], tmp_path: Path) -> None:
@@ -130,7 +132,8 @@ def test_tokens_per_step_are_those_of_our_engine(real_model: str, prompts: list[
     assert run["steps"] == pytest.approx(forwards, rel=0.03)
 
 
-def test_two_workers_that_share_the_model(random_model: Path, tmp_path: Path) -> None:
+def test_two_workers_that_share_the_model(random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by itself vLLM wants a memory node for each worker
     some = [[(7 * n + k) % 90 + 5 for k in range(5 + n)] for n in range(8)]
     both(tmp_path, random_model, [{"prompts": some, "sampling": GREEDY}], tensor_parallel_size=2, max_model_len=256)
 
