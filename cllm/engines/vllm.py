@@ -33,7 +33,7 @@ VERSIONS = ("0.32",)  # of vLLM, major and minor: what the tests marked vllm are
 FORWARD = ["self", "metadata", "draft_probs", "logits", "sampling_metadata"]  # parameters of RejectionSampler.forward
 OPTIONS = "cllm"  # the key of vLLM's additional_config with the proposer's options
 GUESS, STEP_TOKENS = "guess", "step_tokens"  # the options
-CPU_STEP_TOKENS, GPU_STEP_TOKENS = 16, 256  # tokens of a step that cost little more than one token for each request
+CPU_STEP_TOKENS, GPU_STEP_TOKENS = 32, 256  # tokens of a step that cost little more than one token for each request
 WATCHED = "_cllm_watched"
 
 logger = logging.getLogger(__name__)

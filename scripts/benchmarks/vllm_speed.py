@@ -46,7 +46,6 @@ def main() -> None:
                 "tokens/s": tokens / statistics.median(times),
                 "times AR's speed": statistics.median(faster),
                 "least and most": [min(faster), max(faster)],
-                "tokens per step": tokens_per_step(engines[name]),
                 "texts equal": f"{sum(a == b for a, b in zip(texts[AR], texts[name], strict=True))} of {len(prompts)}",
             }
             print(f"batch {batch}, {name}: {result[f'batch {batch}, {name}']}", flush=True)
@@ -63,7 +62,7 @@ def engine(args: argparse.Namespace, width: int, **rule: int) -> Any:
         drafting = {"speculative_config": speculative, "additional_config": {"cllm": rule} if rule else {}}
     # Without prefix caching: every round answers the same prompts.
     settings = {"dtype": args.dtype, "max_num_seqs": max(args.batches), "max_model_len": 2048, "enable_prefix_caching": False}
-    return LLM(args.model, disable_log_stats=False, **settings, **drafting)
+    return LLM(args.model, **settings, **drafting)
 
 
 def race(
@@ -89,13 +88,6 @@ def race(
             for name in engines:
                 seconds[name].append(spent[name])
     return seconds, texts
-
-
-def tokens_per_step(llm: Any) -> float | None:
-    """Of all steps with drafts that the engine has made."""
-    found = {metric.name: metric.value for metric in llm.get_metrics() if "spec_decode_num" in metric.name and hasattr(metric, "value")}
-    steps = found.get("vllm:spec_decode_num_drafts")
-    return (steps + found["vllm:spec_decode_num_accepted_tokens"]) / steps if steps else None
 
 
 if __name__ == "__main__":
