@@ -17,4 +17,4 @@ CLLM_TEST_MODEL=$(python scripts/small_model.py)
 workers=$(nproc)  # one thread and one test file at a time each; counted before setting OMP_NUM_THREADS, which nproc obeys
 export CLLM_TEST_MODEL HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 echo "==> tests"
-exec python -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder --durations 25 "$@"
+exec python -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder --durations 60 "$@"
