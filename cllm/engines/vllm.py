@@ -53,7 +53,8 @@ _step = _Step()
 def register() -> None:
     """vLLM's entry point for plug-ins, called in each of its processes: watch the rejection sampler.
 
-    Does nothing with a vLLM that has no such sampler; a proposer then refuses to start.
+    On a CPU it also puts :func:`expand_batch_to_tokens` in the place of vLLM's, whatever makes the drafts. Does nothing with a vLLM
+    that has no such sampler; a proposer then refuses to start.
     """
     try:
         from vllm.platforms import current_platform
@@ -69,7 +70,7 @@ def register() -> None:
     def watched(self: Any, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
         if _step.watched:  # before the call, which may change the logits in place
             _step.choices, _step.lengths = logits.argmax(dim=-1), [drafts + 1 for drafts in metadata.num_draft_tokens]
-            if not any(metadata.num_draft_tokens):  # vLLM comes here all the same
+            if not any(metadata.num_draft_tokens):  # there is nothing to verify, though vLLM asks
                 return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
         return forward(self, metadata, draft_probs, logits, sampling_metadata)
 

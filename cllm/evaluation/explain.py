@@ -137,7 +137,7 @@ def _costs(decoder: JacobiDecoder, batches: Sequence[Prompts]) -> list[Cost]:
 
 
 def _like(decoder: JacobiDecoder, width: int, guess: GuessStrategy | str, **more: Any) -> JacobiDecoder:
-    """A second decoder of the same model with the same settings."""
+    """A decoder of the same model with another window and guess, run in the same way."""
     return JacobiDecoder(decoder.model, width, guess=guess, seed=decoder.seed, compile=decoder.compile, **more)
 
 

@@ -142,7 +142,7 @@ def _qualities(
 
 
 def _settings(args: SpeedArguments) -> dict[str, Any]:
-    """The arguments as given, and the block size that was chosen."""
+    """The arguments without the block size: the report has the one that was chosen."""
     given = {name: value for name, value in asdict(args).items() if name not in ("model", "block_size", "task_options")}
     return {"test_model": args.model} | given | dict(args.task_options)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-STEPS = 8  # between two times; more often costs time for memory that the next step asks for again
+STEPS = 8  # from one release to the next; released memory costs time when the next step asks for it again
 
 
 class HeapCallback(TrainerCallback):
