@@ -88,6 +88,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         layer, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if kind not in pairs:
             raise UsageError(f"the adapter in {str(folder)!r} holds {name}; expected lora_A and lora_B of linear layers only")
+        if not weight.isfinite().all():
+            raise UsageError(f"the adapter in {str(folder)!r} is damaged: {name} holds numbers that are not finite")
         pairs[kind][layer] = weight
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Adapter(pairs["lora_A"], {name: up * scale for name, up in pairs["lora_B"].items()})

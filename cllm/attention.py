@@ -21,7 +21,8 @@ FLEX = "flex_attention"
 SDPA = "sdpa"
 GROUPED = "cllm_grouped"  # what replaces SDPA during decoding, see cllm.decoding.grouped_attention
 MASKABLE = (SDPA, "eager")  # these take a 4-D mask; flash attention does not
-REQUIRED = ("attention_mask", "position_ids", "past_key_values")  # arguments that a model's forward must take
+CACHE, OLD_CACHE = "cache", "past_key_values"  # a forward's argument for the cache: since transformers 5.24, and before it
+REQUIRED = ("attention_mask", "position_ids")  # further arguments that a model's forward must take
 LENGTHS = 32  # attention sees a multiple of this many tokens: shapes repeat, and each new one costs time and memory
 TRAINABLE = (*MASKABLE, FLEX)  # FlexAttention's block masks serve packed training, not decoding
 
@@ -56,7 +57,11 @@ def check_model(model: PreTrainedModel, attention: Sequence[str] = MASKABLE) -> 
     if getattr(model, "_is_stateful", False) or not croppable:
         raise UnsupportedModelError(f"the cache of {name} cannot be rolled back (recurrent state), which Jacobi decoding needs")
     attention_windows(config)
-    if missing := [argument for argument in REQUIRED if argument not in _arguments(model)]:
+    arguments = _arguments(model)
+    missing = [argument for argument in REQUIRED if argument not in arguments]
+    if CACHE not in arguments and OLD_CACHE not in arguments:
+        missing.append(CACHE)
+    if missing:
         raise UnsupportedModelError(f"{name} takes no {' and no '.join(missing)}, which Jacobi decoding has to pass to the model")
     if getattr(text, "alibi", False):
         raise UnsupportedModelError(f"{name} with alibi derives distances from a 2-D mask; Jacobi decoding needs 4-D masks")
@@ -70,6 +75,11 @@ def check_model(model: PreTrainedModel, attention: Sequence[str] = MASKABLE) -> 
         raise UnsupportedModelError(
             f"attn_implementation is {config._attn_implementation!r}; explicit masks need one of {', '.join(attention)}"
         )
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name of the argument by which ``model(...)`` takes its cache."""
+    return CACHE if CACHE in _arguments(model) else OLD_CACHE
 
 
 def _arguments(model: PreTrainedModel) -> Collection[str]:

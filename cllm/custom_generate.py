@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
+from cllm.attention import CACHE, OLD_CACHE
 from cllm.decoding.engine import JacobiDecoder, Streamer, unpad
 from cllm.decoding.prefix_cache import DEFAULT_BYTES
 from cllm.decoding.result import Iteration
@@ -36,7 +37,7 @@ from cllm.models import attach_exported
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 NO_OUTPUT = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}  # set by generate itself
+PREPARED = {"attention_mask", "position_ids", CACHE, OLD_CACHE, "use_cache", "logits_to_keep"}  # set by generate itself
 SAMPLING_OPTIONS = {  # processors that Sampling can replace, in their order: their attribute, and Sampling's
     RepetitionPenaltyLogitsProcessor: ("penalty", "repetition_penalty"),
     TemperatureLogitsWarper: ("temperature", "temperature"),
@@ -171,9 +172,10 @@ def _refuse_other_tasks(config: GenerationConfig, model_kwargs: dict[str, Any], 
         raise UsageError(f"Jacobi decoding gives sequences only, got {', '.join(asked)}")
     if unknown := sorted(name for name, value in model_kwargs.items() if value is not None and name not in PREPARED):
         raise UsageError(f"Jacobi decoding takes input_ids and attention_mask only, got {', '.join(unknown)}")
-    cache, positions = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
-    if cache is not None and cache.get_seq_length():
-        raise UsageError("Jacobi decoding starts from an empty cache; past_key_values is not empty")
+    for name in (CACHE, OLD_CACHE):
+        if (cache := model_kwargs.get(name)) is not None and cache.get_seq_length():
+            raise UsageError(f"Jacobi decoding starts from an empty cache; {name} is not empty")
+    positions = model_kwargs.get("position_ids")
     if positions is not None and not torch.equal((positions * mask_BP), ((mask_BP.cumsum(1) - 1) * mask_BP)):
         raise UsageError("Jacobi decoding counts positions from each row's first token; position_ids differ from that")
 

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 from transformers import DynamicCache, PreTrainedModel
 
 from cllm.adapter import Adapter
+from cllm.attention import cache_argument
 
 StartGuess = Callable[[Sequence[int], int], list[int]]
 
@@ -78,7 +79,7 @@ def decode(
     response: list[int] = []
     window, guesses, forwards = list(prompt), 0, 0  # the last ``guesses`` tokens of the window are unverified
     while True:
-        logits = model(torch.tensor([window], device=model.device), past_key_values=cache).logits[0]
+        logits = model(torch.tensor([window], device=model.device), **{cache_argument(model): cache}).logits[0]
         choices, drafted = logits[-1 - guesses :].argmax(dim=-1).tolist(), window[len(window) - guesses :]
         forwards += 1
         right = next((i for i, token in enumerate(drafted) if token != choices[i]), guesses)
@@ -110,7 +111,7 @@ def decode_two_passes(
     cache = DynamicCache(config=model.config)
 
     def following(tokens: Sequence[int]) -> list[int]:
-        return model(torch.tensor([list(tokens)], device=model.device), past_key_values=cache).logits[0].argmax(dim=-1).tolist()
+        return model(torch.tensor([list(tokens)], device=model.device), **{cache_argument(model): cache}).logits[0].argmax(dim=-1).tolist()
 
     response, forwards = following(prompt)[-1:], 1
     while (end := _end(response, max_new_tokens, eos_token_ids)) is None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cllm.adapter import Adapter
 from cllm.cli.command import command
 from cllm.cli.train import arguments
 from cllm.decoding import JacobiDecoder
@@ -40,8 +41,9 @@ from cllm.prompts import PromptTemplate
 from cllm.tasks.base import Task
 from cllm.tasks.configure import configured_task
 from cllm.tasks.source import load_examples
-from cllm.training.arguments import OBJECTIVE_FIELDS
+from cllm.training.arguments import LOSSLESS_OBJECTIVE, OBJECTIVE_FIELDS, LosslessTrainingArguments
 from cllm.training.build import build_trainer
+from cllm.training.lora import current_adapter
 from cllm.trajectory.hygiene import repetition
 from cllm.trajectory.store import TrajectoryDataset
 
@@ -68,6 +70,7 @@ RUNS = {  # name -> flags of `cllm train`
     "ar_weight_2": "--ar_weight 2",
     "ar_weight_6": "--ar_weight 6",
     "bold": "--ar_weight 2 --distance_decay 0.8",
+    "lossless": "--lossless --learning_rate 2e-3 --adam_beta2 0.999",
 }
 METRICS = {  # title -> (numerator and denominator, both summed over prompts, decimals)
     "TPF": ("tokens", "forwards", 2),
@@ -161,7 +164,8 @@ class Study:
     def objective(self, flags: Sequence[str]) -> dict[str, Any]:
         """What such a run is trained on, whether its flags say so or are silent: a default may change."""
         _, args, _ = arguments([*self.inputs, "--output_dir", str(self.folder), *flags], "study.py")
-        return {name: getattr(args, name) for name in OBJECTIVE_FIELDS}
+        fields = LOSSLESS_OBJECTIVE if isinstance(args, LosslessTrainingArguments) else OBJECTIVE_FIELDS
+        return {name: getattr(args, name) for name in fields}
 
     def measure_target(self) -> dict[str, Any]:
         return {"prompts": self.measure(self.target, self.settings.get("guess", DEFAULT_GUESS))}
@@ -180,16 +184,25 @@ class Study:
             if self.args.keep_weights:
                 trainer.save_model()
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False).eval()
-        rows = self.measure(model.to(self.target.device), default_guess(read_record(model.config)))
+        guess = default_guess(read_record(model.config))
+        if isinstance(args, LosslessTrainingArguments):
+            rows = self.measure(self.target, guess, current_adapter(model))
+        else:
+            rows = self.measure(model.to(self.target.device), guess)
         return {
             "training": tokens_seen(trainer) | {"seconds": seconds, "log": trainer.state.log_history},
             "prompts": rows,
         }
 
     @torch.inference_mode()
-    def measure(self, model: PreTrainedModel, guess: str) -> list[Row]:
-        """The counts of the model's greedy Jacobi responses to the held-out prompts."""
-        decoder = JacobiDecoder(model, self.settings["block_size"], eos_token_ids=self.stops, guess=guess)
+    def measure(self, model: PreTrainedModel, guess: str, adapter: Adapter | None = None) -> list[Row]:
+        """The counts of the model's greedy Jacobi responses to the held-out prompts.
+
+        With an adapter, a window has as many draft tokens as leave guesses even where all of it is accepted.
+        """
+        width = self.settings["block_size"]
+        drafting = {"adapter": adapter, "drafts": 2 * width - 2} if adapter else {}
+        decoder = JacobiDecoder(model, width, eos_token_ids=self.stops, guess=guess, **drafting)
         prompts, results = [prompt.ids for prompt in self.prompts], []
         for at in range(0, len(prompts), BATCH):
             results += decoder.generate(prompts[at : at + BATCH], max_new_tokens=self.args.length)

@@ -129,7 +129,7 @@ def draw_drafts(name: Any) -> dict[str, Any]:
     return {"window": "sliding", "drafts": random.Random(f"drafts {name}").randint(1, 24)}
 
 
-def generate(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, eos: list[int]) -> list[int]:
+def generate(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, eos: list[int], use_cache: bool = True) -> list[int]:
     """Hugging Face's own greedy decoding of one prompt."""
     output = model.generate(
         torch.tensor([prompt], device=model.device),
@@ -138,6 +138,7 @@ def generate(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, eos
         max_new_tokens=max_new_tokens,
         eos_token_id=eos or None,
         pad_token_id=0,
+        use_cache=use_cache,
     )
     return output[0, len(prompt) :].tolist()
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "cllm"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 LAYERS = (  # from the bottom; a module may import its own layer and those below
     {"errors"},
-    {"files", "checkpoints", "modes"},
+    {"files", "checkpoints", "modes", "processor"},
     {"result_file"},
     {"tasks", "scoring"},
     {"adapter"},

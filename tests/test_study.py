@@ -32,21 +32,22 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(words[-1])
     flags = ["--", "--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu"]
-    runs = ["--runs", "default", "paper", "states_2", "guess_uniform", "mine=--divergence hard"]
+    runs = ["--runs", "default", "paper", "states_2", "guess_uniform", "lossless", "mine=--divergence hard"]
     STUDY["main"]([*words, *runs, *flags])
     results = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
-    assert set(results) == {"target", "default-0", "paper-0", "states_2-0", "guess_uniform-0", "mine-0"}  # and no weights
+    assert set(results) == {"target", "default-0", "paper-0", "states_2-0", "guess_uniform-0", "lossless-0", "mine-0"}  # and no weights
     for name, result in results.items():
         assert len(result["prompts"]) == 3
         for row in result["prompts"]:
             assert 0 < sum(row[f"tokens_{n}"] for n in (1, 2, 3, 4)) == row["tokens"] <= 12
             assert sum(row[f"forwards_{n}"] for n in (1, 2, 3, 4)) == row["forwards"]
-        assert 1 <= result["figures"]["TPF"]["value"] <= 4 and result["figures"]["accuracy"]["value"] is not None
+        assert 1 <= result["figures"]["TPF"]["value"] <= 7 and result["figures"]["accuracy"]["value"] is not None
         assert str(folder.parent) not in json.dumps(result), name
     learned = [result["training"]["response_tokens"] for name, result in results.items() if name != "target"]
     assert len(set(learned)) == 1
     packed = {name: results[f"{name}-0"]["training"]["packed_tokens"] for name in ("paper", "default", "states_2")}
     assert packed["paper"] == packed["default"] < packed["states_2"]
+    assert all(results["lossless-0"]["figures"][name] == results["target"]["figures"][name] for name in ("length", "repetition"))
 
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     STUDY["main"]([*words, *runs, *flags])  # everything is already there
@@ -60,7 +61,7 @@ def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixt
 
     STUDY["main"](["--table", str(folder)])
     lines = capsys.readouterr().out.splitlines()
-    names = ["target", "default", "paper", "guess_uniform", "states_2", "mine"]
+    names = ["target", "default", "paper", "guess_uniform", "states_2", "lossless", "mine"]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
     assert "<br>" in lines[4] and "<br>" not in lines[3]
 

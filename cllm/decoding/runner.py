@@ -29,10 +29,7 @@ Capture = Callable[[Replay], Replay]  # from a step with fixed arguments to its 
 CAPTURED_LENGTHS = 256  # captured attention sees a multiple of this many slots, and of an eighth to a quarter of its length
 WARM_UP = 2  # eager runs of a kind of step before it is captured
 MOST_CAPTURED = 32  # captured steps to keep
-COMPILING = {  # options of torch.compile, where this torch has them; by default all decoders share 8 compiled kinds of step
-    "recompile_limit": 64,
-    "isolate_recompiles": True,
-}
+MOST_COMPILED = 64  # compiled kinds of step to keep; torch's own limit is 8
 
 
 class Runner:
@@ -127,15 +124,15 @@ class CompiledStep:
 
     def __init__(self, step: Step, backend: str = "inductor") -> None:
         self.plain = step
-        supported = inspect.signature(torch.compile).parameters
-        options: dict[str, Any] = {name: value for name, value in COMPILING.items() if name in supported}
+        isolates = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # before torch 2.13, all decoders share them
+        options: dict[str, Any] = {"isolate_recompiles": True} if isolates else {}
         self.compiled: StepFunction = torch.compile(step, fullgraph=True, backend=backend, **options)
 
     def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int, width: int) -> torch.Tensor:
-        if not chooser.greedy:
+        if self.compiled is self.plain or not chooser.greedy:
             return self.plain(rows, chooser, cache, length, width)
         try:
-            with self.plain.tracing(width):
+            with self.plain.tracing(width), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
                 return self.compiled(rows, chooser, cache, length, width)
         except Exception as error:
             # Slow to import. These errors are raised before the step has changed anything.

@@ -28,7 +28,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cllm.adapter import Adapter
-from cllm.attention import model_mask
+from cllm.attention import cache_argument, model_mask
 from cllm.decoding.cache import RowCache
 from cllm.decoding.grouped_attention import AttentionPatch
 from cllm.decoding.guess_strategy import GuessStrategy, PartialWindow, token_before
@@ -68,6 +68,7 @@ class Step:
         self.linears = LinearPatch.for_model(model)
         self.attention = AttentionPatch.for_model(model)
         self.rotary = RotaryPatch.for_model(model)
+        self._cache = cache_argument(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(self, rows: Rows, chooser: Chooser, cache: RowCache, length: int, width: int) -> torch.Tensor:
@@ -126,7 +127,7 @@ class Step:
             input_ids=tokens_BT,
             attention_mask=model_mask(self.model.config, visible_BTL, seen_BT, keys_BL, self.model.dtype),
             position_ids=seen_BT if self.context is None else seen_BT.clamp(max=self.context - 2),  # later choices are out of context
-            past_key_values=cache,
+            **{self._cache: cache},
             use_cache=True,
             **keep,
         )

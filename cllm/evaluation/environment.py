@@ -13,6 +13,7 @@ import torch
 import cllm
 from cllm.errors import UsageError
 from cllm.files import StrPath
+from cllm.processor import processor_name
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         | {name: _version(name) for name in ("torch", "transformers", "cllm")}
         | ({"cuda": torch.version.cuda} if on_gpu else {}),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else processor_name(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "git_revision": git_revision(Path(cllm.__file__).parent),
@@ -72,12 +73,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -48,6 +48,7 @@ from cllm.models import (
     weights_stamp,
 )
 from cllm.options import Dtype
+from cllm.processor import has_amx
 from cllm.prompts import PLAIN, PromptTemplate, choose_template
 from cllm.serving.contents import contents
 from cllm.serving.export import CARD, Skeleton, copy_file
@@ -70,7 +71,6 @@ EPOCH_STEPS = 20  # an epoch has fewer only if its steps have the fewest example
 SAMPLE_STEPS = 4  # training steps that are timed for the plan
 SAMPLE_TOKENS = 32  # of a response that AR decoding is timed on
 CHECKPOINTS = 0.1  # share of the training steps between two
-AMX = "amx_bf16"  # what /proc/cpuinfo calls matrix units for bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -390,10 +390,7 @@ class Making:
     @property
     def _quick_bfloat16(self) -> bool:
         """Whether this device multiplies bfloat16 matrices several times faster than float32."""
-        if self.device != "cpu":
-            return True
-        file = Path("/proc/cpuinfo")
-        return file.is_file() and AMX in file.read_text(encoding="utf-8")
+        return self.device != "cpu" or has_amx()
 
     @property
     def _frozen(self) -> Dtype | None:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Cache, PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import is_liger_kernel_available
 
+from cllm.attention import cache_argument
 from cllm.errors import UsageError
 from cllm.packing import packed_mask
 from cllm.training.examples import batch_layout
@@ -80,7 +81,7 @@ class TokenMeanTrainer(Trainer):
 
         The first call also checks that ``head`` reproduces the model's logits (:meth:`LanguageHead.verify`).
         """
-        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        inputs |= {cache_argument(self.model): cache, "use_cache": cache is not None}
         kept: list[int] = [] if self._head_verified else [-1]  # positions whose logits the model computes
         inputs["logits_to_keep"] = torch.tensor(kept, dtype=torch.long, device=inputs["input_ids"].device)
         output = model(**inputs, output_hidden_states=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from cllm.attention import cache_argument
 from cllm.decoding.cache import RowCache
 from cllm.decoding.guess import FreshGuess, context_tokens
 from cllm.decoding.linear import LinearPatch
@@ -110,7 +111,7 @@ def _clean_cache(model: PreTrainedModel, ids_BC: torch.Tensor, layout: Layout) -
         input_ids=ids_BC,
         attention_mask=packed_mask(model.config, layout, layout, model.dtype),
         position_ids=layout.position_BT,
-        past_key_values=cache,
+        **{cache_argument(model): cache},
         use_cache=True,
         logits_to_keep=1,
     )
@@ -162,7 +163,7 @@ def _next_tokens(
         input_ids=packed(state_KN[block, offset], 0),
         attention_mask=packed_mask(model.config, queries, keys, model.dtype),
         position_ids=queries.position_BT,
-        past_key_values=cache,
+        **{cache_argument(model): cache},
         use_cache=True,
     ).logits
     return logits_BTV.argmax(dim=-1)[row, column]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from cllm.attention import cache_argument
 from cllm.decoding import JacobiDecoder
 from cllm.evaluation.environment import environment
 from cllm.evaluation.speed import now
@@ -168,13 +169,13 @@ def race(decoder: JacobiDecoder, prompt: list[int], batch: int, iterations: int)
     """
     model, step, times = decoder.model, decoder.step, []
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([prompt[:-1]] * batch, device=model.device), past_key_values=cache, logits_to_keep=1)
+    model(torch.tensor([prompt[:-1]] * batch, device=model.device), **{cache_argument(model): cache}, logits_to_keep=1)
     running = decoder.iterate([prompt] * batch, max_new_tokens=(iterations + 3) * decoder.width)
 
     def bare(inputs: dict[str, torch.Tensor], drafts: int) -> float:
         start = now(model.device)
         with step.linears.drafting(step.adapter, inputs["input_ids"].shape[1], drafts), step.attention:
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{cache_argument(model): cache})
         return now(model.device) - start
 
     for _ in range(iterations + 3):

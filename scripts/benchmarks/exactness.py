@@ -78,19 +78,19 @@ def main() -> None:
 def tiny(args: argparse.Namespace) -> None:
     from cases import draw_case, draw_drafts, follow, reusing
 
-    wrong, rows, tokens, reused, gave_up, model = [], 0, 0, 0, 0, None
+    wrong, rows, tokens, reused, gave_up = [], 0, 0, 0, 0
     for number in tqdm(range(args.cases)):
         if number % args.share == 0:
             torch.compiler.reset()
             first = draw_case(number, **(draw_drafts(number) if args.lossless else {}))
-            mode, texts = "off" if args.compile == REHEARSAL else args.compile, []
+            mode, texts = "off" if args.compile == REHEARSAL else args.compile, list[list[int]]()
             decoder = reusing(first, number // args.share, compile=mode) if args.prefixes else first.decoder(compile=mode)
             if args.compile == REHEARSAL:
                 decoder.runner = CapturingRunner(decoder.step, lambda step: step)
         case = draw_case(number, **first.setting)
         if args.prefixes:
             case = follow(case, texts, number)
-        model, expected, results = case.model, case.expected(), case.results(decoder)
+        expected, results = case.expected(), case.results(decoder)
         got = [result.token_ids for result in results]
         reused += sum(result.reused for result in results)
         texts += [[*request.prompt, *text] for request, text in zip(case.requests, expected)]
@@ -101,7 +101,7 @@ def tiny(args: argparse.Namespace) -> None:
             wrong.append({"case": number, "kind": case.kind, "guess": case.guess, "window": case.window})
             tqdm.write(f"different: {wrong[-1]}")
     result = {"cases": args.cases, "texts": rows, "tokens": tokens, "different": len(wrong), "where": wrong}
-    publish(args, model, result | {"prompt tokens reused": reused, "cases after compiling failed": gave_up})
+    publish(args, case.model, result | {"prompt tokens reused": reused, "cases after compiling failed": gave_up})
 
 
 def real(args: argparse.Namespace) -> None:

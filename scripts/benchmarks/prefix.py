@@ -75,7 +75,7 @@ class Race:
         self.decoders, self.args = decoders, args
 
     def second_turn(self, prompts: list[list[int]]) -> dict[str, Any]:
-        args, lengths = self.args, []
+        args, lengths = self.args, list[int]()
         texts = joined(prompts, args.conversation - args.length - args.question, 1, args.rounds)
         questions = [text for (text,) in joined(prompts[::-1], args.question, 1, args.rounds)]
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}

@@ -136,7 +136,7 @@ def peak(args: argparse.Namespace, row: TrajectoryRow, name: str) -> int:
     before = process_memory("VmRSS")
     model, tokenizer, _ = load(args)
     with tempfile.TemporaryDirectory() as folder:
-        steps = dict(per_device_train_batch_size=1, max_steps=2, save_strategy="no", disable_tqdm=True)
+        steps: dict[str, Any] = dict(per_device_train_batch_size=1, max_steps=2, save_strategy="no", disable_tqdm=True)
         if name == FINE_TUNING:
             use_cpu = model.device.type == "cpu"
             training = TrainingArguments(output_dir=folder, use_cpu=use_cpu, report_to="none", remove_unused_columns=False, **steps)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,6 @@ from common import load, model_parser, publish
 
 from cllm.engines.server import Server
 from cllm.engines.vllm_engine import VllmEngine
-from cllm.errors import UsageError
 from cllm.models import stop_token_ids
 from cllm.trajectory.collect import OwnEngine, Prompt, Source
 from cllm.trajectory.departures import departures
@@ -70,17 +70,17 @@ def served(args: argparse.Namespace) -> Iterator[str]:
         port = free.getsockname()[1]
     command = ["-m", "vllm.entrypoints.cli.main", "serve", args.model, "--dtype", args.dtype, "--port", str(port)]
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}/v1"
+    address = f"http://127.0.0.1:{port}"
     try:
         while True:
             try:
-                Server(url, args.model, [], 1, tries=1)
+                urllib.request.urlopen(f"{address}/health").close()
                 break
-            except UsageError:
+            except OSError:
                 if process.poll() is not None:
-                    raise
+                    raise SystemExit(f"the vLLM server ended with status {process.returncode} before it answered") from None
                 time.sleep(1)
-        yield url
+        yield f"{address}/v1"
     finally:
         process.terminate()
         process.wait()

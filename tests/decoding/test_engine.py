@@ -11,7 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UnsupportedModelError, UsageError
 
-CASES_PER_KIND = 60  # 360 over all kinds
+CASES_PER_KIND = 30  # 180 over all kinds
 GUESSES = ("context", "filler", "prompt_lookup", "pool", "pool+prompt_lookup", "prompt_lookup+pool+filler")
 
 

@@ -90,7 +90,7 @@ def test_all_families() -> None:
         ("mpt", {}, "no position_ids"),
         ("falcon", {"alibi": True}, "alibi"),
         ("big_bird", {}, "block-sparse"),
-        ("openai-gpt", {}, "no past_key_values"),
+        ("openai-gpt", {}, "no cache"),
         ("roformer", {}, "no position_ids"),
     ],
 )
@@ -105,11 +105,16 @@ def test_refusal_gives_the_reason(name: str, changes: dict, reason: str) -> None
 # ------------------------------------------------------- frequencies that depend on the length of a text
 
 
+def across_the_switch(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, eos: list[int]) -> list[int]:
+    """Hugging Face's text; Phi's without a cache, since it recomputes all at the switch, where transformers 5.17 loses the prompt."""
+    return generate(model, prompt, max_new_tokens, eos, use_cache=not model.config.model_type.startswith("phi"))
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "gemma3_text"))])
 def test_longrope(name: str) -> None:
     """Rows before, across and beyond the switch in one batch, chunked prompts, and drafts of an adapter."""
     model = longrope(name)
-    expected = [generate(model, list(r.prompt), r.max_new_tokens, []) for r in AROUND_THE_SWITCH]
+    expected = [across_the_switch(model, list(r.prompt), r.max_new_tokens, []) for r in AROUND_THE_SWITCH]
     adapter = random_adapter(model)
     for options in (
         {"block_size": 1},
@@ -124,11 +129,11 @@ def test_longrope(name: str) -> None:
 def test_longrope_stops_at_the_switch(name: str) -> None:
     """With an end-of-sequence token where the text would be recomputed."""
     model, text = longrope(name), drawn(9)
-    free = generate(model, text, 60, [])
+    free = across_the_switch(model, text, 60, [])
     for place in (SWITCH - len(text) - 1, SWITCH - len(text), SWITCH - len(text) + 1):
         eos = [free[place]]
         (result,) = JacobiDecoder(model, 8, eos_token_ids=eos).generate([text], max_new_tokens=60)
-        assert result.token_ids == generate(model, text, 60, eos) and result.stop == "eos"
+        assert result.token_ids == across_the_switch(model, text, 60, eos) and result.stop == "eos"
 
 
 def test_longrope_with_sampling() -> None:

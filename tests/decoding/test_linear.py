@@ -8,20 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import random_adapter, tiny_model
 from torch import nn
 
-from cllm.decoding import JacobiDecoder, linear
+from cllm.decoding import JacobiDecoder, linear, onednn
 from cllm.decoding.linear import LinearPatch
 
-pytestmark = pytest.mark.skipif(not linear._supported(), reason="no x86 CPU, or a torch without oneDNN")
+pytestmark = pytest.mark.skipif(not onednn.has_onednn(torch.float32), reason="no x86 CPU, or a torch without oneDNN")
 PROMPT, OTHER = [5, 6, 7, 8, 5, 6], [9, 3, 4]
 
 
 @pytest.fixture(autouse=True)
 def use_onednn_for_any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Intel CPUs, a few rows would otherwise be left to MKL."""
-    monkeypatch.setattr(linear, "_fewest_rows", lambda: 1)
+    monkeypatch.setattr(linear, "_fewest_rows", lambda dtype: 1)
 
 
 def layers(model) -> list[nn.Linear]:
@@ -48,6 +48,79 @@ def test_same_numbers(shape, most, monkeypatch):
             assert patched(model) == len(layers(model))
             torch.testing.assert_close(layer(x), expected)
     assert not patched(model)
+
+
+@pytest.mark.skipif(not onednn.has_onednn(torch.bfloat16), reason="no matrix units for bfloat16")
+@torch.inference_mode()
+def test_packed_bfloat16_gives_the_bits_of_torch() -> None:
+    model = tiny_model("qwen2").bfloat16()
+    linears = LinearPatch.refreshed(model)
+    for layer in (layer for layer in layers(model) if layer.in_features == 32):
+        x = torch.randn(32, 32).bfloat16()
+        expected = layer(x)
+        with linears:
+            assert patched(model) == len(layers(model))
+            assert all(layer(x[:rows]).equal(expected[:rows]) for rows in (1, 2, 7, 16, 32))
+
+
+def outputs(model, adapter, x: torch.Tensor, drafts: int, length: int) -> list[torch.Tensor]:
+    """What the layers with 32 inputs give when the last ``drafts`` of each row's ``length`` tokens are drafts, in a later forward."""
+    linears = LinearPatch.for_model(model)
+    for _ in range(2):  # the first forward finds the groups
+        with linears.drafting(adapter, length, drafts):
+            found = [layer(x) for layer in layers(model) if layer.in_features == 32]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 7, 32), (3, 7, 32), (21, 32)])
+@torch.inference_mode()
+def test_joined_products(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Verify tokens get the bits that they have without an adapter; draft tokens get its deltas."""
+    if not onednn.has_onednn(dtype):
+        pytest.skip("no matrix units for bfloat16")
+    model = tiny_model("qwen2").to(dtype)
+    adapter, x = random_adapter(model), torch.randn(shape).to(dtype)
+    linears = LinearPatch.for_model(model)
+    linears.refresh(adapter)
+    deltas = linears._deltas[adapter]
+    assert set(deltas.joined) == set(adapter.down)
+    with linears:
+        plain = [layer(x) for layer in layers(model) if layer.in_features == 32]
+    joined = outputs(model, adapter, x, 3, 7)
+    deltas.join({})
+    added = outputs(model, adapter, x, 3, 7)
+    assert len(joined) == len(plain) > 10
+    for together, apart, without in zip(joined, added, plain, strict=True):
+        together, apart, without = (tensor.view(-1, 7, tensor.shape[-1]) for tensor in (together, apart, without))
+        assert together[:, :-3].equal(without[:, :-3])
+        torch.testing.assert_close(
+            together, apart, rtol=0.05 if dtype == torch.bfloat16 else 1e-4, atol=0.1 if dtype == torch.bfloat16 else 1e-4
+        )
+    assert not joined[0].equal(plain[0])
+
+
+@torch.inference_mode()
+def test_joined_products_are_of_the_current_weights() -> None:
+    model = tiny_model()
+    adapter, x = random_adapter(model), torch.randn(1, 7, 32)
+    linears = LinearPatch.for_model(model)
+    linears.refresh(adapter)
+    before = outputs(model, adapter, x, 3, 7)[0]
+    layers(model)[0].weight.mul_(2)
+    linears.refresh(adapter)
+    after = outputs(model, adapter, x, 3, 7)[0]
+    torch.testing.assert_close(after[:, :4], 2 * before[:, :4])
+
+
+def test_nothing_is_joined_where_it_would_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    adapter = random_adapter(model)
+    monkeypatch.setattr(linear, "pad", lambda x, sizes: nn.functional.pad(x, sizes) * 1.0001)
+    expected = JacobiDecoder(model, 1).generate([PROMPT], max_new_tokens=20)[0].token_ids
+    decoder = JacobiDecoder(model, 6, adapter=adapter)
+    assert decoder.generate([PROMPT], max_new_tokens=20)[0].token_ids == expected
+    assert decoder.step.linears._deltas[adapter].joined == {}
 
 
 def test_decoder_patches_the_model_only_during_forwards():
@@ -136,13 +209,13 @@ def test_training_during_decoding():
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("case", ["float64", "bfloat16", "switched off", "forward of its own", "another class"])
+@pytest.mark.parametrize("case", ["float64", "float16", "switched off", "forward of its own", "another class"])
 def test_unsupported_layers_are_not_patched(case):
     class OtherLinear(nn.Linear):
         pass
 
     model = tiny_model()
-    if case in ("float64", "bfloat16"):
+    if case in ("float64", "float16"):
         model.to(getattr(torch, case))
     other = layers(model)[0]
     if case == "forward of its own":
@@ -174,7 +247,7 @@ def test_autocast():
 
 @pytest.mark.slow
 def test_compiled_model():
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=1)
     expected = JacobiDecoder(model, 4).generate([PROMPT], max_new_tokens=12)[0].token_ids
     model.compile(backend="inductor")
     assert JacobiDecoder(model, 4).generate([PROMPT], max_new_tokens=12)[0].token_ids == expected
@@ -205,7 +278,7 @@ def test_clear_frees_the_copies():
 
 def test_failed_packing_leaves_the_model_unchanged(monkeypatch):
     model, calls = tiny_model(), []
-    packed = linear._packed
+    packed = linear.pack_weight
 
     def fails(weight):
         calls.append(weight)
@@ -213,7 +286,7 @@ def test_failed_packing_leaves_the_model_unchanged(monkeypatch):
             raise MemoryError
         return packed(weight)
 
-    monkeypatch.setattr(linear, "_packed", fails)
+    monkeypatch.setattr(linear, "pack_weight", fails)
     decoder = JacobiDecoder(model, 4)
     model.train()
     with pytest.raises(MemoryError):

@@ -166,8 +166,6 @@ def test_compiled_steps(kind: str) -> None:
     torch._dynamo.reset()
     step = CompiledStep(decoder.step, "eager")
     decoder.runner = Runner(step)
-    seen: list[bool] = []
-    model.register_forward_hook(lambda *_: seen.append(True))
     found = decoder.generate([PROMPT, [4]], max_new_tokens=20)
     expected = JacobiDecoder(model, 4, adapter=random_adapter(model), compile="off").generate([PROMPT, [4]], max_new_tokens=20)
     assert step.compiled is not step.plain

@@ -11,7 +11,7 @@ import torch
 from cases import BUDGETS, draw_case, follow, reusing
 from tiny import KINDS, random_adapter, tiny_model
 
-from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling, linear
+from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling, onednn
 from cllm.decoding.cache import RowCache
 from cllm.decoding.prefix_cache import DEFAULT_BYTES, PrefixCache
 from cllm.decoding.runner import CapturingRunner
@@ -241,7 +241,7 @@ def test_new_weights_and_copies_start_empty() -> None:
     assert result.reused == 0 and [result] == JacobiDecoder(model, 4).generate([text], max_new_tokens=3)
 
 
-@pytest.mark.skipif(not linear._supported(), reason="no x86 CPU, or a torch without oneDNN")
+@pytest.mark.skipif(not onednn.has_onednn(torch.float32), reason="no x86 CPU, or a torch without oneDNN")
 def test_edit_that_bypasses_version_counters() -> None:
     model, text = a_model(), prompt(30)
     decoder = JacobiDecoder(model, 4)

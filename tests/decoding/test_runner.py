@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import AROUND_THE_SWITCH, longrope
-from tiny import KINDS, tiny_model
+from tiny import KINDS, random_adapter, tiny_model
 
 from cllm.decoding import GREEDY, JacobiDecoder, Queue, Request, Sampling
 from cllm.decoding import runner as runner_module
@@ -231,12 +231,13 @@ def test_many_kinds_of_step_compile() -> None:
     assert step.compiled is not step.plain
 
 
-def test_recompile_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("cllm.decoding.runner.COMPILING", {})
+@pytest.mark.parametrize("drafts", [False, True])
+def test_recompile_limit(drafts: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("cllm.decoding.runner.MOST_COMPILED", 2)
     model = tiny_model(vocab_size=97, eos_token_id=None, num_hidden_layers=1)
-    decoder, step = compiled(model, 4, "eager")
-    with torch._dynamo.config.patch(recompile_limit=2):
-        assert decode_all(decoder) == decode_all(JacobiDecoder(model, 4))
+    options = {"adapter": random_adapter(model)} if drafts else {}
+    decoder, step = compiled(model, 4, "eager", **options)
+    assert decode_all(decoder) == decode_all(JacobiDecoder(model, 4, **options))
     assert step.compiled is step.plain
     assert len([r for r in caplog.records if "cannot be compiled" in r.getMessage()]) == 1
 

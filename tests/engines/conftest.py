@@ -45,6 +45,7 @@ def server(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             assert process.poll() is None, (folder / "log").read_text()[-8000:]
             time.sleep(1)
         yield url
+        written = (folder / "log").read_text()
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=120)
-    assert "Traceback" not in (folder / "log").read_text()
+    assert "Traceback" not in written

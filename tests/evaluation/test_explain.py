@@ -8,6 +8,7 @@ from cases import generate
 from tiny import random_adapter, tiny_model
 
 from cllm.adapter import Adapter, attach
+from cllm.attention import cache_argument
 from cllm.decoding import JacobiDecoder
 from cllm.decoding.cache import RowCache
 from cllm.decoding.guess import STARTS
@@ -94,8 +95,8 @@ def test_another_start_than_in_training(learned: Adapter) -> None:
 
 
 def test_a_forward_whose_cost_grows_with_its_tokens(learned: Adapter) -> None:
-    def slow(_, args: tuple, kwargs: dict) -> None:
-        if kwargs.get("past_key_values") is not None:  # of the decoder's
+    def slow(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        if kwargs.get(cache_argument(model)) is not None:  # of the decoder's
             time.sleep(0.02 * kwargs["input_ids"].shape[1])
 
     model = plain_model()

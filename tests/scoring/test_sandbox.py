@@ -252,15 +252,15 @@ def test_programs_are_refused_without_protection(monkeypatch: pytest.MonkeyPatch
 def test_humaneval_canonical_solutions_pass_and_stubs_fail(shared_data: Path) -> None:
     with gzip.open(shared_data / "humaneval" / "HumanEval.jsonl.gz", "rt") as file:
         problems = [json.loads(line) for line in file]
-    programs = []
-    for body in (None, "    pass\n"):
-        for p in problems:
+    programs, stubs = [], problems[::4]
+    for body, chosen in ((None, problems), ("    pass\n", stubs)):
+        for p in chosen:
             source = p["prompt"] + (p["canonical_solution"] if body is None else body)
             programs.append(Program(source, f"{p['test']}\ncheck({p['entry_point']})", (p["entry_point"],)))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     verdicts = run_all(programs, workers=2)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert [p["task_id"] for p, v in zip(problems, verdicts[:164]) if not v.passed] == []
-    assert [p["task_id"] for p, v in zip(problems, verdicts[164:]) if v.passed] == []
+    assert [p["task_id"] for p, v in zip(stubs, verdicts[164:]) if v.passed] == []
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert cpu < 120  # CPU time, since wall time on a busy machine means nothing

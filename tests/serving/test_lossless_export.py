@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_adapter, save_tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -224,6 +225,12 @@ def other_tokenizer(adapter: Path) -> None:
     tokenizer.save_pretrained(adapter)
 
 
+def not_finite(adapter: Path) -> None:
+    weights = load_file(adapter / ADAPTER_WEIGHTS)
+    next(iter(weights.values()))[0, 0] = torch.nan
+    save_file(weights, adapter / ADAPTER_WEIGHTS)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -233,6 +240,7 @@ def other_tokenizer(adapter: Path) -> None:
         (other_tokenizer, "has a different vocabulary from its target model"),
         (lambda adapter: write_json(adapter / ADAPTER, json.loads((adapter / ADAPTER).read_text()) | {"r": 0}), "has rank 0"),
         (lambda adapter: (adapter / ADAPTER_WEIGHTS).write_bytes(b"torn"), "cannot load the adapter in"),
+        (not_finite, "is damaged: .* holds numbers that are not finite"),
         (lambda adapter: (adapter / "config.json").write_text("{"), "not a valid JSON file"),
         (lambda adapter: (adapter / "config.json").unlink(), "must be merged into its model's weights first"),
     ],

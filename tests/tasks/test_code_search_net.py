@@ -239,6 +239,6 @@ def test_real_files(shared_data: Path) -> None:
 
 @pytest.mark.slow
 def test_reference_solutions_of_mbpp_pass(shared_data: Path, sandboxed: None) -> None:
-    examples = list(CODE.read(read_rows(shared_data / "mbpp" / "mbpp.jsonl.gz"), "test"))
+    examples = list(CODE.read(read_rows(shared_data / "mbpp" / "mbpp.jsonl.gz"), "test"))[::4]
     scores = CODE.score_all([(e.reference, e) for e in examples])
     assert [e.id for e, score in zip(examples, scores) if not score["pass@1"]] == []
