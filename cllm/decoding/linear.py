@@ -26,6 +26,7 @@ from cllm.decoding.scoped_patch import Forward, PatchedForward, ScopedPatch, ove
 from cllm.processor import is_intel
 
 Fingerprint = tuple[object, ...]
+TWO_TILES = 64  # inputs of a layer that fill two matrix units
 PACKED_BYTES = 2 << 30  # weights of up to this size in total are also kept packed for oneDNN
 
 
@@ -220,9 +221,11 @@ def _fingerprint(weight: torch.Tensor) -> Fingerprint:
 def _joined(weight_OI: torch.Tensor, packed: torch.Tensor, second_RO: torch.Tensor) -> torch.Tensor | None:
     """``weight_OI`` and the transpose of ``second_RO`` side by side, packed.
 
-    None if the products with zeros for the latter are not, bit by bit, those with ``packed``, which is ``weight_OI`` packed.
+    None if the products with zeros for the latter are not, bit by bit, those with ``packed``, which is ``weight_OI`` packed. In
+    bfloat16, weights with few inputs have another kernel, whose results differ too rarely for a trial.
     """
-    if not second_RO.isfinite().all():
+    few = weight_OI.dtype == torch.bfloat16 and weight_OI.shape[1] < TWO_TILES
+    if few or not second_RO.isfinite().all():
         return None
     joined = pack_weight(torch.cat([weight_OI.detach(), second_RO.T], dim=1))
     x_TI = torch.randn(PACKED_ROWS, weight_OI.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_OI.dtype)

@@ -20,15 +20,15 @@ from cllm.modes import evaluating
 TOLERANCE, TOLERANCE_16 = 0.01, 1.0  # in standard deviations of the logits; in 16 bits, rounding may select another expert
 FAMILIES = frozenset(  # tests/decoding/test_families.py compares their texts with those of AR decoding
     """
-    afmoe apertus arcee aria_text axk1 beam bert bert-generation biogpt bitnet camembert codegen cohere cohere2
-    cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 electra ernie
-    ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text
-    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa
-    granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3
-    iquestcoder jais2 jetmoe kolibri1 laguna llama longcat_flash megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2
-    minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe
-    opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roberta roberta-prelayernorm roc_bert seed_oss
-    smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl youtu
+    afmoe apertus apertus1p5_text arcee aria_text axk1 beam bert bert-generation biogpt bitnet camembert codegen cohere
+    cohere2 cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 electra
+    ernie ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text gemma3n_text
+    gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite
+    granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
+    internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama longcat_flash megatron-bert mellum mimo_v2_flash minicpm3
+    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3
+    olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roberta roberta-prelayernorm roc_bert
+    sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl youtu
     """.split()
 )
 

@@ -21,8 +21,8 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("torch", "transformers", "cllm")}
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}
+        | {name: _version(name) for name in ("transformers", "cllm")}
         | ({"cuda": torch.version.cuda} if on_gpu else {}),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if on_gpu else processor_name(),

@@ -75,7 +75,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A file of ``scripts/benchmarks``, or a run of ``scripts/study.py``: its figures as they stand.
+    """A file of ``scripts/benchmarks``, a run of ``scripts/study.py`` or ``make.json``: its figures as they stand.
 
     The names of nested ones begin with where they are.
     """
@@ -117,7 +117,7 @@ def read_results(folder: Path) -> Results:
     if not results.files:
         raise UsageError(
             f"no result files in {folder} ({len(results.skipped)} other files); they come from `cllm speedup`, "
-            "`cllm acc`, `cllm tune`, training (trainer_state.json), scripts/benchmarks and scripts/study.py"
+            "`cllm acc`, `cllm tune`, `cllm make`, training (trainer_state.json), scripts/benchmarks and scripts/study.py"
         )
     return results
 
@@ -211,6 +211,11 @@ def _add_study(results: Results, name: str, raw: Mapping[str, Any]) -> None:
     results.benchmarks.append(Benchmark(name, f"study, {raw['run']}", _flat(measured)))
 
 
+def _add_made(results: Results, name: str, raw: Mapping[str, Any]) -> None:
+    figures = {key: value for key, value in raw.items() if key != "divergences"}
+    results.benchmarks.append(Benchmark(name, "cllm make", _flat(figures)))
+
+
 def _flat(figures: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in figures.items():
@@ -229,4 +234,5 @@ READERS: dict[tuple[str, ...], Callable[[Results, str, Mapping[str, Any]], None]
     ("log_history",): _add_training,
     ("benchmark", "result"): _add_benchmark,
     ("run", "figures"): _add_study,
+    ("plan", "stored_width"): _add_made,
 }
