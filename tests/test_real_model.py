@@ -1,4 +1,4 @@
-"""The claims hold on a real model: SmolLM2-135M-Instruct in float32."""
+"""The claims hold on a real model: SmolLM2-135M-Instruct."""
 
 import os
 
@@ -9,6 +9,7 @@ from tiny import random_adapter
 
 from cllm.decoding import JacobiDecoder
 from cllm.models import load_model, load_tokenizer, stop_token_ids
+from cllm.processor import has_amx
 from cllm.prompts import PromptTemplate
 from cllm.tasks import get_task
 from cllm.tasks.source import load_examples
@@ -61,3 +62,15 @@ def test_real_prompts_equal_generate(request, smol):
         )[0, len(prompt) :]
         assert result.token_ids == other.token_ids == expected.tolist()
     assert sum(len(r.token_ids) for r in ours) > sum(r.forwards for r in ours)  # and in fewer forwards
+
+
+@pytest.mark.skipif(not has_amx(), reason="no matrix units for bfloat16")
+def test_bfloat16_texts_do_not_depend_on_the_width(request, smol):
+    """Not even at near-ties, one prompt at a time: all forwards that decide it give a token the same bits."""
+    model, tokenizer = load_model(os.environ["CLLM_TEST_MODEL"], dtype="bfloat16", device="cpu"), smol[1]
+    template, adapter = PromptTemplate("chat"), random_adapter(model, rank=8, size=0.05)
+    one, *others = JacobiDecoder(model, 1), JacobiDecoder(model, 8), JacobiDecoder(model, 6, adapter=adapter, drafts=7)
+    for question in questions(request, 4):
+        prompt = template.encode([{"role": "user", "content": question}], tokenizer)
+        expected = one.generate([prompt], max_new_tokens=NEW_TOKENS)[0].token_ids
+        assert [each.generate([prompt], max_new_tokens=NEW_TOKENS)[0].token_ids for each in others] == [expected, expected]

@@ -17,18 +17,25 @@ from cllm.decoding.batch import Batch
 from cllm.decoding.prefix_cache import PrefixCache, common_length
 from cllm.decoding.sampling import Chooser
 from cllm.decoding.step import Step
+from cllm.processor import has_amx
 
 if TYPE_CHECKING:
     from cllm.decoding.engine import Request
 
 PROMPT_CHUNK, PROMPT_CHUNK_ON_CPU = 2048, 512
 FORWARD, FORWARD_ON_CPU = 256, 32  # the fixed cost of a forward, in tokens
+SAME_BITS = 32  # tokens; in bfloat16 a CPU with AMX gives a token the same bits in all forwards of so few
+APART = 8  # last tokens of a prompt that are then computed with the window
 
 
 class Prefill:
     """Computes prompts, skipping what ``prefixes`` has cached and computing once what prompts have in common.
 
     ``chunk``: the most tokens of a prompt in one forward.
+
+    A prompt and its window in one forward would be a forward of another size at each width. In bfloat16 that changes bits of the
+    prompt's keys and values, and so, at near-ties, the text. Where small forwards of all sizes give the same bits, a prompt but for its
+    last tokens is computed alone, so that a window of any width has the text of width 1.
     """
 
     def __init__(self, step: Step, prefixes: PrefixCache, device: torch.device, chunk: int | None) -> None:
@@ -36,6 +43,7 @@ class Prefill:
         self.step, self.prefixes, self.device = step, prefixes, device
         self.chunk = chunk or (PROMPT_CHUNK_ON_CPU if on_cpu else PROMPT_CHUNK)
         self.forward_tokens = FORWARD_ON_CPU if on_cpu else FORWARD
+        self.apart = APART if on_cpu and step.model.dtype == torch.bfloat16 and has_amx() else 0
 
     def __call__(self, new: Batch, requests: Sequence[Request], width: int, unit: int) -> tuple[torch.Tensor, list[int]]:
         """The fields [B, F] of the iteration, and how many tokens of each prompt were reused.
@@ -55,9 +63,10 @@ class Prefill:
         positions_BT = torch.cat([before_BT, after_BT], dim=1)
         tokens_BT = torch.cat([rows.text_BS.gather(1, before_BT.clamp(min=0)), window_BT], dim=1)
         reach_BT = torch.maximum(positions_BT, rows.start_B[:, None])  # AR decoding computes a prompt in one forward
-        done = 0
-        while ahead - done > self.chunk:
-            chunk = slice(done, done := done + self.chunk)
+        apart = self.apart if len(requests) * (self.apart + width) <= SAME_BITS else 0
+        done, alone = 0, max(ahead - apart, 0) if apart else (ahead - 1) // self.chunk * self.chunk
+        while done < alone:
+            chunk = slice(done, done := min(done + self.chunk, alone))
             at = tokens_BT[:, chunk], positions_BT[:, chunk]
             self.step.forward(*at, new.cache, round_up(first - ahead + done), 1, reach_BT=reach_BT[:, chunk])
         at = tokens_BT[:, done:], positions_BT[:, done:]
