@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock, get_ident
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -49,7 +49,6 @@ class LinearPatch(ScopedPatch):
         self._seen: list[Fingerprint] = []  # of the packed weights
         self.changes = 0  # number of refreshes that found other layers or weights
         self._deltas: WeakKeyDictionary[Adapter, Deltas] = WeakKeyDictionary()
-        self._joined: WeakSet[Adapter] = WeakSet()  # adapters whose deltas were joined with the current weights, if they could be
         self._active = _Active(self._inside)
         self._tracing = Lock()
 
@@ -72,25 +71,23 @@ class LinearPatch(ScopedPatch):
             self._leave()  # in case an interrupt kept this thread from leaving
             if adapter is not None and not (adapter in self._deltas and self._deltas[adapter].is_current(model)):
                 self._deltas[adapter] = Deltas(model, adapter)
-                self._joined.discard(adapter)
             self._find_products(model)
-            if adapter is not None and adapter not in self._joined:
-                self._deltas[adapter].join(self._join(self._deltas[adapter]))
-                self._joined.add(adapter)
+            if adapter is not None and self._deltas[adapter].joined is None:
+                self._deltas[adapter].joined = self._join(self._deltas[adapter])
 
     def _join(self, deltas: Deltas) -> dict[str, torch.Tensor]:
         """The adapted layers' weights beside the adapter's second matrices, packed; none where that changes a bit of the text."""
         found = {}
         for product in self._products:
-            if (second_RO := deltas.seconds.get(product.name)) is not None:
-                joined = None if product.packed is None else _joined(product.layer.weight, product.packed, second_RO)
+            if (up_RO := deltas.ups.get(product.name)) is not None:
+                joined = None if product.packed is None else _joined(product.layer.weight, product.packed, up_RO)
                 if joined is None:
                     return {}
                 found[product.name] = joined
         return found
 
     def _find_products(self, model: PreTrainedModel) -> None:
-        adapted = {name for deltas in self._deltas.values() for name in deltas.seconds}
+        adapted = {name for deltas in self._deltas.values() for name in deltas.ups}
         fast = bool(torch.backends.mkldnn.enabled)
         named = [(name, layer, fast and _suits(layer), overridden_forward(layer)) for name, layer in model.named_modules()]
         layers: list[tuple[str, Any, bool, Forward | None]] = [item for item in named if item[2] or item[0] in adapted]
@@ -151,9 +148,8 @@ class LinearPatch(ScopedPatch):
     def _drop(self) -> None:
         self._remove()
         self._products, self._seen = [], []
-        self._joined.clear()
         for deltas in self._deltas.values():
-            deltas.join({})
+            deltas.joined = None
 
 
 class _Active:
@@ -218,18 +214,18 @@ def _fingerprint(weight: torch.Tensor) -> Fingerprint:
     return weight.shape, xxh3_128_digest(weight.detach().view(torch.uint8).numpy().data)
 
 
-def _joined(weight_OI: torch.Tensor, packed: torch.Tensor, second_RO: torch.Tensor) -> torch.Tensor | None:
-    """``weight_OI`` and the transpose of ``second_RO`` side by side, packed.
+def _joined(weight_OI: torch.Tensor, packed: torch.Tensor, up_RO: torch.Tensor) -> torch.Tensor | None:
+    """``weight_OI`` and the transpose of ``up_RO`` side by side, packed.
 
     None if the products with zeros for the latter are not, bit by bit, those with ``packed``, which is ``weight_OI`` packed. In
     bfloat16, weights with few inputs have another kernel, whose results differ too rarely for a trial.
     """
     few = weight_OI.dtype == torch.bfloat16 and weight_OI.shape[1] < TWO_TILES
-    if few or not second_RO.isfinite().all():
+    if few or not up_RO.isfinite().all():
         return None
-    joined = pack_weight(torch.cat([weight_OI.detach(), second_RO.T], dim=1))
+    joined = pack_weight(torch.cat([weight_OI.detach(), up_RO.T], dim=1))
     x_TI = torch.randn(PACKED_ROWS, weight_OI.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_OI.dtype)
     for rows_TI in (x_TI, x_TI[:5]):
-        if not multiply(pad(rows_TI, (0, len(second_RO))), joined).equal(multiply(rows_TI, packed)):
+        if not multiply(pad(rows_TI, (0, len(up_RO))), joined).equal(multiply(rows_TI, packed)):
             return None
     return joined

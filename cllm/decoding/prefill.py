@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PROMPT_CHUNK, PROMPT_CHUNK_ON_CPU = 2048, 512
 FORWARD, FORWARD_ON_CPU = 256, 32  # the fixed cost of a forward, in tokens
 SAME_BITS = 32  # tokens; in bfloat16 a CPU with AMX gives a token the same bits in all forwards of so few
-APART = 8  # last tokens of a prompt that are then computed with the window
+TAIL = 8  # last tokens of a prompt that are then computed with the window
 
 
 class Prefill:
@@ -43,7 +43,7 @@ class Prefill:
         self.step, self.prefixes, self.device = step, prefixes, device
         self.chunk = chunk or (PROMPT_CHUNK_ON_CPU if on_cpu else PROMPT_CHUNK)
         self.forward_tokens = FORWARD_ON_CPU if on_cpu else FORWARD
-        self.apart = APART if on_cpu and step.model.dtype == torch.bfloat16 and has_amx() else 0
+        self.tail = TAIL if on_cpu and step.model.dtype == torch.bfloat16 and has_amx() else 0
 
     def __call__(self, new: Batch, requests: Sequence[Request], width: int, unit: int) -> tuple[torch.Tensor, list[int]]:
         """The fields [B, F] of the iteration, and how many tokens of each prompt were reused.
@@ -63,8 +63,8 @@ class Prefill:
         positions_BT = torch.cat([before_BT, after_BT], dim=1)
         tokens_BT = torch.cat([rows.text_BS.gather(1, before_BT.clamp(min=0)), window_BT], dim=1)
         reach_BT = torch.maximum(positions_BT, rows.start_B[:, None])  # AR decoding computes a prompt in one forward
-        apart = self.apart if len(requests) * (self.apart + width) <= SAME_BITS else 0
-        done, alone = 0, max(ahead - apart, 0) if apart else (ahead - 1) // self.chunk * self.chunk
+        tail = self.tail if len(requests) * (self.tail + width) <= SAME_BITS else 0
+        done, alone = 0, max(ahead - tail, 0) if tail else (ahead - 1) // self.chunk * self.chunk
         while done < alone:
             chunk = slice(done, done := min(done + self.chunk, alone))
             at = tokens_BT[:, chunk], positions_BT[:, chunk]

@@ -53,8 +53,8 @@ _step = _Step()
 def register() -> None:
     """vLLM's entry point for plug-ins, called in each of its processes: watch the rejection sampler.
 
-    On a CPU it also puts :func:`expand_batch_to_tokens` in the place of vLLM's, whatever makes the drafts. Does nothing with a vLLM
-    that has no such sampler; a proposer then refuses to start.
+    On a CPU, :func:`expand_batch_to_tokens` also replaces vLLM's own, for every kind of draft. Does nothing with a vLLM that has no
+    such sampler; a proposer then refuses to start.
     """
     try:
         from vllm.platforms import current_platform

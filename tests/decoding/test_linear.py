@@ -88,7 +88,7 @@ def test_joined_products(dtype: torch.dtype, tolerance: float, shape: tuple[int,
     with linears:
         plain = [layer(x) for layer in layers(model) if layer.in_features == 64]
     joined = outputs(model, adapter, x, 3, 7)
-    deltas.join({})
+    deltas.joined = {}
     added = outputs(model, adapter, x, 3, 7)
     assert len(joined) == len(plain) > 10
     for together, apart, without in zip(joined, added, plain, strict=True):
