@@ -11,7 +11,7 @@ use_environment requirements-dev.txt
 echo "==> linter, formatter and type checker"
 ruff check .
 ruff format --check .
-mypy cllm
+mypy cllm scripts/benchmarks
 echo "==> fetching the small real model (once; kept in the user's cache)"
 CLLM_TEST_MODEL=$(python scripts/small_model.py)
 workers=$(nproc)  # one thread and one test file at a time each; counted before setting OMP_NUM_THREADS, which nproc obeys

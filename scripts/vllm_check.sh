@@ -32,6 +32,6 @@ source "$environment/bin/activate"
 
 echo "==> the small real model (once; kept in the user's cache)"
 CLLM_TEST_MODEL=$(python scripts/small_model.py)
-export CLLM_TEST_MODEL HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export CLLM_TEST_MODEL HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false VLLM_LOGGING_LEVEL=ERROR
 echo "==> tests"
 exec python -m pytest -m vllm --durations 10 tests/engines "$@"

@@ -155,7 +155,6 @@ def iterations(decoder: JacobiDecoder, prompts: list[list[int]], count: int) -> 
         if next(running, None) is None:
             break
         seconds.append(now(decoder.device) - start)
-    running.close()
     return seconds
 
 
@@ -245,7 +244,8 @@ def aligned_collector(args: argparse.Namespace, model: PreTrainedModel, tokenize
 def collect(collector: Collector, prompts: list[list[int]]) -> tuple[list[TrajectoryRow], list[Dropped]]:
     """The rows of some prompts, decoded together; a row's id is the prompt's number."""
     numbered = [Prompt(str(number), ids, None) for number, ids in enumerate(prompts)]
-    return collector.rows(list(collector.source.respond(numbered, len(numbered))))
+    answers = collector.source.respond(numbered, len(numbered))
+    return collector.rows([answer for answer in answers if not isinstance(answer, Dropped)])
 
 
 def cllm_trainer(

@@ -29,7 +29,8 @@ from cllm.decoding.grouped_attention import AttentionPatch
 from cllm.decoding.linear import LinearPatch
 from cllm.evaluation.choice import CANDIDATES
 from cllm.evaluation.interval import ratio_interval
-from cllm.evaluation.method import AR, GENERATE, JACOBI, PROMPT_LOOKUP, Engine, HuggingFace, Method, Response
+from cllm.evaluation.method import Engine, HuggingFace, Method, Response
+from cllm.evaluation.method_name import AR, GENERATE, JACOBI, PROMPT_LOOKUP
 from cllm.evaluation.speed import Measurement, measure, summarise
 from cllm.evaluation.table import format_table, number, with_interval
 from cllm.models import context_length, stop_token_ids

@@ -27,5 +27,5 @@ class FaultyStep(Step):
 if __name__ == "__main__":
     from cllm.decoding import engine
 
-    engine.Step = FaultyStep  # type: ignore[misc]
+    engine.Step = FaultyStep  # type: ignore[attr-defined, misc]
     main()

@@ -61,7 +61,7 @@ def main() -> None:
 SIDES: dict[str, dict[str, Any]] = {ON: {}, OFF: {"prefix_cache": 0}}
 
 
-def one_database(args: argparse.Namespace) -> list[Sequence[Any]]:
+def one_database(args: argparse.Namespace) -> Sequence[Sequence[Any]]:
     """The questions about the database with the most, in the file's order."""
     examples = list(load_examples(get_task(args.task), args.filename, "test"))
     (database, _), *_ = Counter(example.target["db_id"] for example in examples).most_common(1)

@@ -29,7 +29,7 @@ from itertools import chain, islice
 from typing import Any
 
 from common import cllm_trainer, load, model_parser, peak_memory, process_memory, publish
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from cllm import reference
 from cllm.evaluation.speed import now
@@ -137,6 +137,7 @@ def peak(args: argparse.Namespace, row: TrajectoryRow, name: str) -> int:
     model, tokenizer, _ = load(args)
     with tempfile.TemporaryDirectory() as folder:
         steps: dict[str, Any] = dict(per_device_train_batch_size=1, max_steps=2, save_strategy="no", disable_tqdm=True)
+        trainer: Trainer
         if name == FINE_TUNING:
             use_cpu = model.device.type == "cpu"
             training = TrainingArguments(output_dir=folder, use_cpu=use_cpu, report_to="none", remove_unused_columns=False, **steps)

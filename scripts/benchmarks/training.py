@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from typing import Any
 
 from common import Forwarded, aligned_collector, cllm_trainer, collect, load, model_parser, publish
 
@@ -44,7 +45,8 @@ def ours(args, model, tokenizer, rows, objective) -> tuple[float, int]:
     """Seconds and forwarded tokens of one batch of all rows, after a warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = cllm_trainer(args, model, tokenizer, rows, folder, **objective)
-        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))]))
+        data: Any = trainer.train_dataset
+        batch = trainer._prepare_inputs(trainer.data_collator([data[i] for i in range(len(rows))]))
         model.train()
         trainer.compute_loss(model, batch).backward()
         model.zero_grad()

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from cllm.decoding import JacobiDecoder
 from cllm.evaluation.choice import CANDIDATES, fastest, measure_choices
 from cllm.evaluation.interval import bootstrap
-from cllm.evaluation.method import AR, Engine
+from cllm.evaluation.method import Engine
+from cllm.evaluation.method_name import AR
 from cllm.evaluation.speed import Measurement, measure, summarise
 from cllm.models import stop_token_ids
 

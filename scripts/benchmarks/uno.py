@@ -34,8 +34,8 @@ def main() -> None:
     for prompt in prompts:
         for name, width, drafts in (("ar", 1, 0), ("one forward", args.block_size, args.block_size - 1)):
             decoder = JacobiDecoder(model, width, drafts=drafts, guess="uniform", eos_token_ids=eos)
-            (result,) = decoder.generate([prompt], max_new_tokens=args.length)
-            sides[name].append((result.token_ids, result.forwards))
+            (text,) = decoder.generate([prompt], max_new_tokens=args.length)
+            sides[name].append((text.token_ids, text.forwards))
         sides["uno"].append(decode_two_passes(model, adapter, prompt, args.block_size, args.length, noise, eos))
     texts = {name: [text for text, _ in side] for name, side in sides.items()}
     result = {f"{name}, tokens per forward": sum(len(t) for t, _ in s) / sum(f for _, f in s) for name, s in sides.items()}
