@@ -23,6 +23,7 @@ import torch
 from cllm.adapter import LOSSLESS
 from cllm.decoding.guess import make_guess
 from cllm.decoding.guess_strategy import GuessStrategy, PartialWindow
+from cllm.engines.follower import follow
 from cllm.errors import UsageError
 from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, default_guess, read_record
 
@@ -51,11 +52,12 @@ _step = _Step()
 
 
 def register() -> None:
-    """vLLM's entry point for plug-ins, called in each of its processes: watch the rejection sampler.
+    """vLLM's entry point for plug-ins, called in each of its processes: watch the rejection sampler, end with the leader.
 
     On a CPU, :func:`expand_batch_to_tokens` also replaces vLLM's own, for every kind of draft. Does nothing with a vLLM that has no
     such sampler; a proposer then refuses to start.
     """
+    follow()
     try:
         from vllm.platforms import current_platform
         from vllm.v1.sample import rejection_sampler

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cllm.engines.follower import lead
 from cllm.engines.install import check_installed
 from cllm.errors import UsageError
 from cllm.models import first_line
@@ -59,6 +60,7 @@ class VllmEngine:
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
+            lead()
             memory = {"gpu_memory_utilization": _free_share() - SPARE} if torch.cuda.is_available() else {}
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**self.settings, **memory, max_num_seqs=together))

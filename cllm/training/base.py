@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Cache, PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import is_liger_kernel_available
 
-from cllm.attention import cache_argument
+from cllm.attention import FLEX, TRAINABLE, cache_argument, check_model
 from cllm.errors import UsageError
 from cllm.packing import packed_mask
 from cllm.training.examples import batch_layout
@@ -35,14 +35,19 @@ class TokenMeanTrainer(Trainer):
     unchanged. Logits are computed only at tokens that a loss reads. ``--train_sampling_strategy group_by_length`` gives an
     order that a resumed run repeats. Everything else is inherited.
 
-    Raises UsageError for options that cannot work here, and when the loss or the weights stop being finite.
+    Raises UnsupportedModelError for a model that cannot take packed masks; UsageError for options that cannot work here, and when
+    the loss or the weights stop being finite.
     """
 
     terms: tuple[str, ...]  # names of the loss terms in the log
+    attention: tuple[str, ...] = TRAINABLE  # implementations that the forwards work with
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model: PreTrainedModel
+        check_model(self.model, self.attention)
+        if self.model.config._attn_implementation == FLEX and self.args.device.type == "cpu":
+            raise UsageError(f"attn_implementation {FLEX} has no backward pass on a CPU; use sdpa or eager there")
         self.model_accepts_loss_kwargs = True  # the loss is divided by the global batch's token counts here
         self.length_sampler: LengthGroupedSampler | None = None
         self.add_callback(_ProgressCallback(self))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from cllm.attention import MASKABLE, check_model
+from cllm.attention import MASKABLE
 from cllm.errors import UsageError
 from cllm.modes import evaluating
 from cllm.packing import PADDING, Layout, packed_mask
@@ -48,11 +48,11 @@ class LosslessTrainer(TokenMeanTrainer):
     """
 
     terms = ("consistency_loss",)
+    attention = MASKABLE
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.args: LosslessTrainingArguments
-        check_model(self.model, MASKABLE)
         if not has_adapter(self.model):
             raise ValueError("lossless training needs a model with an adapter, see cllm.training.lora.add_adapter")
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainingArguments
 
-from cllm.attention import LENGTHS, TRAINABLE, check_model
+from cllm.attention import LENGTHS
 from cllm.errors import UsageError
 from cllm.models import load_tokenizer, packed_length, read_record, write_record
 from cllm.packing import PADDING, Block, PackedRow, arrange, pack
@@ -112,10 +112,6 @@ class AnswerTrainer(TokenMeanTrainer):
 
     terms = ("answer_loss",)
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        check_model(self.model, TRAINABLE)
-
     def counts(self, batch: Batch) -> torch.Tensor:
         return torch.tensor([float(len(batch["target"]))])
 
@@ -174,6 +170,9 @@ class FineTuningInputs:
         metadata={"help": "as in `cllm collect`; default: the model's chat template, else the task's plain prompt"},
     )
     dtype: str = field(default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager or flex_attention (on a GPU); default: the model's own"}
+    )
 
 
 def fine_tune(inputs: FineTuningInputs, args: TrainingArguments, lora: LoraArguments | None = None) -> None:
@@ -188,7 +187,8 @@ def fine_tune(inputs: FineTuningInputs, args: TrainingArguments, lora: LoraArgum
     task = get_task(inputs.task)
     examples = load_examples(task, inputs.filename, "train", inputs.data_size)
     tokenizer = load_tokenizer(inputs.model)
-    model = open_weights(inputs.model, dtype=inputs.dtype, **lora.load_options(str(args.device)))
+    loading = {"dtype": inputs.dtype, "attn_implementation": inputs.attn_implementation, **lora.load_options(str(args.device))}
+    model = open_weights(inputs.model, **loading)
     template = choose_template(inputs.prompt_template, task.plain_template, tokenizer, read_record(model.config))
     context = packed_length(model.config)
     rows = AnswerDataset(examples, template, tokenizer, context)

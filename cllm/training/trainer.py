@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cllm.attention import FLEX, TRAINABLE, check_model
-from cllm.errors import UsageError
 from cllm.packing import PADDING
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer, hidden_at
@@ -28,8 +26,7 @@ class CllmTrainer(TokenMeanTrainer):
     ``target_model`` is the frozen target, needed where ``args.teacher`` or ``args.ar_loss`` is ``target``. A model with a LoRA
     adapter needs none: with the adapter disabled it is the target.
 
-    Raises UnsupportedModelError for a model that cannot take packed masks, UsageError for FlexAttention on a CPU, ValueError
-    where the target is missing.
+    Raises ValueError where the target is missing.
     """
 
     terms = ("consistency_loss", "ar_loss")
@@ -37,9 +34,6 @@ class CllmTrainer(TokenMeanTrainer):
     def __init__(self, *args: Any, target_model: PreTrainedModel | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.args: CllmTrainingArguments
-        check_model(self.model, TRAINABLE)
-        if self.model.config._attn_implementation == FLEX and self.args.device.type == "cpu":
-            raise UsageError(f"attn_implementation {FLEX} has no backward pass on a CPU; use sdpa there")
         if self.args.needs_target and target_model is None and not has_adapter(self.model):
             raise ValueError("teacher='target' and ar_loss='target' need target_model")
         self.target_model = target_model

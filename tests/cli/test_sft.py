@@ -32,6 +32,9 @@ def test_it_learns_and_is_a_plain_checkpoint(words: list[str], tmp_path: Path) -
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0] / 2
+    sft.main([*words, "--logging_steps=1", "--attn_implementation=eager", f"--output_dir={tmp_path / 'eager'}"])
+    again = json.loads((tmp_path / "eager" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["loss"] for entry in again if "loss" in entry] == pytest.approx(losses, rel=1e-2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     AutoTokenizer.from_pretrained(tmp_path / "out")
     record = read_record(model.config)
@@ -129,6 +132,7 @@ def test_examples_that_cannot_be_learned_are_counted() -> None:
         ("--filename=none.jsonl", "cannot read none.jsonl"),
         ("--learning_rate=-1", "learning_rate must be >= 0"),
         ("--data_size=0", "must be >= 1, got 0"),
+        ("--attn_implementation=flex_attention", "no backward pass on a CPU; use sdpa or eager there"),
     ],
 )
 def test_bad_input(words: list[str], more: str, message: str, capsys: pytest.CaptureFixture) -> None:

@@ -1,7 +1,10 @@
 """Collection by vLLM, in the same process and from a server, against our engine."""
 
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ from commands import failed, question_rows, refused, write_rows
 from tiny import save_tiny_checkpoint
 
 from cllm.cli import collect
+from cllm.engines.follower import LEADER
 from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import read_rows
 
@@ -22,20 +26,49 @@ def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "d.jsonl", question_rows(COUNT))
 
 
-def run(model: Path, data: Path, output: Path, *more: Any) -> dict[str, TrajectoryRow]:
+def words_of(model: Path, data: Path, output: Path, *more: Any) -> list[str]:
     words = ["--task", "gsm8k", "--model", model, "--filename", data, "--output", output, "--device", "cpu", "--max_new_tokens", 4]
-    collect.main([*map(str, words), "--max_new_seq_len", "12", "--batch_size", "3", *map(str, more)])
-    return {row.row_id: row for row in read_rows(output)}
+    return [*map(str, words), "--max_new_seq_len", "12", "--batch_size", "3", *map(str, more)]
+
+
+def run(model: Path, data: Path, output: Path, *more: Any) -> dict[str, TrajectoryRow]:
+    collect.main(words_of(model, data, output, *more))
+    rows = list(read_rows(output))
+    assert len({row.row_id for row in rows}) == len(rows)
+    return {row.row_id: row for row in rows}
+
+
+def started_under(leader: int) -> list[Path]:
+    """The processes that follow it."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"{LEADER}={leader}\0".encode() in environment.read_bytes():
+                found.append(environment)
+    return found
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_rows_of_our_engine(random_model: Path, data: Path, tmp_path: Path, server: str, monkeypatch, capsys) -> None:
-    """Responses and states."""
+    """Responses and states, and again after a kill, which leaves no process of vLLM behind."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     ours = run(random_model, data, tmp_path / "ours")
     assert run(random_model, data, tmp_path / "server", "--base_url", f"{server}/v1") == ours
+    words = words_of(random_model, data, tmp_path / "vllm", "--engine", "vllm")
+    killed = subprocess.Popen([sys.executable, "-m", "cllm", "collect", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "vllm").glob("part-*")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    assert started_under(killed.pid)
+    killed.kill()
+    killed.wait()
+    end = time.monotonic() + 30
+    while started_under(killed.pid):
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    assert 0 < len(list(read_rows(tmp_path / "vllm"))) < len(ours)
     assert run(random_model, data, tmp_path / "vllm", "--engine", "vllm") == ours
     assert f"0 of {len(ours)} responses are not what the model here writes greedily" in capsys.readouterr().out
 
