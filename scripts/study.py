@@ -70,7 +70,7 @@ RUNS = {  # name -> flags of `cllm train`
     "ar_weight_2": "--ar_weight 2",
     "ar_weight_6": "--ar_weight 6",
     "bold": "--ar_weight 2 --distance_decay 0.8",
-    "lossless": "--lossless --learning_rate 2e-3 --adam_beta2 0.999",
+    "lossless": "--lossless --learning_rate 2e-3",
 }
 METRICS = {  # title -> (numerator and denominator, both summed over prompts, decimals)
     "TPF": ("tokens", "forwards", 2),
