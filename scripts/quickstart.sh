@@ -18,7 +18,7 @@ case "$*" in
 esac
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 TRAIN=640 TARGET=448 TEST=32 # the target model learns from the first of the training questions
+BLOCK=8 LENGTH=80 TRAIN=640 TEST=32
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -48,7 +48,7 @@ stage model "fetching the small model (once; kept in the user's cache)" get_mode
 stage questions "writing two databases, $TRAIN training questions and $TEST held-out ones" \
   python scripts/sql_questions.py "$out/data" "$TRAIN" "$TEST"
 stage target "fine-tuning the small model on the answers, which makes the target model" \
-  cllm sft --model "$model" --task spider --filename "$out/data" --data_size $TARGET --output_dir "$out/target" --num_train_epochs 1 \
+  cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" --num_train_epochs 1 \
   --per_device_train_batch_size 8 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
 collect() { # OUTPUT FLAGS...
   cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$@" --no-resume \

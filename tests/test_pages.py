@@ -33,6 +33,7 @@ REDUCED = {
     "collect": "--data_size 6 --max_new_seq_len 20 --device cpu",
     "sft": TRAINING,
     "train": TRAINING,
+    "make": "--max_new_seq_len 16 --device cpu",
     "speedup": "--data_size 2 --max_new_seq_len 6 --device cpu",
     "acc": "--data_size 2 --max_tokens 6 --device cpu",
     "tune": "--data_size 2 --max_new_seq_len 6 --widths 4 --drafts 3 --guess context --device cpu",
