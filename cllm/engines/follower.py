@@ -1,7 +1,7 @@
 """Followers: processes that end when the one that started them has ended, even if it was killed and could not end them.
 
-vLLM's engine runs in a process of its own. Left behind, it keeps a processor busy and a GPU's memory occupied, so that the next
-run finds none.
+vLLM runs its engine in a separate process. If that process outlives a killed command, it keeps a core busy and holds GPU memory
+that the next run needs.
 """
 
 from __future__ import annotations

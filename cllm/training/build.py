@@ -30,22 +30,18 @@ from cllm.training.examples import Collator, ExampleDataset
 from cllm.training.lora import AdapterArguments, LoraArguments, add_adapter
 from cllm.training.lossless import LosslessTrainer
 from cllm.training.probing import ProbeArguments, watch, watch_drafts
-from cllm.training.run import checkpoint, data_seed, make_trainer, open_weights, train_and_save, whole_weights
+from cllm.training.run import ModelLoading, checkpoint, data_seed, make_trainer, open_weights, train_and_save, whole_weights
 from cllm.training.trainer import CllmTrainer
 from cllm.trajectory.store import TrajectoryDataset
 
 
 @dataclass
-class TrainingInputs:
+class TrainingInputs(ModelLoading):
     """What to train from."""
 
-    model: str = field(metadata={"help": "the target model: checkpoint folder or hub name"})
+    model: str = field(kw_only=True, metadata={"help": "the target model: checkpoint folder or hub name"})
     trajectories: str = field(metadata={"help": "a folder that `cllm collect` wrote, a published JSON file, or a hub name of either"})
     block_size: int | None = field(default=None, metadata={"help": "block size n; default: the one the trajectories were collected with"})
-    dtype: str = field(default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager or flex_attention (on a GPU); default: the model's own"}
-    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def default_adapters(args: CllmTrainingArguments | LosslessTrainingArguments) ->
 
 def _open(inputs: TrainingInputs, lora: AdapterArguments, args: CllmTrainingArguments | LosslessTrainingArguments) -> Source:
     tokenizer = load_tokenizer(inputs.model)
-    loading = {"dtype": inputs.dtype, "attn_implementation": inputs.attn_implementation, **lora.load_options(str(args.device))}
+    loading = inputs.load_options() | lora.load_options(str(args.device))
     model = open_weights(inputs.model, **loading)
     check_model(model, MASKABLE if isinstance(args, LosslessTrainingArguments) else TRAINABLE)
     rows = TrajectoryDataset(inputs.trajectories, eos_ids=stop_token_ids(model, tokenizer))

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ from cllm.models import load_model, read_record
 from cllm.training.lora import AdapterArguments, merge_saved_adapter, remove_adapter
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class ModelLoading:
+    """The model to train, and how to load it."""
+
+    model: str = field(metadata={"help": "the model to train: checkpoint folder or hub name"})
+    dtype: str = field(default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager or flex_attention (on a GPU); default: the model's own"}
+    )
+
+    def load_options(self) -> dict[str, Any]:
+        """Arguments of :func:`open_weights`."""
+        return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
 
 
 def open_weights(path: str, **how: Any) -> PreTrainedModel:

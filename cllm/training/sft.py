@@ -31,7 +31,7 @@ from cllm.training.examples import index_pairs, layout_fields
 from cllm.training.head import LanguageHead
 from cllm.training.lora import LoraArguments, add_adapter
 from cllm.training.objective import cross_entropy_sum
-from cllm.training.run import checkpoint, make_trainer, open_weights, train_and_save
+from cllm.training.run import ModelLoading, checkpoint, make_trainer, open_weights, train_and_save
 
 logger = logging.getLogger(__name__)
 
@@ -155,10 +155,10 @@ def _before_answers(group: Sequence[Answered], text: PackedRow) -> Iterator[int]
 
 
 @dataclass
-class FineTuningInputs:
+class FineTuningInputs(ModelLoading):
     """What to train on."""
 
-    model: str = field(metadata={"help": "the general model: checkpoint folder or hub name"})
+    model: str = field(kw_only=True, metadata={"help": "the general model: checkpoint folder or hub name"})
     task: str = field(metadata={"help": "whose answers to learn; `cllm tasks` lists them"})
     filename: str | None = field(default=None, metadata={"help": "local data, plain or .gz; default: the hub dataset"})
     eval_file: str | None = field(
@@ -168,10 +168,6 @@ class FineTuningInputs:
     prompt_template: str | None = field(
         default=None,
         metadata={"help": "as in `cllm collect`; default: the model's chat template, else the task's plain prompt"},
-    )
-    dtype: str = field(default="float32", metadata={"help": "of the weights in training; use --bf16 for mixed precision on a GPU"})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager or flex_attention (on a GPU); default: the model's own"}
     )
 
 
@@ -187,8 +183,7 @@ def fine_tune(inputs: FineTuningInputs, args: TrainingArguments, lora: LoraArgum
     task = get_task(inputs.task)
     examples = load_examples(task, inputs.filename, "train", inputs.data_size)
     tokenizer = load_tokenizer(inputs.model)
-    loading = {"dtype": inputs.dtype, "attn_implementation": inputs.attn_implementation, **lora.load_options(str(args.device))}
-    model = open_weights(inputs.model, **loading)
+    model = open_weights(inputs.model, **inputs.load_options(), **lora.load_options(str(args.device)))
     template = choose_template(inputs.prompt_template, task.plain_template, tokenizer, read_record(model.config))
     context = packed_length(model.config)
     rows = AnswerDataset(examples, template, tokenizer, context)

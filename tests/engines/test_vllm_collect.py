@@ -52,7 +52,7 @@ def started_under(leader: int) -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_rows_of_our_engine(random_model: Path, data: Path, tmp_path: Path, server: str, monkeypatch, capsys) -> None:
-    """Responses and states, and again after a kill, which leaves no process of vLLM behind."""
+    """The same responses and states, also when the command is killed and resumed. The kill ends vLLM's processes too."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     ours = run(random_model, data, tmp_path / "ours")
     assert run(random_model, data, tmp_path / "server", "--base_url", f"{server}/v1") == ours
