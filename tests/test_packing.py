@@ -7,7 +7,7 @@ import torch
 from tiny import KINDS, tiny_model
 
 from cllm.attention import FLEX
-from cllm.packing import Block, Layout, PackedRow, arrange, pack, packed_mask
+from cllm.packing import PADDING, Block, Layout, PackedRow, arrange, pack, pack_alike, packed_mask
 
 
 def random_row(draw: random.Random) -> PackedRow:
@@ -146,3 +146,24 @@ def test_length_and_offsets():
     ids, layout = pack([row, PackedRow([7])], pad_token_id=9)
     assert ids.tolist() == [[1, 2, 3, 4, 5, 6], [7, 9, 9, 9, 9, 9]]
     assert layout.position_BT[0].tolist() == [0, 1, 2, 1, 2, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_texts_that_begin_alike_share_that_and_equal_plain_forwards(kind):
+    draw, model = random.Random(kind), tiny_model(kind)
+    one, two = ([draw.randrange(1, 97) for _ in range(length)] for length in (40, 30))
+    texts = [[*one, 1, 2], [5, 6], [*two, 3], [*one, 3, 4, 5], one, [*two, 4, 4]]
+    ids, layout, places = pack_alike(texts, 0)
+    assert (layout.block_BT != PADDING).sum() == (39 + 3 + 4 + 1) + (30 + 1 + 2) + 2 and len(ids) == 2
+    assert [ids[row, list(columns)].tolist() for row, columns in places] == texts
+    mask = packed_mask(model.config, layout, layout, model.dtype)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=layout.position_BT, use_cache=False).logits
+    for text, (row, columns) in zip(texts, places, strict=True):
+        torch.testing.assert_close(logits[row, list(columns)], model(torch.tensor([text])).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_shared_beginning_that_would_make_attention_dearer_is_repeated():
+    texts = [[*range(20), *range(30 * n, 30 * n + 30)] for n in range(1, 4)]
+    ids, layout, _ = pack_alike(texts, 0)
+    assert (layout.block_BT != PADDING).sum() == sum(map(len, texts)) and len(ids) == 3

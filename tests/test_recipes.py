@@ -58,6 +58,21 @@ def test_gsm8k_from_the_general_model_to_the_report(tmp_path: Path) -> None:
     assert again.returncode == 0 and again.stdout.count("already done") == len(STAGES) + 1
 
 
+@pytest.mark.slow
+def test_gsm8k_with_a_consistency_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    rows = question_rows(24)
+    data, test = write_rows(tmp_path / "train.jsonl", rows[:16]), write_rows(tmp_path / "test.jsonl", rows[16:])
+    where = {"OUT": tmp_path / "out", "TARGET": save_tiny_checkpoint(tmp_path / "m", seed=3), "REDUCED": 1, "LOSSLESS": 1}
+    done = run("gsm8k_smollm2", data, test, **where, LENGTH=12)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seconds = (tmp_path / "out" / "seconds.txt").read_text().splitlines()
+    assert [line.partition(":")[0] for line in seconds] == ["make", *STAGES[3:], "report"]
+    made = json.loads((tmp_path / "out" / "cllm" / "make.json").read_text())
+    measured = json.loads((tmp_path / "out" / "cllm.speedup.json").read_text())
+    assert measured["settings"]["block_size"] == made["stored_width"] and measured["methods"]["jacobi"]["same_as_ar"] == 1
+
+
 @pytest.mark.parametrize("name", ["spider_smollm2", "sharegpt"])
 def test_missing_arguments_are_named(name: str, tmp_path: Path) -> None:
     done = run(name, OUT=tmp_path / "out")

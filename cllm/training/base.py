@@ -17,7 +17,7 @@ from transformers.utils import is_liger_kernel_available
 
 from cllm.attention import FLEX, TRAINABLE, cache_argument, check_model
 from cllm.errors import UsageError
-from cllm.packing import packed_mask
+from cllm.packing import PADDING, packed_mask
 from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
 from cllm.training.heap import HeapCallback
@@ -77,9 +77,9 @@ class TokenMeanTrainer(Trainer):
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Each term as a weighted sum over the tokens of one batch: [L]."""
 
-    @abstractmethod
-    def useful_tokens(self, batch: Batch) -> torch.Tensor:
-        """The number of tokens of a batch that are not padding: []."""
+    def computed(self, batch: Batch) -> torch.Tensor:
+        """The block numbers of all tokens that a step over one batch computes, padding included; of any shape."""
+        return batch["block"]
 
     def last_hidden(self, model: torch.nn.Module, head: LanguageHead, cache: Cache | None = None, **inputs: Any) -> torch.Tensor:
         """Last hidden states [B, T, H] from the model's public forward, which continues and extends ``cache``.
@@ -131,7 +131,8 @@ class TokenMeanTrainer(Trainer):
         parts = processes * _means(sums, counts)
         if model.training:
             self._pending_terms.append(parts.detach())
-            self.meter.count(inputs["input_ids"].numel(), self.useful_tokens(inputs))
+            block = self.computed(inputs)
+            self.meter.count(block.numel(), (block != PADDING).sum())
         loss = self._weighted(parts)
         return (loss, None) if return_outputs else loss
 

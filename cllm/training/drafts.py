@@ -1,6 +1,7 @@
 """Training examples for a consistency adapter: clean texts and the blocks it learns to draft from.
 
-Shapes: B texts, C longest clean text, T longest run of blocks, M tokens in the loss, D distinct teacher tokens.
+Shapes: B texts, C longest clean text, T longest run of blocks, M tokens in the loss, D distinct teacher tokens; the clean texts
+in G rows of L tokens.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from cllm.attention import LENGTHS, round_up
 from cllm.decoding.guess import FreshGuess
-from cllm.packing import Block, PackedRow, Place, pack
+from cllm.packing import Block, PackedRow, Place, pack, pack_alike
 from cllm.training.examples import ExampleDataset, State, StateSampling, draw_states, first_wrong, layout_fields
 from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryDataset
+
+CLEAN_TEXT = "clean_"  # the names of the clean texts' fields in a batch begin with this
 
 
 @dataclass(frozen=True)
@@ -78,28 +82,38 @@ class DraftCollator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[DraftExample]) -> dict[str, torch.Tensor]:
-        """``input_ids`` and layout [B, C + T]: clean text in the first C columns, blocks in the last T.
+        """Two packed batches with the fields of :func:`cllm.training.examples.layout_fields`.
 
-        The loss reads ``student`` [M, 2]: (row, column among the last T), block by block in order. ``distance`` [M]: tokens
-        from the block's first wrong guess. ``teacher`` [D, 2]: the clean tokens to learn from, without duplicates;
-        ``teacher_row`` [M] says which of them each student token learns from.
+        The clean texts [G, L] share beginnings that they have in common; their fields begin with CLEAN_TEXT, and ``clean_place``
+        [B, C, 2] has the row and column of each text's tokens. The blocks are ``input_ids`` [B, T]. Their layout [B, C + T] has
+        C columns more, since they see each text's keys and values before their own.
+
+        The loss reads ``student`` [M, 2], row and column of ``input_ids``, block by block in order. ``distance`` [M]: tokens
+        from the block's first wrong guess. ``teacher`` [D, 2]: row and column of the clean tokens to learn from, without
+        duplicates; ``teacher_row`` [M] says which of them each student token learns from.
         """
-        C = round_up(max(len(example.row.clean) for example in examples))
+        texts = [example.row.clean for example in examples]
+        clean_ids, clean_layout, clean_places = pack_alike(texts, self.pad_token_id, LENGTHS)
+        C = round_up(max(map(len, texts)))
         places = [
             Place(index, [*range(len(row.clean)), *range(C, C + len(row) - len(row.clean))])
             for index, row in enumerate(example.row for example in examples)
         ]
+        ids, layout = pack([example.row for example in examples], self.pad_token_id, places, LENGTHS)
         student, distance, teacher_row = [], [], []
         teacher: dict[tuple[int, int], int] = {}
-        for index, example in enumerate(examples):
+        for index, (example, clean) in enumerate(zip(examples, clean_places, strict=True)):
             first = len(example.row.clean)
             for block, offset, wrong in zip(example.row.blocks, example.row.offsets(), example.first_wrong, strict=True):
                 for order in range(wrong, len(block.tokens)):
                     student.append((index, offset - first + order))
                     distance.append(order - wrong)
-                    teacher_row.append(teacher.setdefault((index, block.start + order), len(teacher)))
+                    read = (clean.row, clean.columns[block.start + order])
+                    teacher_row.append(teacher.setdefault(read, len(teacher)))
         return {
-            **layout_fields(*pack([example.row for example in examples], self.pad_token_id, places, LENGTHS)),
+            **layout_fields(ids[:, C:], layout),
+            **layout_fields(clean_ids, clean_layout, CLEAN_TEXT),
+            "clean_place": _integers([_padded(place, C) for place in clean_places]),
             "student": _integers(student).reshape(-1, 2),
             "distance": _integers(distance),
             "teacher": _integers(list(teacher)).reshape(-1, 2),
@@ -107,5 +121,10 @@ class DraftCollator:
         }
 
 
-def _integers(values: Sequence[int] | Sequence[tuple[int, int]]) -> torch.Tensor:
+def _padded(place: Place, length: int) -> list[tuple[int, int]]:
+    """Row and column of each token of a text, the last one repeated up to ``length``."""
+    return [(place.row, place.columns[min(at, len(place.columns) - 1)]) for at in range(length)]
+
+
+def _integers(values: Sequence[Any]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.long)

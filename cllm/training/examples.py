@@ -212,20 +212,20 @@ def index_pairs(places: Sequence[Place], indices: Sequence[Sequence[int]]) -> to
     return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
 
 
-def layout_fields(input_ids: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
-    """``input_ids`` and the layout as fields of a batch, each [B, T]; :func:`batch_layout` reads them back."""
+def layout_fields(input_ids: torch.Tensor, layout: Layout, prefix: str = "") -> dict[str, torch.Tensor]:
+    """``input_ids`` and the layout, [B, T] each, as fields of a batch; :func:`batch_layout` reads the layout back."""
     return {
-        "input_ids": input_ids,
-        "position": layout.position_BT,
-        "horizon": layout.horizon_BT,
-        "block": layout.block_BT,
-        "document": layout.document_BT,
+        prefix + "input_ids": input_ids,
+        prefix + "position": layout.position_BT,
+        prefix + "horizon": layout.horizon_BT,
+        prefix + "block": layout.block_BT,
+        prefix + "document": layout.document_BT,
     }
 
 
-def batch_layout(batch: dict[str, torch.Tensor]) -> Layout:
+def batch_layout(batch: dict[str, torch.Tensor], prefix: str = "") -> Layout:
     """The layout of a collated batch."""
-    return Layout(batch["position"], batch["horizon"], batch["block"], batch["document"])
+    return Layout(*(batch[prefix + name] for name in ("position", "horizon", "block", "document")))
 
 
 def clean_columns(batch: dict[str, torch.Tensor]) -> int:

@@ -1,6 +1,7 @@
 """Training of a consistency adapter, which drafts for an unchanged target model.
 
-Shapes: B texts, C longest clean text, T longest run of blocks, H hidden size, M tokens in the loss.
+Shapes: B texts, C longest clean text, T longest run of blocks, H hidden size, M tokens in the loss; the clean texts in G rows of
+L tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from transformers import DynamicCache
 from cllm.attention import MASKABLE
 from cllm.errors import UsageError
 from cllm.modes import evaluating
-from cllm.packing import PADDING, Layout, packed_mask
+from cllm.packing import Layout, packed_mask
 from cllm.training.arguments import NO_CHECKPOINTING, LosslessTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer, hidden_at
-from cllm.training.examples import batch_layout, clean_columns
+from cllm.training.drafts import CLEAN_TEXT
+from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
 from cllm.training.lora import has_adapter
 from cllm.training.objective import DIVERGENCES, distillation_sum, greedy_tokens
@@ -31,7 +33,7 @@ class _CleanText:
     """The target model's pass over the clean text: the teacher's hidden states and the cache that blocks attend to."""
 
     layout: Layout  # of the whole batch [B, C + T]
-    hidden_BCH: torch.Tensor
+    hidden_GLH: torch.Tensor
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # of each layer, C positions of each text
 
 
@@ -61,20 +63,21 @@ class LosslessTrainer(TokenMeanTrainer):
     def counts(self, batch: Batch) -> torch.Tensor:
         return self._weight(batch).sum()[None]
 
-    def useful_tokens(self, batch: Batch) -> torch.Tensor:
-        return (batch["block"] != PADDING).sum()
+    def computed(self, batch: Batch) -> torch.Tensor:
+        blocks = batch["block"][:, -batch["input_ids"].shape[1] :]
+        return torch.cat([batch[CLEAN_TEXT + "block"].flatten(), blocks.flatten()])
 
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         unwrapped = self.accelerator.unwrap_model(model)
         head = LanguageHead(unwrapped)
         text = self._read_clean(unwrapped, head, batch)
-        ids_BT = batch["input_ids"][:, clean_columns(batch) :]
+        ids_BT = batch["input_ids"]
         if model.training and self.on_policy:
             ids_BT = self._advance(unwrapped, head, batch, text, ids_BT)
         loss = distillation_sum(
             hidden_at(self._block_hidden(model, head, text, ids_BT), batch["student"]),
             head,
-            hidden_at(text.hidden_BCH, batch["teacher"]),
+            hidden_at(text.hidden_GLH, batch["teacher"]),
             head,
             self._weight(batch),
             DIVERGENCES[self.args.divergence],
@@ -92,16 +95,17 @@ class LosslessTrainer(TokenMeanTrainer):
 
     @torch.no_grad()
     def _read_clean(self, model: Any, head: LanguageHead, batch: Batch) -> _CleanText:
-        layout, first, cache = batch_layout(batch), slice(clean_columns(batch)), DynamicCache()
-        clean = layout.columns(first)
+        clean, cache = batch_layout(batch, CLEAN_TEXT), DynamicCache()
         with _as_target(model):
-            hidden_BCH = self._forward(model, head, batch["input_ids"][:, first], clean, clean, cache)
+            hidden_GLH = self._forward(model, head, batch[CLEAN_TEXT + "input_ids"], clean, clean, cache)
+        row_BC, column_BC = batch["clean_place"].unbind(dim=-1)
         layers: Any = cache.layers
-        return _CleanText(layout, hidden_BCH, [(layer.keys, layer.values) for layer in layers])
+        keys_values = [tuple(part[row_BC, :, column_BC].transpose(1, 2) for part in (layer.keys, layer.values)) for layer in layers]
+        return _CleanText(batch_layout(batch), hidden_GLH, keys_values)
 
     def _block_hidden(self, model: torch.nn.Module, head: LanguageHead, text: _CleanText, ids_BT: torch.Tensor) -> torch.Tensor:
         """Last hidden states [B, T, H] of the blocks."""
-        blocks = text.layout.columns(slice(text.hidden_BCH.shape[1], None))
+        blocks = text.layout.columns(slice(-ids_BT.shape[1], None))
         return self._forward(model, head, ids_BT, blocks, text.layout, DynamicCache(text.keys_values))
 
     def _forward(

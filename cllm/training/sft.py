@@ -1,17 +1,15 @@
 """Ordinary fine-tuning on a dataset's answers: what makes a general model the target model of a task.
 
-The paper's targets were made so (arXiv 2403.00835, section 4.1). Prompts that begin alike (one system prompt, one database's
-schema, the same worked examples) are computed once for a whole batch: the shared beginning is the clean text of the packed
-layout, and each example's rest is a block after it.
+The paper's targets were made so (arXiv 2403.00835, section 4.1). What several examples of a batch begin with (a system prompt, a
+database's schema, worked examples) is computed once.
 Shapes: B rows, T tokens of a packed row, M answer tokens.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +19,7 @@ from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainingArgu
 from cllm.attention import LENGTHS
 from cllm.errors import UsageError
 from cllm.models import load_tokenizer, packed_length, read_record, write_record
-from cllm.packing import PADDING, Block, PackedRow, arrange, pack
+from cllm.packing import pack_alike
 from cllm.prompts import PromptTemplate, choose_template
 from cllm.tasks import get_task
 from cllm.tasks.base import Example
@@ -34,8 +32,6 @@ from cllm.training.objective import cross_entropy_sum
 from cllm.training.run import ModelLoading, checkpoint, make_trainer, open_weights, train_and_save
 
 logger = logging.getLogger(__name__)
-
-LEAST_SHARED = 16  # tokens; a shorter common beginning is not worth a block
 
 
 @dataclass(frozen=True)
@@ -88,22 +84,19 @@ class AnswerDataset(Dataset):
 
 @dataclass(frozen=True)
 class AnswerCollator:
-    """Packs examples, the shared beginning of their prompts once. The loss is on answers only."""
+    """Packs examples, the beginning that several share only once. The loss is on answers only."""
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Answered]) -> Batch:
         """input_ids and layout [B, T]; ``index`` [M, 2], row and column of the tokens that predict ``target`` [M]."""
-        groups = list(_groups(rows))
-        texts = [_packed(group) for group in groups]
-        places = arrange(texts, max(map(len, texts)))
-        input_ids, layout = pack(texts, self.pad_token_id, places, LENGTHS)
-        columns = [list(_before_answers(group, text)) for group, text in zip(groups, texts, strict=True)]
-        targets = [token for group in groups for row in group for token in row.answer_ids]
+        texts = [[*row.prompt_ids, *row.answer_ids] for row in rows]
+        input_ids, layout, places = pack_alike(texts, self.pad_token_id, LENGTHS)
+        before = [range(len(row.prompt_ids) - 1, len(text) - 1) for row, text in zip(rows, texts, strict=True)]
         return {
             **layout_fields(input_ids, layout),
-            "index": index_pairs(places, columns),
-            "target": torch.tensor(targets, dtype=torch.long),
+            "index": index_pairs(places, before),
+            "target": torch.tensor([token for row in rows for token in row.answer_ids], dtype=torch.long),
         }
 
 
@@ -115,43 +108,10 @@ class AnswerTrainer(TokenMeanTrainer):
     def counts(self, batch: Batch) -> torch.Tensor:
         return torch.tensor([float(len(batch["target"]))])
 
-    def useful_tokens(self, batch: Batch) -> torch.Tensor:
-        return (batch["block"] != PADDING).sum()
-
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         head = LanguageHead(self.accelerator.unwrap_model(model))
         hidden_MH = hidden_at(self.packed_hidden(model, batch, head), batch["index"])
         return cross_entropy_sum(hidden_MH, head, batch["target"], self.args.label_smoothing_factor)[None]
-
-
-def _groups(rows: Sequence[Answered]) -> Iterator[list[Answered]]:
-    """Rows whose prompts share at least half of the first one's, which are neighbours once the prompts are sorted."""
-    group: list[Answered] = []
-    for row in sorted(rows, key=lambda row: row.prompt_ids):
-        if group and _shared([group[0], row]) < max(LEAST_SHARED, len(group[0].prompt_ids) // 2):
-            yield group
-            group = []
-        group.append(row)
-    yield group
-
-
-def _shared(rows: Sequence[Answered]) -> int:
-    """How many tokens all prompts begin with alike; each keeps one of its own at least."""
-    prompts = [row.prompt_ids for row in rows]
-    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-
-
-def _packed(group: Sequence[Answered]) -> PackedRow:
-    if len(group) == 1:
-        return PackedRow([*group[0].prompt_ids, *group[0].answer_ids])
-    shared = _shared(group)
-    return PackedRow(group[0].prompt_ids[:shared], [Block(shared, [*row.prompt_ids[shared:], *row.answer_ids]) for row in group])
-
-
-def _before_answers(group: Sequence[Answered], text: PackedRow) -> Iterator[int]:
-    """Indices in a packed text of the tokens that predict the answers' tokens."""
-    for row, end in zip(group, [*text.offsets()[1:], len(text)], strict=True):
-        yield from range(end - len(row.answer_ids) - 1, end - 1)
 
 
 @dataclass

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cllm.packing import PADDING
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.base import Batch, TokenMeanTrainer, hidden_at
 from cllm.training.examples import clean_columns
@@ -47,9 +46,6 @@ class CllmTrainer(TokenMeanTrainer):
     def counts(self, batch: Batch) -> torch.Tensor:
         """Sum of the consistency weights, and number of AR tokens: [2]."""
         return torch.stack([batch["weight"].sum(), batch["weight"].new_tensor(float(len(batch["ar_target"])))])
-
-    def useful_tokens(self, batch: Batch) -> torch.Tensor:
-        return (batch["block"] != PADDING).sum()
 
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Consistency and AR loss as weighted sums over the tokens of a batch: [2]."""

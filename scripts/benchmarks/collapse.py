@@ -1,6 +1,6 @@
 """Is collapse detected in time? The paper-style training of the quick start at ten times its learning rate, with probes.
 
-bash scripts/quickstart.sh && python scripts/benchmarks/collapse.py --data quickstart --output collapse.json
+bash scripts/quickstart.sh --paper && python scripts/benchmarks/collapse.py --data quickstart --output collapse.json
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Training of a consistency adapter against the default objective of `cllm train`, on the same stored responses.
 
-The two alternate, each turn in a new process that runs whole optimizer steps of the command with its defaults; the first step
-is not counted. Peak memory is the process's, including the model's weights.
+The two alternate, each turn in a new process that runs whole optimizer steps of the command with its defaults and the flags
+after ``--``; the first step is not counted. Peak memory is the process's, including the model's weights.
 
-    python scripts/benchmarks/lossless_training.py --model MODEL --trajectories FOLDER --output lossless_training.json
+    python scripts/benchmarks/lossless_training.py --model MODEL --trajectories FOLDER --output lossless_training.json \\
+        -- --bf16 --attn_implementation eager
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3)
     add_output(options)
     options.add_argument("--side", choices=SIDES, help="measure only this side, in this process")
+    options.add_argument("flags", nargs="*", help="flags of `cllm train` for both sides, after --")
     args = options.parse_args()
     if args.side:
         print(json.dumps(measure(args)))
@@ -76,7 +78,7 @@ def median(turns: list[dict[str, float]]) -> dict[str, float]:
 
 def turn(side: str) -> dict[str, float]:
     """The figures of one side, measured in a new process."""
-    done = subprocess.run([sys.executable, *sys.argv, "--side", side], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, sys.argv[0], "--side", side, *sys.argv[1:]], check=True, stdout=subprocess.PIPE, text=True)
     measured = json.loads(done.stdout.splitlines()[-1])
     print(f"{side}: {measured['seconds per step']:.2f} s per step, {measured['peak bytes'] / 2**20:.0f} MiB", flush=True)
     return measured
@@ -88,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         words = [f"--model={args.model}", f"--trajectories={args.trajectories}", f"--output_dir={folder}"]
         words += [f"--per_device_train_batch_size={args.batch_size}", f"--max_steps={WARM_UP + args.steps}"]
         words += ["--use_cpu", "--report_to=none", "--save_strategy=no"]
-        inputs, training, parts = arguments([*words, *SIDES[args.side]], "lossless_training.py")
+        inputs, training, parts = arguments([*words, *SIDES[args.side], *args.flags], "lossless_training.py")
         trainer = build_trainer(inputs, training, **parts)
         clock = Clock()
         trainer.add_callback(clock)

@@ -19,6 +19,7 @@ recipe code_search_net code_search_net deepseek-ai/deepseek-coder-7b-instruct-v1
 sft=(--data_size 20000 --num_train_epochs 1 "${seven_billion[@]}")
 collect=(--data_size 20000 --batch_size 32)
 train=(--num_train_epochs 1 "${seven_billion[@]}")
+make=(--minutes 240)
 speedup=(--baseline generate)
 acc=(--batch_size 32)
 chain

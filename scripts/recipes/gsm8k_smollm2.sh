@@ -21,6 +21,7 @@ if [ -n "${REDUCED:-}" ]; then
   collect=(--data_size 112 --batch_size 32)
   train=(--num_train_epochs 2 --per_device_train_batch_size 4 --learning_rate 1.5e-4 "${probe[@]}" --probe_prompts 8
     --probe_length "$length" --probe_every 0.25)
+  make=(--minutes 8)
   speedup=(--data_size 16 --batch_size 16)
   acc=(--data_size 16 --batch_size 16)
 else

@@ -22,6 +22,7 @@ recipe sharegpt sharegpt lmsys/vicuna-7b-v1.5 cllm/vicuna-7b-sharegpt-gpt4-48k 1
 sft=(--data_size 20000 --num_train_epochs 1 "${seven_billion[@]}")
 collect=(--data_size 20000 --batch_size 32)
 train=(--num_train_epochs 1 "${seven_billion[@]}")
+make=(--minutes 240)
 speedup=(--batch_size 1 --baseline generate)
 acc=(--batch_size 16)
 chain
