@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole chain on a small real model, on a CPU. SmolLM2-135M-Instruct first learns to answer questions about two small SQLite
-# databases, which makes it the target model. Then `cllm make` trains a consistency adapter that drafts for it, so that it decodes
-# several tokens per forward pass and still writes its own text, token for token.
-# Takes 13 to 20 minutes on two cores, --paper about 18 more, and up to 7 GB of memory (--paper 9).
+# databases, which makes it the target model. Then a consistency adapter learns to draft for it, so that it decodes several
+# tokens per forward pass and still writes its own text, token for token.
+# Takes 13 to 25 minutes on two cores, --paper about 18 more, and up to 7 GB of memory (--paper 9).
 #
 #   bash scripts/quickstart.sh            # results in quickstart/
 #   bash scripts/quickstart.sh --paper    # also train all weights on Jacobi trajectories, as in the paper
 #
-# The end of the output shows the commands for a model of your own and for the paper's full-size recipe.
+# The full-size recipe uses the same commands with GSM8K, a 7B target, block 16 and 8 GPUs; the end of the output shows it.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "$0")/environment.sh"
@@ -18,7 +18,7 @@ case "$*" in
 esac
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 TRAIN=640 TEST=32 MINUTES=10
+BLOCK=8 LENGTH=80 TRAIN=640 TEST=32
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -28,6 +28,13 @@ export TOKENIZERS_PARALLELISM=false
 
 stage() { # NAME TEXT COMMAND...
   timed "$out/seconds.txt" "$@"
+}
+
+measure() { # RESULT FLAGS...
+  local result=$1
+  shift
+  cllm speedup --task spider --filename "$out/data" --max_new_seq_len $LENGTH --output "$result" "${dtype[@]}" "$@" \
+    > "${result%.json}.txt"
 }
 
 training=(--train_sampling_strategy group_by_length --logging_steps 8 --save_strategy no --use_cpu --report_to none)
@@ -43,24 +50,27 @@ stage questions "writing two databases, $TRAIN training questions and $TEST held
 stage target "fine-tuning the small model on the answers, which makes the target model" \
   cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" --num_train_epochs 1 \
   --per_device_train_batch_size 8 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
-rm -rf "$out/cllm"
-stage make "making the target model faster: at most $MINUTES minutes for responses, adapter, window and measurement" \
-  cllm make "$out/target" "spider:$out/data" "$out/cllm" --held_out "spider:$out/data" --max_new_seq_len $LENGTH \
-  --minutes $MINUTES --device cpu "${dtype[@]}"
-stage accuracy "running the CLLM's queries for the held-out questions" \
-  cllm acc --task spider --model_dir "$out/cllm" --use_consistency_decoding --filename "$out/data" --max_tokens $LENGTH --no-resume \
-  --batch_size $TEST --output_file_name "$out/answers.jsonl" --device cpu "${dtype[@]}"
-if [ "$paper" ]; then
-  stage collect "as in the paper: collecting the target's Jacobi trajectories" \
-    cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$out/trajectories" --no-resume \
+collect() { # OUTPUT FLAGS...
+  cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$@" --no-resume \
     --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 64 "${dtype[@]}"
-  stage train "training all weights on them" \
+}
+stage collect "collecting the target model's own responses" collect "$out/responses" --responses_only
+stage train "training the consistency adapter" \
+  bash cllm/train_cllm.sh "$out/target" "$out/responses" "$out/cllm" $BLOCK --lossless \
+  --num_train_epochs 1 --per_device_train_batch_size 4 --attn_implementation eager "${training[@]}" "${mixed[@]}" "${dtype[@]}"
+stage tune "finding the fastest window on this machine, on training questions" \
+  cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
+  --widths 6 8 --drafts 9 --output "$out/tune.json" --save "${dtype[@]}"
+stage measure "measuring target model and CLLM on the held-out questions" \
+  measure "$out/cllm.json" --test_model "$out/cllm"
+if [ "$paper" ]; then
+  stage collect_states "as in the paper: collecting the Jacobi trajectories of these responses" collect "$out/trajectories"
+  stage train_all "training all weights on them" \
     bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/paper" $BLOCK --num_train_epochs 1 \
     --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 --lr_scheduler_type cosine \
     --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
-  stage measure "measuring the result on the same questions" \
-    cllm speedup --task spider --test_model "$out/paper" --target_model "$out/target" --filename "$out/data" \
-    --max_new_seq_len $LENGTH --output "$out/paper.json" "${dtype[@]}"
+  stage measure_all "measuring the result on the same questions" \
+    measure "$out/paper.json" --test_model "$out/paper" --target_model "$out/target"
 else
   rm -f "$out/paper.json"
 fi

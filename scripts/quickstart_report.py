@@ -12,10 +12,11 @@ from typing import Any
 from cllm.evaluation import plot
 from cllm.evaluation.table import format_table, number, percent, with_interval
 
-NEXT = """With a model and prompts of your own:
-  cllm make MODEL prompts.jsonl OUTPUT && cllm serve OUTPUT
-As in the paper (GSM8K with Abel-7B, which is already a target model, on 8 GPUs; not run by this script):
-  bash scripts/recipes/gsm8k_7b.sh"""
+FULL_SIZE = """The full-size recipe (the paper's GSM8K with Abel-7B, which is already a target model, on 8 GPUs; not run by this script):
+  cd data && accelerate launch generate_trajectory_gsm8k.py --model GAIR/Abel-7B-001 --max_new_tokens 16 --max_new_seq_len 512
+  cd ../cllm && NUM_PROCESSES=8 bash train_cllm.sh GAIR/Abel-7B-001 ../data/collected_jacobi_trajectory/FOLDER OUTPUT 16 \\
+      --lossless --bf16
+  cd ../eval/gsm8k && python speedup.py --test_model OUTPUT && python acc.py --model_dir OUTPUT --use_consistency_decoding"""
 
 
 @dataclass(frozen=True)
@@ -24,37 +25,29 @@ class Column:
 
     title: str
     method: dict[str, Any]
-    score: float  # on all held-out questions
+    score: float
     same_text: float  # share of prompts with the text of the target's AR decoding
 
 
 def main(folder: Path) -> None:
-    lossless = json.loads((folder / "cllm" / "make" / "speedup.json").read_text())
-    made = json.loads((folder / "cllm" / "make.json").read_text())
-    accuracy = json.loads((folder / "answers.accuracy.json").read_text())["summary"]
+    lossless = json.loads((folder / "cllm.json").read_text())
     paper = json.loads((folder / "paper.json").read_text()) if (folder / "paper.json").exists() else None
     print()
-    print(table(lossless, accuracy, paper))
+    print(table(lossless, paper))
     where = lossless["environment"]
     print(f"in {lossless['settings']['dtype']} on {where['device_name']}, {where['threads']} threads")
-    if made["reason"]:
-        print(f"{made['reason']}; so width 1, which is AR decoding, is stored")
     seconds = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
-    print(f"\nseconds per stage: {listed(seconds)}; in make: {listed(made['seconds'])}")
+    print("\nseconds per stage: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     picture = folder / "accepted.png"
     draw(lossless, paper, picture)
     print(f"picture of accepted tokens: {picture}")
-    print(f"report: {folder}/cllm/report.html; to chat: bash scripts/chat.sh {folder}/cllm spider\n")
-    print(NEXT)
+    print(f"details: {folder}/cllm.txt, {folder}/tune.json; to chat: bash scripts/chat.sh {folder}/cllm spider\n")
+    print(FULL_SIZE)
 
 
-def listed(seconds: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in seconds.items())
-
-
-def columns(lossless: dict, accuracy: dict, paper: dict | None) -> list[Column]:
+def columns(lossless: dict, paper: dict | None) -> list[Column]:
     """The columns of the table: the target model by AR decoding, the CLLM, and the model with all weights trained, if any."""
-    methods, score = lossless["methods"], accuracy["scores"]["execution_accuracy"]["mean"]
+    methods, score = lossless["methods"], lossless["quality"]["jacobi"]["score"]
     found = [
         Column("target model", methods["ar"], score, 1.0),
         Column("CLLM", methods["jacobi"], score, methods["jacobi"]["same_as_ar"]),
@@ -65,13 +58,13 @@ def columns(lossless: dict, accuracy: dict, paper: dict | None) -> list[Column]:
     return found
 
 
-def table(lossless: dict, accuracy: dict, paper: dict | None) -> str:
-    shown = columns(lossless, accuracy, paper)
+def table(lossless: dict, paper: dict | None) -> str:
+    shown = columns(lossless, paper)
     rows = [
         ("tokens per forward", *(tpf(column.method) for column in shown)),
         ("tokens/s", *(number(column.method["tokens_per_second"], 1) for column in shown)),
         ("speedup over AR", *(speedup(column.method) for column in shown)),
-        (f"execution accuracy on {accuracy['answers']}", *(percent(column.score) for column in shown)),
+        ("execution accuracy", *(percent(column.score) for column in shown)),
         ("text equals the target's", *(percent(column.same_text) for column in shown)),
     ]
     return format_table((f"{lossless['data']['prompts']} held-out questions", *(column.title for column in shown)), rows)

@@ -80,14 +80,13 @@ class Sizes:
     """What suits a kind of device."""
 
     batch: int  # examples in a training step
-    collected: int  # prompts that are answered together
-    sample: int  # prompts that are timed for the plan
+    collected: int  # prompts that are answered together; so many are timed for the plan
     widths: tuple[int, ...]  # candidates, and those for drafts
     drafts: tuple[int, ...]
 
 
-CPU = Sizes(batch=4, collected=16, sample=8, widths=(4, 6, 8), drafts=(3, 7, 11))
-GPU = Sizes(batch=32, collected=128, sample=128, widths=(8, 12, 16), drafts=(11, 15, 23))
+CPU = Sizes(batch=4, collected=16, widths=(4, 6, 8), drafts=(3, 7, 11))
+GPU = Sizes(batch=32, collected=128, widths=(8, 12, 16), drafts=(11, 15, 23))
 
 
 def make(model: str, prompts: StrPath | Sequence[StrPath], output: StrPath, **options: Any) -> dict[str, Any]:
@@ -280,7 +279,7 @@ class Making:
 
     def _timed_responses(self, folder: Path) -> float:
         """Seconds per response of a few prompts answered together; the responses are stored in ``folder``."""
-        task, sample = get_task(OWN_PROMPTS), self.sizes.sample
+        task, sample = get_task(OWN_PROMPTS), self.sizes.collected
         examples = list(load_examples(task, self.learned_from, "train", sample))
         collector = make_collector(self._collecting(folder, sample, resume=False), task)
         own, seconds = collector.source.decoder if isinstance(collector.source, OwnEngine) else None, 0.0
