@@ -167,7 +167,6 @@ def test_lossless_training(tiny_model_dir, problems, tmp_path):
     words = ["--model", tiny_model_dir, "--trajectories", tmp_path / "trajectories", "--batch_size", "2", "--steps", "2"]
     command = [sys.executable, FOLDER / "lossless_training.py", *words, "--rounds", "1", "--output", tmp_path / "result.json"]
     subprocess.run([*map(str, command), "--", "--attn_implementation", "eager"], check=True, timeout=200)
-    assert subprocess.run([*map(str, command), "--", "--no_such_flag"], capture_output=True, timeout=200).returncode
     result = json.loads((tmp_path / "result.json").read_text())["result"]
     assert result["times faster"] == result["times faster, by round"][0] > 0
     assert set(result["responses per second"]) == {"default objective", "lossless"}
