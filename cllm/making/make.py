@@ -279,9 +279,9 @@ class Making:
 
     def _timed_responses(self, folder: Path) -> float:
         """Seconds per response of a few prompts answered together; the responses are stored in ``folder``."""
-        task, sample = get_task(OWN_PROMPTS), self.sizes.collected
-        examples = list(load_examples(task, self.learned_from, "train", sample))
-        collector = make_collector(self._collecting(folder, sample, resume=False), task)
+        task, count = get_task(OWN_PROMPTS), self.sizes.collected
+        examples = list(load_examples(task, self.learned_from, "train", count))
+        collector = make_collector(self._collecting(folder, count, resume=False), task)
         own, seconds = collector.source.decoder if isinstance(collector.source, OwnEngine) else None, 0.0
         for _ in range(2 if own and own.runner.fixed else 1):  # where steps are captured, the first round captures them
             if own:

@@ -1,6 +1,6 @@
 """Ordinary fine-tuning on a dataset's answers: what makes a general model the target model of a task.
 
-The paper's targets were made so (arXiv 2403.00835, section 4.1). What several examples of a batch begin with (a system prompt, a
+The paper's targets were made so (arXiv 2403.00835, section 4.1). A long beginning that examples of a batch have in common (a
 database's schema, worked examples) is computed once.
 Shapes: B rows, T tokens of a packed row, M answer tokens.
 """
