@@ -7,7 +7,7 @@
 #   bash scripts/quickstart.sh            # results in quickstart/
 #   bash scripts/quickstart.sh --paper    # also train all weights on Jacobi trajectories, as in the paper
 #
-# The full-size recipe uses the same commands with GSM8K, a 7B target, block 16 and 8 GPUs; the end of the output shows it.
+# The full-size recipe uses the same commands with GSM8K, a 7B target and 8 GPUs; the end of the output shows it.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "$0")/environment.sh"
@@ -18,7 +18,7 @@ case "$*" in
 esac
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 TRAIN=640 TEST=32
+BLOCK=8 LENGTH=80 QUESTIONS=896 ANSWERED=640 TEST=32 # an adapter needs no answers, only questions
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -45,11 +45,12 @@ fi
 
 get_model() { model=$(python scripts/small_model.py); }
 stage model "fetching the small model (once; kept in the user's cache)" get_model
-stage questions "writing two databases, $TRAIN training questions and $TEST held-out ones" \
-  python scripts/sql_questions.py "$out/data" "$TRAIN" "$TEST"
-stage target "fine-tuning the small model on the answers, which makes the target model" \
-  cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" --num_train_epochs 1 \
-  --per_device_train_batch_size 8 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
+stage questions "writing two databases, $QUESTIONS training questions and $TEST held-out ones" \
+  python scripts/sql_questions.py "$out/data" "$QUESTIONS" "$TEST"
+stage target "fine-tuning the small model on $ANSWERED answers, which makes the target model" \
+  cllm sft --model "$model" --task spider --filename "$out/data" --data_size $ANSWERED --output_dir "$out/target" \
+  --num_train_epochs 1 --per_device_train_batch_size 8 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 \
+  "${training[@]}" "${mixed[@]}"
 collect() { # OUTPUT FLAGS...
   cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$@" --no-resume \
     --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 64 "${dtype[@]}"
@@ -64,7 +65,8 @@ stage tune "finding the fastest window on this machine, on training questions" \
 stage measure "measuring target model and CLLM on the held-out questions" \
   measure "$out/cllm.json" --test_model "$out/cllm"
 if [ "$paper" ]; then
-  stage collect_states "as in the paper: collecting the Jacobi trajectories of these responses" collect "$out/trajectories"
+  stage collect_states "as in the paper: collecting the Jacobi trajectories of $ANSWERED responses" \
+    collect "$out/trajectories" --data_size $ANSWERED
   stage train_all "training all weights on them" \
     bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/paper" $BLOCK --num_train_epochs 1 \
     --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 --lr_scheduler_type cosine \

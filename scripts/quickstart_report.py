@@ -13,8 +13,9 @@ from cllm.evaluation import plot
 from cllm.evaluation.table import format_table, number, percent, with_interval
 
 FULL_SIZE = """The full-size recipe (the paper's GSM8K with Abel-7B, which is already a target model, on 8 GPUs; not run by this script):
-  cd data && accelerate launch generate_trajectory_gsm8k.py --model GAIR/Abel-7B-001 --max_new_tokens 16 --max_new_seq_len 512
-  cd ../cllm && NUM_PROCESSES=8 bash train_cllm.sh GAIR/Abel-7B-001 ../data/collected_jacobi_trajectory/FOLDER OUTPUT 16 \\
+  cd data && accelerate launch generate_trajectory_gsm8k.py --model GAIR/Abel-7B-001 --max_new_tokens 8 --max_new_seq_len 512 \\
+      --responses_only
+  cd ../cllm && NUM_PROCESSES=8 bash train_cllm.sh GAIR/Abel-7B-001 ../data/collected_jacobi_trajectory/FOLDER OUTPUT 8 \\
       --lossless --bf16
   cd ../eval/gsm8k && python speedup.py --test_model OUTPUT && python acc.py --model_dir OUTPUT --use_consistency_decoding"""
 

@@ -36,12 +36,11 @@ RECIPE = {  # record key -> its title in the card
 }
 ADAPTER_RECIPE = {
     "lora_r": "rank of the adapter",
-    "block_size": "block size",
+    "block_size": "largest block",
     "responses": "responses trained on",
     "guess": "starting guesses",
     "divergence": "consistency loss against the target's distribution",
-    "states_per_block": "states per block",
-    "on_policy": "share of steps on the adapter's own guesses",
+    "states_per_block": "cuts of each response per epoch",
     "distance_decay": "distance decay",
 }
 Report = dict[str, Any]  # the JSON of `cllm speedup` or `cllm acc`
@@ -231,8 +230,9 @@ def _making(record: Mapping[str, Any], task: Task | None, recipe: Mapping[str, s
     if record.get(DATA):
         lines.append(f"- data: the target model's own responses to prompts of {', '.join(record[DATA])}")
     elif task is not None:
+        states = "" if record.get(LOSSLESS) else "Jacobi trajectories of "
         where = f" ([{task.hub.path}](https://huggingface.co/datasets/{task.hub.path}))" if task.hub is not None else ""
-        lines.append(f"- data: {task.description}{where}; Jacobi trajectories of the target model's own responses")
+        lines.append(f"- data: {task.description}{where}; {states}the target model's own responses")
     lines += [f"- {title}: {record[key]}" for key, title in recipe.items() if record.get(key) is not None]
     return "## How it was made\n\n" + ("\n".join(lines) or "Its config.json does not say.")
 

@@ -34,7 +34,7 @@ NO_CHECKPOINTING = (  # the reason in error messages
     "it would forward blocks a second time without the cached clean text; leave it out, since only the blocks' activations "
     "are stored anyway"
 )
-LOSSLESS_OBJECTIVE = ("divergence", "states_per_block", "distance_decay", "on_policy")
+LOSSLESS_OBJECTIVE = ("divergence", "states_per_block", "distance_decay")
 
 
 @dataclass
@@ -142,11 +142,10 @@ def _with_default(name: str, value: Any) -> Any:
 class LosslessTrainingArguments(ConsistencyArguments):
     """Options of training a consistency adapter (``cllm train --lossless``). Raises UsageError for a value that is not allowed."""
 
-    states_per_block: int = _with_default("states_per_block", 2)
-    distance_decay: float = _with_default("distance_decay", 0.8)
-    on_policy: float = field(
-        default=0.5, metadata={"help": "share of steps in which the adapter itself first advances the states by one iteration"}
+    states_per_block: int = field(
+        default=1, metadata={"help": "how often a response is cut into blocks per epoch; the cuts share the cost of the clean text"}
     )
+    distance_decay: float = _with_default("distance_decay", 0.8)
     learning_rate: float = _with_default("learning_rate", 2e-3)
     adam_beta2: float = _with_default("adam_beta2", 0.95)
     lr_scheduler_type: SchedulerType | str = _with_default("lr_scheduler_type", "cosine")
@@ -155,8 +154,6 @@ class LosslessTrainingArguments(ConsistencyArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.on_policy <= 1:
-            raise UsageError(f"on_policy must be between 0 and 1, got {self.on_policy}")
         if self.label_smoothing_factor:
             raise UsageError("label_smoothing_factor needs labels, and lossless training has none; leave it out")
         if self.gradient_checkpointing:

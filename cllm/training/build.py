@@ -112,7 +112,7 @@ def _open(inputs: TrainingInputs, lora: AdapterArguments, args: CllmTrainingArgu
     settings = rows.settings or {}
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size, vocabulary_stamp(tokenizer))
     record = {
-        "block_size": _block_size(inputs, settings, rows),
+        "block_size": _block_size(inputs, settings, rows, isinstance(args, LosslessTrainingArguments)),
         "prompt_template": settings.get("prompt_template"),
         "task": settings.get("task"),
         "target_model": inputs.model,
@@ -163,7 +163,7 @@ def _lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArgume
         LosslessTrainer,
         args,
         model=add_adapter(model, lora, args.seed),
-        train_dataset=DraftDataset(source.rows, args.states_per_block, guess, data_seed(args), context),
+        train_dataset=DraftDataset(source.rows, record["block_size"], args.states_per_block, guess, data_seed(args), context),
         data_collator=DraftCollator(source.tokenizer.pad_token_id),
         processing_class=source.tokenizer,
     )
@@ -172,15 +172,17 @@ def _lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArgume
     return trainer
 
 
-def _block_size(inputs: TrainingInputs, settings: Mapping[str, Any], rows: TrajectoryDataset) -> int:
+def _block_size(inputs: TrainingInputs, settings: Mapping[str, Any], rows: TrajectoryDataset, lossless: bool) -> int:
     stored = settings.get("block_size")
     if inputs.block_size is not None and inputs.block_size < 1:
         raise UsageError(f"block_size must be >= 1, got {inputs.block_size}")
-    if stored is not None and inputs.block_size not in (None, stored):
-        raise UsageError(f"block_size is {inputs.block_size}, but {inputs.trajectories} was collected with {stored}")
-    size = stored or inputs.block_size
+    size = inputs.block_size or stored
     if size is None:
         raise UsageError(f"{inputs.trajectories} does not say its block size; pass --block_size")
+    if lossless:  # cuts blocks of its own
+        return size
+    if stored not in (None, size):
+        raise UsageError(f"block_size is {size}, but {inputs.trajectories} was collected with {stored}")
     if stored is None:  # a published file: every block but a response's last one is full
         sizes = {end - start for row in rows for start, end in row.spans()[:-1]} - {size}
         if sizes:

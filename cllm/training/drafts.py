@@ -7,8 +7,8 @@ in G rows of L tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from cllm.attention import LENGTHS, round_up
 from cllm.decoding.guess import FreshGuess
 from cllm.packing import Block, PackedRow, Place, pack, pack_alike
-from cllm.training.examples import ExampleDataset, State, StateSampling, draw_states, first_wrong, layout_fields
+from cllm.training.examples import ExampleDataset, State, StateSampling, first_wrong, layout_fields
 from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryDataset
 
@@ -34,26 +34,28 @@ class DraftExample:
 class DraftDataset(ExampleDataset):
     """Draft examples over stored responses. What is drawn depends only on seed, ``epoch`` and row.
 
-    ``guess`` draws the starts of blocks whose trajectory holds nothing but the fixed point.
+    A response is cut ``states_per_block`` times into blocks of random lengths up to ``block_size``, which ``guess`` fills. Stored
+    states are not read: they make no faster adapter (docs/training.md).
     """
 
     def __init__(
         self,
         rows: TrajectoryDataset | Sequence[TrajectoryRow],
+        block_size: int,
         states_per_block: int,
         guess: FreshGuess,
         seed: int = 0,
         context: int | None = None,
     ) -> None:
         super().__init__(rows, StateSampling(states_per_block=states_per_block), seed, context)
-        self.guess = guess
+        self.block_size, self.guess = block_size, guess
 
     def build(self, row: TrajectoryRow, rng: random.Random) -> DraftExample:
-        """Draw states of every block. The response's last token predicts nothing, so it is left out."""
+        """Cut the response and fill its blocks. The last token predicts nothing, so it is left out."""
         prompt, last = row.prompt_ids, len(row.response_ids) - 1
         blocks, wrong = [], []
-        for start, state, _, fixed in draw_states(self._with_starts(row, rng), rng, self.sampling):
-            tokens, offset = state[: last - start], first_wrong(state, fixed)
+        for start, state in self._random_states(row, rng):
+            tokens, offset = state[: last - start], first_wrong(state, row.response_ids[start : start + len(state)])
             if offset < len(tokens):
                 blocks.append(Block(len(prompt) + start, tokens))
                 wrong.append(offset)
@@ -61,18 +63,17 @@ class DraftDataset(ExampleDataset):
             blocks, wrong = [Block(len(prompt), row.response_ids[:1])], [1]
         return DraftExample(PackedRow([*prompt, *row.response_ids[:last]], blocks), wrong)
 
-    def _with_starts(self, row: TrajectoryRow, rng: random.Random) -> TrajectoryRow:
-        """The row, with random starts added to trajectories that hold only their fixed point."""
-        trajectories = []
-        for (start, end), states in zip(row.spans(), row.trajectories, strict=True):
-            missing = self.sampling.states_per_block if len(states) == 1 else 0
-            trajectories.append([*(self._random_start(row, start, end, rng) for _ in range(missing)), *states])
-        return replace(row, trajectories=trajectories)
-
-    def _random_start(self, row: TrajectoryRow, start: int, end: int, rng: random.Random) -> State:
-        known, seed = len(row.prompt_ids) + start, rng.getrandbits(32)
-        text, positions = torch.tensor(row.prompt_ids + row.response_ids), torch.arange(known, known + end - start)
-        return self.guess(text[None], torch.tensor([known]), positions[None], torch.tensor([seed]))[0].tolist()
+    def _random_states(self, row: TrajectoryRow, rng: random.Random) -> Iterator[tuple[int, State]]:
+        """The start of each block and its guesses."""
+        text = torch.tensor(row.prompt_ids + row.response_ids)
+        length = len(row.response_ids)
+        for _ in range(self.sampling.states_per_block):
+            end = 0
+            while end < length:
+                start, end = end, min(length, end + rng.randint(1, self.block_size))
+                known, seed = len(row.prompt_ids) + start, rng.getrandbits(32)
+                positions = torch.arange(known, known + end - start)
+                yield start, self.guess(text[None], torch.tensor([known]), positions[None], torch.tensor([seed]))[0].tolist()
 
 
 @dataclass(frozen=True)

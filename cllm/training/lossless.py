@@ -6,7 +6,6 @@ L tokens.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from cllm.training.drafts import CLEAN_TEXT
 from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
 from cllm.training.lora import has_adapter
-from cllm.training.objective import DIVERGENCES, distillation_sum, greedy_tokens
+from cllm.training.objective import DIVERGENCES, distillation_sum
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,7 @@ class LosslessTrainer(TokenMeanTrainer):
 
     The target (the model with its adapter disabled) reads the clean text once, without gradients; then one forward carries
     all blocks over its keys and values. The loss is the consistency term (paper, equation 1) strictly after the first wrong
-    guess; a token d places after it weighs ``distance_decay**d``. In a share ``on_policy`` of the steps the adapter first
-    advances the states by one iteration, which is what windows look like from the second iteration on; the first wrong guess
-    stays.
+    guess; a token d places after it weighs ``distance_decay**d``.
 
     Raises ValueError for a model without an adapter, UsageError for activation checkpointing under FSDP.
     """
@@ -71,11 +68,8 @@ class LosslessTrainer(TokenMeanTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         head = LanguageHead(unwrapped)
         text = self._read_clean(unwrapped, head, batch)
-        ids_BT = batch["input_ids"]
-        if model.training and self.on_policy:
-            ids_BT = self._advance(unwrapped, head, batch, text, ids_BT)
         loss = distillation_sum(
-            hidden_at(self._block_hidden(model, head, text, ids_BT), batch["student"]),
+            hidden_at(self._read_blocks(model, head, text, batch), batch["student"]),
             head,
             hidden_at(text.hidden_GLH, batch["teacher"]),
             head,
@@ -84,11 +78,6 @@ class LosslessTrainer(TokenMeanTrainer):
             batch["teacher_row"],
         )
         return loss[None]
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether this step advances its states: the same in all processes, all micro-batches, and a resumed run."""
-        return random.Random(f"{self.args.seed} {self.state.global_step}").random() < self.args.on_policy
 
     def _weight(self, batch: Batch) -> torch.Tensor:
         return self.args.distance_decay ** batch["distance"].float()
@@ -103,8 +92,9 @@ class LosslessTrainer(TokenMeanTrainer):
         keys_values = [tuple(part[row_BC, :, column_BC].transpose(1, 2) for part in (layer.keys, layer.values)) for layer in layers]
         return _CleanText(batch_layout(batch), hidden_GLH, keys_values)
 
-    def _block_hidden(self, model: torch.nn.Module, head: LanguageHead, text: _CleanText, ids_BT: torch.Tensor) -> torch.Tensor:
+    def _read_blocks(self, model: torch.nn.Module, head: LanguageHead, text: _CleanText, batch: Batch) -> torch.Tensor:
         """Last hidden states [B, T, H] of the blocks."""
+        ids_BT = batch["input_ids"]
         blocks = text.layout.columns(slice(-ids_BT.shape[1], None))
         return self._forward(model, head, ids_BT, blocks, text.layout, DynamicCache(text.keys_values))
 
@@ -113,15 +103,6 @@ class LosslessTrainer(TokenMeanTrainer):
     ) -> torch.Tensor:
         mask = packed_mask(head.config, queries, keys, head.layer.weight.dtype)
         return self.last_hidden(model, head, cache, input_ids=ids, attention_mask=mask, position_ids=queries.position_BT)
-
-    @torch.no_grad()
-    def _advance(self, model: Any, head: LanguageHead, batch: Batch, text: _CleanText, ids_BT: torch.Tensor) -> torch.Tensor:
-        """The blocks after one iteration of the adapter: its own choices after their first wrong guesses."""
-        later = batch["distance"].nonzero()[:, 0]  # tokens that follow another student token of their block
-        rows, columns = batch["student"][later].T
-        hidden_BTH = self._block_hidden(model, head, text, ids_BT)
-        chosen = greedy_tokens(hidden_at(hidden_BTH, batch["student"][later - 1]), head)
-        return ids_BT.index_put((rows, columns), chosen)
 
 
 @contextmanager

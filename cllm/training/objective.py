@@ -97,16 +97,6 @@ def distillation_sum(
     return _in_chunks(part, student_head, student_MH, teacher, weight_M)
 
 
-@torch.no_grad()
-def greedy_tokens(hidden_MH: torch.Tensor, head: Head) -> torch.Tensor:
-    """The likeliest next token of each hidden state [M]. Logits are computed CHUNK tokens at a time."""
-
-    def part(hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat([head(chunk).argmax(dim=-1) for chunk in hidden.split(CHUNK)])
-
-    return head.with_full_weights(part, hidden_MH)
-
-
 def cross_entropy_sum(hidden_MH: torch.Tensor, head: Head, target_M: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Sum over tokens of the negative log-likelihood of ``target_M``, in nats: []. Chunked as :func:`distillation_sum` is.
 

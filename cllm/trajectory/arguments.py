@@ -41,15 +41,15 @@ class SourceOptions(Options):
 class CollectArguments(SourceOptions, PrefixOptions, ModelOptions, TaskOptions):
     """The options of :func:`cllm.trajectory.collection.collect`. Raises UsageError for values that are out of range."""
 
-    block_size: int = option("block size n", 16, flag="--max_new_tokens", least=1)
+    block_size: int = option("block size n; for `cllm train --lossless`, the largest", 16, flag="--max_new_tokens", least=1)
     max_new_seq_len: int = option("longest response, in tokens", 512)
     guess: Start = option(
-        "what trajectories start from: random tokens of the context (the paper), random tokens of the vocabulary, or the "
+        "what blocks start from: random tokens of the context (the paper), random tokens of the vocabulary, or the "
         "same token everywhere. The CLLM then decodes with the same",
         "context",
     )
     use_aug: bool = option("add states with some wrong guesses set right", False)
-    responses_only: bool = option("store no trajectories: enough for `cllm train --lossless`, and quicker", False)
+    responses_only: bool = option("store no trajectories, which `cllm train --lossless` does not use; quicker", False)
     use_labels: bool = option("store the dataset's own answers as well", False)
     data_size: int | None = option("use only the first so many examples", None, least=1)
     batch_size: int = option("prompts decoded together", 16, least=1)

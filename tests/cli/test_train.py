@@ -413,14 +413,14 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_lossless_gives_an_adapter_of_the_model_as_it_is(run, model_dir: Path, capsys) -> None:
     pytest.importorskip("peft")
-    out = run(**LOSSLESS, on_policy=0.25)
+    out = run(**LOSSLESS, states_per_block=3, block_size=3)
     assert f"consistency adapter saved in {out}" in capsys.readouterr().out
     model = load_model(str(out))
     assert equal(model.state_dict(), weights(model_dir)) and max(up.abs().max() for up in adapter(out).values()) > 0
     record = read_record(model.config)
     assert record[LOSSLESS_KEY] and record["base_weights"] == fingerprint(load_model(str(model_dir)))
-    names = ("block_size", "prompt_template", "task", "responses", "lora_r", "on_policy", "distance_decay", "guess")
-    assert [record[name] for name in names] == [4, "chat", "gsm8k", 8, 4, 0.25, 0.8, "context"]
+    names = ("block_size", "prompt_template", "task", "responses", "lora_r", "states_per_block", "distance_decay", "guess")
+    assert [record[name] for name in names] == [3, "chat", "gsm8k", 8, 4, 3, 0.8, "context"]
     assert Path(record["target_model"]) == model_dir and AutoTokenizer.from_pretrained(out).chat_template
     assert {"adapter_config.json", "adapter_model.safetensors", "config.json"} <= {path.name for path in out.iterdir()}
     assert not (out / "model.safetensors").exists()

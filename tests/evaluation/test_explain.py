@@ -38,17 +38,14 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     folder, model, rows = tmp_path_factory.mktemp("learned"), plain_model(), []
     for number, prompt in enumerate(PROMPTS):
         response = generate(model, prompt, LENGTH, [])
-        for first in range(WIDTH):
-            starts = list(range(first, LENGTH, WIDTH))
-            blocks = [[response[a:b]] for a, b in zip(starts, [*starts[1:], LENGTH])]
-            rows.append(TrajectoryRow(f"{number}-{first}", prompt, response, starts, blocks))
+        rows.append(TrajectoryRow(str(number), prompt, response, [0], [[response]]))
     args = LosslessTrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
         report_to="none",
         save_strategy="no",
-        num_train_epochs=60,
-        per_device_train_batch_size=8,
+        num_train_epochs=120,
+        per_device_train_batch_size=4,
         learning_rate=1e-2,
         disable_tqdm=True,
     )
@@ -56,7 +53,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     LosslessTrainer(
         model=trained,
         args=args,
-        train_dataset=DraftDataset(rows, 2, STARTS["filler"](VOCABULARY)),
+        train_dataset=DraftDataset(rows, WIDTH, 8, STARTS["filler"](VOCABULARY)),
         data_collator=DraftCollator(0),
     ).train()
     adapter = current_adapter(trained)

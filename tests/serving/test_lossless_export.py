@@ -211,6 +211,7 @@ def test_card(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     record = json.loads((tmp_path / "out" / "config.json").read_text())[RECORD]
     assert {"cllm", "lossless"} <= set(card.data.tags) and card.data.datasets == ["openai/gsm8k"]
     assert all(digest in card.text for digest in record["base_weights"].values())
+    assert "; the target model's own responses\n" in card.text and "- largest block: 4" in card.text
     assert "Window: 4 tokens, 3 of them drafted" in card.text and "- rank of the adapter: 4" in card.text
     assert "Without it, the model is the plain target model" in card.text and "cllm serve PATH" in card.text
     blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)

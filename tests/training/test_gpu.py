@@ -15,7 +15,7 @@ pytestmark = [
 ]
 SIDES = {
     "all weights": (test_trainer.make_trainer, lambda: tiny_model(vocab_size=97), {"max_row_tokens": 150}),
-    "lossless": (test_lossless.make_trainer, test_lossless.draft_model, {"on_policy": 1.0}),
+    "lossless": (test_lossless.make_trainer, test_lossless.draft_model, {}),
 }
 
 

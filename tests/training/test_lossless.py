@@ -1,7 +1,7 @@
 """Training a consistency adapter: its loss, its gradient under any split of the batch, and what it leaves unchanged."""
 
-import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +41,8 @@ def draft_model(kind: str = "llama", **changes):
     return model
 
 
-def dataset(rows: list[TrajectoryRow], states_per_block: int = 2, guess: str = "context") -> DraftDataset:
-    return DraftDataset(rows, states_per_block, STARTS[guess](97))
+def dataset(rows: list[TrajectoryRow], states_per_block: int = 2, guess: str = "context", block_size: int = 4) -> DraftDataset:
+    return DraftDataset(rows, block_size, states_per_block, STARTS[guess](97))
 
 
 def make_trainer(folder: Path, model=None, rows: list[TrajectoryRow] | None = None, **options) -> LosslessTrainer:
@@ -76,38 +76,30 @@ def merged(kind: str, model: Module) -> Module:
     return copy
 
 
-def plain_loss(base: Module, draft: Module, example: DraftExample, decay: float, divergence: Callable, on_policy: bool = False) -> float:
+def plain_loss(base: Module, draft: Module, example: DraftExample, decay: float, divergence: Callable) -> float:
     """Block by block over the base's own keys and values, without a packed layout."""
     teacher, loss = base(torch.tensor([example.row.clean])).logits[0], 0.0
     for block, wrong in zip(example.row.blocks, example.first_wrong, strict=True):
-
-        def drafted(tokens: torch.Tensor, start: int = block.start) -> torch.Tensor:
-            cache = DynamicCache()
-            base(torch.tensor([example.row.clean[:start]]), past_key_values=cache)
-            return draft(tokens[None], past_key_values=cache).logits[0]
-
-        tokens = torch.tensor(block.tokens)
-        if on_policy:
-            tokens[wrong + 1 :] = drafted(tokens).argmax(dim=-1)[wrong:-1]
-        goal = teacher[block.start + wrong : block.start + len(tokens)]
-        distances = torch.arange(len(goal))
-        loss += (divergence(goal, drafted(tokens)[wrong:]) * decay**distances).sum().item()
+        cache = DynamicCache()
+        base(torch.tensor([example.row.clean[: block.start]]), past_key_values=cache)
+        drafted = draft(torch.tensor([block.tokens]), past_key_values=cache).logits[0, wrong:]
+        goal = teacher[block.start + wrong : block.start + len(block.tokens)]
+        loss += (divergence(goal, drafted) * decay ** torch.arange(len(goal))).sum().item()
     return loss
 
 
-@pytest.mark.parametrize("on_policy", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral"])
 @torch.no_grad()
-def test_equals_plain_forwards(tmp_path, kind: str, on_policy: float) -> None:
+def test_equals_plain_forwards(tmp_path, kind: str) -> None:
     """Also for texts that begin alike."""
     model, rows = draft_model(kind), list(map(random_row, range(ROWS)))
     rows[1:4] = [replace(row, prompt_ids=[*range(20, 60), *row.prompt_ids]) for row in rows[1:4]]
-    trainer = make_trainer(tmp_path, model, rows, on_policy=on_policy)
+    trainer = make_trainer(tmp_path, model, rows)
     examples = [trainer.train_dataset[index] for index in range(ROWS)]
     model.train()
     base, draft = tiny_model(kind, vocab_size=97), merged(kind, model)
     found = [loss_sums(trainer, [example])[0] for example in examples]
-    expected = [plain_loss(base, draft, example, 0.8, DIVERGENCES["forward_kl"], bool(on_policy)) for example in examples]
+    expected = [plain_loss(base, draft, example, 0.8, DIVERGENCES["forward_kl"]) for example in examples]
     assert found == pytest.approx(expected, rel=1e-3) and min(found) > 0
     assert loss_sums(trainer, examples) == pytest.approx([sum(expected)], rel=1e-3)
 
@@ -129,17 +121,16 @@ def test_every_divergence_equals_plain_forwards(tmp_path, divergence: str) -> No
     assert loss_sums(trainer, [example]) == pytest.approx([expected], rel=1e-3)
 
 
-@pytest.mark.parametrize("on_policy", [0.0, 1.0])
-def test_accumulation_and_batch_size_do_not_change_the_gradient(tmp_path, on_policy: float) -> None:
-    whole = step(tmp_path, per_device_train_batch_size=8, on_policy=on_policy)
+def test_accumulation_and_batch_size_do_not_change_the_gradient(tmp_path) -> None:
+    whole = step(tmp_path, per_device_train_batch_size=8)
     assert whole.abs().max() > 1e-3
     for size, accumulation in SPLITS:
-        split = step(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, on_policy=on_policy)
+        split = step(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
         torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_bfloat16_is_near_float32(tmp_path) -> None:
-    exact, rounded = (step(tmp_path, per_device_train_batch_size=8, on_policy=0, bf16=bf16) for bf16 in (False, True))
+    exact, rounded = (step(tmp_path, per_device_train_batch_size=8, bf16=bf16) for bf16 in (False, True))
     assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
 
 
@@ -149,7 +140,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, kind: str) -> None:
     if kind == "zero2":
         pytest.importorskip("deepspeed")
     model = draft_model()
-    make_trainer(tmp_path, model, per_device_train_batch_size=8, on_policy=1.0).train()
+    make_trainer(tmp_path, model, per_device_train_batch_size=8).train()
     in_two_processes(__file__, tmp_path, kind)
     alone, together = current_adapter(model), read_adapter(tmp_path)
     for name in alone.down:
@@ -169,19 +160,6 @@ def test_resumed_training_equals_uninterrupted(tmp_path, strategy: str) -> None:
         assert torch.equal(learned(whole.model), learned(resumed.model))
 
 
-def test_which_steps_are_on_policy_depends_on_seed_and_step_alone(tmp_path) -> None:
-    def drawn(**options) -> list[bool]:
-        trainer = make_trainer(tmp_path, **options)
-        result = []
-        for trainer.state.global_step in range(200):
-            torch.rand(1), random.random()
-            result.append(trainer.on_policy)
-        return result
-
-    assert drawn() == drawn(per_device_train_batch_size=2) != drawn(seed=4)
-    assert 70 < sum(drawn()) < 130 and not any(drawn(on_policy=0.0)) and all(drawn(on_policy=1.0))
-
-
 def test_the_target_model_is_unchanged(tmp_path) -> None:
     """Bit for bit, in its weights and its logits."""
     base, model = tiny_model(vocab_size=97), draft_model()
@@ -195,7 +173,7 @@ def test_the_target_model_is_unchanged(tmp_path) -> None:
 
 def test_the_teacher_has_no_dropout(tmp_path) -> None:
     model = draft_model(attention_dropout=0.5)
-    trainer = make_trainer(tmp_path, model, divergence="hard", on_policy=0.0)
+    trainer = make_trainer(tmp_path, model, divergence="hard")
     seen: list[torch.Tensor] = []
     model.get_base_model().model.norm.register_forward_hook(lambda layer, args, output: seen.append(output))
     model.train()
@@ -213,48 +191,49 @@ def test_training_lowers_the_loss(tmp_path) -> None:
     assert 0 < trainer.evaluate(trainer.train_dataset)["eval_loss"] < losses[0]
 
 
-def bare(row: TrajectoryRow) -> TrajectoryRow:
-    """The row as ``cllm collect --responses_only`` stores it: without states other than fixed points."""
-    return replace(row, trajectories=[states[-1:] for states in row.trajectories])
-
-
 @pytest.mark.parametrize("guess", STARTS)
-def test_bare_responses_get_random_starts(guess: str) -> None:
-    rows = [bare(random_row(index)) for index in range(ROWS)]
+def test_blocks_start_from_random_guesses(guess: str) -> None:
+    """Whatever states are stored."""
+    rows = list(map(random_row, range(ROWS)))
     drafts, again = dataset(rows, guess=guess), dataset(rows, guess=guess)
     again.epoch = 1
+    outside: set[int] = set()
+    bare = dataset([replace(row, trajectories=[states[-1:] for states in row.trajectories]) for row in rows], guess=guess)
     for index, row in enumerate(rows):
         example = drafts[index]
-        assert example == drafts[index] and (guess == "filler" or example != again[index])
+        assert example == drafts[index] == bare[index]
         for block, wrong in zip(example.row.blocks, example.first_wrong, strict=True):
             fixed = row.response_ids[block.start - len(row.prompt_ids) :]
             assert list(block.tokens[:wrong]) == fixed[:wrong] and block.tokens[wrong] != fixed[wrong]
             known = set((row.prompt_ids + row.response_ids)[: block.start])
             allowed = {"context": known, "uniform": set(range(97)), "filler": {0}}[guess]
             assert set(block.tokens) <= allowed
-    starts = {block.start for block in example.row.blocks}
-    assert len(example.row.blocks) == 2 * len(starts) and len(starts) >= len(row.block_starts) - 1
+            outside |= set(block.tokens) - known
+    assert (len(outside) > 9) == (guess == "uniform")
+    assert any(drafts[index] != again[index] for index in range(ROWS))
 
 
-def test_training_on_bare_responses_lowers_the_loss(tmp_path) -> None:
-    rows = [bare(random_row(index)) for index in range(ROWS)]
-    trainer = make_trainer(tmp_path, rows=rows, optim="adamw_torch", learning_rate=1e-2, max_steps=20, logging_steps=10)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+def test_a_response_is_cut_into_blocks_of_random_lengths() -> None:
+    """Each cut covers the response but for its last token, which predicts nothing."""
+    row = TrajectoryRow("a", [1, 2, 3], list(range(10, 50)), [0], [[list(range(10, 50))]])
+    drafts, lengths = dataset([row], states_per_block=2, guess="filler", block_size=8), Counter()
+    for drafts.epoch in range(100):
+        blocks = drafts[0].row.blocks
+        covered = [token for block in blocks for token in range(block.start, block.start + len(block.tokens))]
+        assert covered == 2 * list(range(3, 42))
+        second = [block.start for block in blocks].index(3, 1)
+        assert [block.start for block in blocks[:second]] != [block.start for block in blocks[second:]]
+        lengths.update(len(block.tokens) for block in blocks[: second - 1])
+    assert set(lengths) == set(range(1, 9)) and min(lengths.values()) > 0.5 * max(lengths.values())
 
 
 def test_a_row_with_nothing_to_learn(tmp_path) -> None:
-    row = TrajectoryRow("a", [5, 6], [7, 8, 9], [0, 2], [[[7, 3], [7, 8]], [[4], [9]]])
-    still = replace(row, trajectories=[[[7, 8]], [[9]]])
-    trainer = make_trainer(tmp_path, rows=[replace(still, block_starts=[2], trajectories=[[[4], [9]]])])
+    trainer = make_trainer(tmp_path, rows=[TrajectoryRow("a", [5, 6], [7], [0], [[[7]]])])
     example = trainer.train_dataset[0]
     assert (example.first_wrong, list(example.row.blocks[0].tokens)) == ([1], [7])
     assert loss_sums(trainer, [example]) == [0.0]
     trainer.train()
     assert trainer.state.global_step == 1
-    (block,) = dataset([row])[0].row.blocks  # the last token predicts nothing, so its wrong guess does not count
-    assert (block.start, list(block.tokens)) == (2, [7, 3])
 
 
 def test_the_log_counts_clean_text_and_blocks(tmp_path) -> None:
@@ -288,7 +267,6 @@ def test_invalid_set_ups_are_refused(tmp_path) -> None:
     for options, message in [
         ({"gradient_checkpointing": True}, "gradient_checkpointing is on: .* leave it out"),
         ({"label_smoothing_factor": 0.1}, "lossless training has none"),
-        ({"on_policy": 1.5}, "on_policy must be between 0 and 1, got 1.5"),
         ({"divergence": "kl"}, "divergence must be one of forward_kl, .*, got 'kl'"),
         ({"states_per_block": 0}, "states_per_block must be >= 1, got 0"),
     ]:
@@ -307,7 +285,7 @@ def test_invalid_set_ups_are_refused(tmp_path) -> None:
 
 if __name__ == "__main__":  # one of two processes of test_two_processes_give_the_gradient_of_one
     prepare(LosslessTrainer)
-    together = make_trainer(sys.argv[1], per_device_train_batch_size=2, gradient_accumulation_steps=2, on_policy=1.0)
+    together = make_trainer(sys.argv[1], per_device_train_batch_size=2, gradient_accumulation_steps=2)
     together.train()
     assert together.args.world_size == 2
     together.save_model()
