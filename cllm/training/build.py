@@ -112,7 +112,7 @@ def _open(inputs: TrainingInputs, lora: AdapterArguments, args: CllmTrainingArgu
     settings = rows.settings or {}
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size, vocabulary_stamp(tokenizer))
     record = {
-        "block_size": _block_size(inputs, settings, rows, isinstance(args, LosslessTrainingArguments)),
+        "block_size": _block_size(inputs, settings),
         "prompt_template": settings.get("prompt_template"),
         "task": settings.get("task"),
         "target_model": inputs.model,
@@ -125,8 +125,7 @@ def _open(inputs: TrainingInputs, lora: AdapterArguments, args: CllmTrainingArgu
 def _cllm_trainer(
     source: Source, inputs: TrainingInputs, lora: AdapterArguments, probe: ProbeArguments, args: CllmTrainingArguments
 ) -> CllmTrainer:
-    if source.settings.get("responses_only"):
-        raise UsageError(f"{inputs.trajectories} was collected with --responses_only, which is enough for --lossless alone")
+    _check_blocks(source, inputs)
     model, tokenizer = source.model, source.tokenizer
     frozen = args.needs_target and not lora.lora_r  # adapters that are off give the target model again
     with whole_weights(args):
@@ -172,22 +171,26 @@ def _lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArgume
     return trainer
 
 
-def _block_size(inputs: TrainingInputs, settings: Mapping[str, Any], rows: TrajectoryDataset, lossless: bool) -> int:
-    stored = settings.get("block_size")
+def _block_size(inputs: TrainingInputs, settings: Mapping[str, Any]) -> int:
     if inputs.block_size is not None and inputs.block_size < 1:
         raise UsageError(f"block_size must be >= 1, got {inputs.block_size}")
-    size = inputs.block_size or stored
+    size = inputs.block_size or settings.get("block_size")
     if size is None:
         raise UsageError(f"{inputs.trajectories} does not say its block size; pass --block_size")
-    if lossless:  # cuts blocks of its own
-        return size
+    return size
+
+
+def _check_blocks(source: Source, inputs: TrainingInputs) -> None:
+    """Raise UsageError unless blocks of the block size are stored with their states."""
+    size, stored = source.record["block_size"], source.settings.get("block_size")
+    if source.settings.get("responses_only"):
+        raise UsageError(f"{inputs.trajectories} was collected with --responses_only, which is enough for --lossless alone")
     if stored not in (None, size):
         raise UsageError(f"block_size is {size}, but {inputs.trajectories} was collected with {stored}")
     if stored is None:  # a published file: every block but a response's last one is full
-        sizes = {end - start for row in rows for start, end in row.spans()[:-1]} - {size}
+        sizes = {end - start for row in source.rows for start, end in row.spans()[:-1]} - {size}
         if sizes:
             raise UsageError(f"block_size is {size}, but {inputs.trajectories} has blocks of {min(sizes)} tokens")
-    return size
 
 
 def _check_vocabulary(rows: TrajectoryDataset, settings: Mapping[str, Any], vocab_size: int, vocabulary: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from cllm.attention import LENGTHS, round_up
 from cllm.decoding.guess import FreshGuess
 from cllm.packing import Block, PackedRow, Place, pack, pack_alike
-from cllm.training.examples import ExampleDataset, State, StateSampling, first_wrong, layout_fields
+from cllm.training.examples import ExampleDataset, StateSampling, first_wrong, layout_fields
 from cllm.trajectory.record import TrajectoryRow
 from cllm.trajectory.store import TrajectoryDataset
 
@@ -51,29 +51,27 @@ class DraftDataset(ExampleDataset):
         self.block_size, self.guess = block_size, guess
 
     def build(self, row: TrajectoryRow, rng: random.Random) -> DraftExample:
-        """Cut the response and fill its blocks. The last token predicts nothing, so it is left out."""
-        prompt, last = row.prompt_ids, len(row.response_ids) - 1
-        blocks, wrong = [], []
-        for start, state in self._random_states(row, rng):
-            tokens, offset = state[: last - start], first_wrong(state, row.response_ids[start : start + len(state)])
-            if offset < len(tokens):
-                blocks.append(Block(len(prompt) + start, tokens))
+        """Cut the response but for its last token, which predicts nothing. Blocks that hold right guesses alone are left out."""
+        text, blocks, wrong = [*row.prompt_ids, *row.response_ids[:-1]], [], []
+        for block in self._cut(text, len(row.prompt_ids), rng):
+            offset = first_wrong(block.tokens, text[block.start : block.start + len(block.tokens)])
+            if offset < len(block.tokens):
+                blocks.append(block)
                 wrong.append(offset)
         if not blocks:  # nothing to learn; one right guess keeps the batch's shape valid
-            blocks, wrong = [Block(len(prompt), row.response_ids[:1])], [1]
-        return DraftExample(PackedRow([*prompt, *row.response_ids[:last]], blocks), wrong)
+            blocks, wrong = [Block(len(row.prompt_ids), row.response_ids[:1])], [1]
+        return DraftExample(PackedRow(text, blocks), wrong)
 
-    def _random_states(self, row: TrajectoryRow, rng: random.Random) -> Iterator[tuple[int, State]]:
-        """The start of each block and its guesses."""
-        text = torch.tensor(row.prompt_ids + row.response_ids)
-        length = len(row.response_ids)
+    def _cut(self, text: list[int], first: int, rng: random.Random) -> Iterator[Block]:
+        """Blocks of guesses for the text from position ``first`` on, which they cover once for each state."""
+        text_S = torch.tensor(text)
         for _ in range(self.sampling.states_per_block):
-            end = 0
-            while end < length:
-                start, end = end, min(length, end + rng.randint(1, self.block_size))
-                known, seed = len(row.prompt_ids) + start, rng.getrandbits(32)
-                positions = torch.arange(known, known + end - start)
-                yield start, self.guess(text[None], torch.tensor([known]), positions[None], torch.tensor([seed]))[0].tolist()
+            end = first
+            while end < len(text):
+                start, end = end, min(len(text), end + rng.randint(1, self.block_size))
+                seed = rng.getrandbits(32)
+                tokens_BK = self.guess(text_S[None], torch.tensor([start]), torch.arange(start, end)[None], torch.tensor([seed]))
+                yield Block(start, tokens_BK[0].tolist())
 
 
 @dataclass(frozen=True)
