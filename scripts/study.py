@@ -2,12 +2,13 @@
 
     python scripts/study.py --model TARGET --trajectories TRAJECTORIES --task spider --filename QUESTIONS \\
         --runs default paper --seeds 0 1 2 --output FOLDER -- --num_train_epochs 2 --learning_rate 1.5e-4 --use_cpu
-    python scripts/study.py --table FOLDER
+    python scripts/study.py --table FOLDER [--picture PNG]
 
 Flags after ``--`` go to ``cllm train`` in every run, followed by the run's own flags. Nothing else differs: all runs see the
-same responses equally often (they may draw and pack more or fewer states; both are counted). Each run and seed writes one JSON.
-Existing results are skipped, so a study can be interrupted and resumed, and several processes may share a folder with different
-``--runs``. The target model is measured in the same way.
+same responses equally often (they may draw and pack more or fewer states; both are counted), except that a run NAME@N is the run
+NAME for N epochs. Each run and seed writes one JSON. Existing results are skipped, so a study can be interrupted and resumed, and
+several processes may share a folder with different ``--runs``. The target model is measured in the same way. The picture shows
+TPF against training time and joins the runs NAME@N of each NAME by a line.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from cllm.cli.command import command
 from cllm.cli.train import arguments
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
+from cllm.evaluation import plot
 from cllm.evaluation.environment import environment
 from cllm.evaluation.interval import bootstrap, ratio_interval
 from cllm.evaluation.prompt import encode
@@ -48,6 +51,7 @@ from cllm.trajectory.hygiene import repetition
 from cllm.trajectory.store import TrajectoryDataset
 
 BASE, TARGET = "default", "target"
+EPOCHS = "@"  # run NAME@N is NAME for N epochs
 GUESS = "guess_"  # run guess_NAME reads the folder TRAJECTORIES_NAME, collected with `--guess NAME`
 RUNS = {  # name -> flags of `cllm train`
     BASE: "",
@@ -89,7 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     own, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     args = build_parser().parse_args(own)
+    if args.picture and not args.table:
+        raise UsageError("--picture needs the --table FOLDER whose results it shows")
     if args.table:
+        if args.picture:
+            Path(args.picture).write_bytes(picture(Path(args.table)))
         print(table(Path(args.table)))
         return
     if None in (args.model, args.trajectories, args.task, args.output):
@@ -112,19 +120,21 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--prompts", type=int, default=64)
     options.add_argument("--length", type=int, default=128, help="new tokens per response")
     options.add_argument("--device", help="device of the measurement; default: cuda if available, else cpu")
-    options.add_argument("--runs", nargs="+", default=[BASE, "paper"], metavar="NAME[=FLAGS]", help=", ".join(RUNS))
+    options.add_argument("--runs", nargs="+", default=[BASE, "paper"], metavar="NAME[@N][=FLAGS]", help=", ".join(RUNS))
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--output", help="folder of the results")
     options.add_argument("--keep_weights", action="store_true", help="keep the weights of each run in OUTPUT/NAME-SEED/")
     options.add_argument("--table", metavar="FOLDER", help="print the results in a folder as a Markdown table")
+    options.add_argument("--picture", metavar="PNG", help="with --table: draw TPF against training time")
     return options
 
 
 def _named(text: str) -> tuple[str, str]:
     name, given, flags = text.partition("=")
-    if not given and name not in RUNS:
-        raise UsageError(f"unknown run {name!r}; choose from {', '.join(RUNS)}, or define it: NAME='FLAGS'")
-    return name, flags if given else RUNS[name]
+    kind, _, epochs = name.partition(EPOCHS)
+    if not given and kind not in RUNS:
+        raise UsageError(f"unknown run {kind!r}; choose from {', '.join(RUNS)}, or define it: NAME='FLAGS'")
+    return name, " ".join([flags if given else RUNS[kind], *(["--num_train_epochs", epochs] if epochs else [])])
 
 
 class Study:
@@ -172,7 +182,8 @@ class Study:
 
     def run(self, name: str, seed: int, flags: list[str]) -> dict[str, Any]:
         """Train one CLLM and measure it. Its weights are removed unless ``--keep_weights`` is given."""
-        other = ["--trajectories", f"{self.args.trajectories}_{name.removeprefix(GUESS)}"] if name.startswith(GUESS) else []
+        guess = name.partition(EPOCHS)[0].removeprefix(GUESS)
+        other = ["--trajectories", f"{self.args.trajectories}_{guess}"] if name.startswith(GUESS) else []
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.folder / f"{name}-{seed}" if self.args.keep_weights else Path(scratch)
             words = [*self.inputs, *other, "--output_dir", str(folder), "--save_strategy", "no", "--report_to", "none", *flags]
@@ -256,16 +267,23 @@ def figure(rows: Sequence[Row], title: str) -> dict[str, Any] | None:
     return {"value": sum(columns[0]) / total if total else None, "interval": ratio_interval(*columns)}
 
 
-def table(folder: Path) -> str:
-    """A Markdown table: each run's mean over seeds (lowest to highest), and its difference from the default with an interval."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    if not results:
-        raise UsageError(f"{folder} holds no results")
+def read_runs(folder: Path) -> dict[str, dict[str, dict]]:
+    """The results in a folder: name of the run -> seed -> result."""
     runs: dict[str, dict[str, dict]] = {}
-    for result in results:
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
         name, _, seed = result["run"].rpartition("-")
         runs.setdefault(name or result["run"], {})[seed] = result
+    if not runs:
+        raise UsageError(f"{folder} holds no results")
+    return runs
+
+
+def table(folder: Path) -> str:
+    """A Markdown table: each run's mean over seeds (lowest to highest), and its difference from the default with an interval."""
+    runs = read_runs(folder)
     order = [name for name in (TARGET, *RUNS) if name in runs]
+    results = [result for seeds in runs.values() for result in seeds.values()]
     titles = [title for title in METRICS if any(result["figures"][title] for result in results)]
     lines = [["run", "seeds", "response tokens", "packed tokens", *titles], ["---"] * (4 + len(titles))]
     for name in [*order, *sorted(runs.keys() - set(order))]:
@@ -274,6 +292,28 @@ def table(folder: Path) -> str:
         cells = [_cell(seeds, {} if name in (BASE, TARGET) else runs.get(BASE, {}), title) for title in titles]
         lines.append([name, str(len(seeds)), *(f"{count:,}" if count else "-" for count in counts), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def picture(folder: Path) -> bytes:
+    """TPF against minutes of training (log axis), as PNG: a point per run, the mean over its seeds."""
+    runs, lines = read_runs(folder), {}
+    for name, seeds in runs.items():
+        if name != TARGET:
+            point = fmean(result["training"]["seconds"] / 60 for result in seeds.values()), _mean_tpf(seeds)
+            lines.setdefault(name.partition(EPOCHS)[0], []).append(point)
+    figure, (axes,) = plot.new_figure()
+    axes.axhline(_mean_tpf(runs[TARGET]), color=plot.colour(0), linestyle="--", label=TARGET)
+    for index, (label, points) in enumerate(lines.items(), start=1):
+        axes.plot(*zip(*sorted(points)), marker="o", color=plot.colour(index), label=label)
+    axes.set(xlabel="minutes of training", ylabel=plot.TPF, xscale="log")
+    plot.log_ticks(axes.xaxis)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return plot.png(figure)
+
+
+def _mean_tpf(seeds: dict[str, dict]) -> float:
+    return fmean(result["figures"]["TPF"]["value"] for result in seeds.values())
 
 
 def _cell(seeds: dict[str, dict], base: dict[str, dict], title: str) -> str:

@@ -66,6 +66,33 @@ def test_a_study_from_runs_to_table(words: list[str], capsys: pytest.CaptureFixt
     assert "<br>" in lines[4] and "<br>" not in lines[3]
 
 
+def test_the_picture_joins_runs_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    monkeypatch.setattr(Axes, "plot", lambda axes, *points, label, **_: drawn.update({label: points}))
+    made = {"target": [], "paper@1-0": [60, 1.1], "paper@1-1": [180, 1.3], "paper@4-0": [480, 1.5], "mine-0": [90, 2.0]}
+    for run, (*seconds, tpf) in ((run, figures or [1.0]) for run, figures in made.items()):
+        training = {"training": {"seconds": seconds[0]}} if seconds else {}
+        result = {"run": run, "figures": {title: {"value": tpf} for title in STUDY["METRICS"]}, **training}
+        (tmp_path / f"{run}.json").write_text(json.dumps(result))
+    assert STUDY["picture"](tmp_path).startswith(b"\x89PNG")
+    assert drawn == {"mine": ((1.5,), (2.0,)), "paper": ((2.0, 8.0), (pytest.approx(1.2), 1.5))}
+
+
+def test_a_picture_needs_the_folder_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--table FOLDER" in refused(capsys, STUDY["main"], "--picture", str(tmp_path / "p.png"))
+    assert "holds no results" in refused(capsys, STUDY["main"], "--table", str(tmp_path), "--picture", str(tmp_path / "p.png"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_for_several_epochs() -> None:
+    assert STUDY["_named"]("default@3") == ("default@3", " --num_train_epochs 3")
+    assert STUDY["_named"]("mine@2=--divergence hard") == ("mine@2", "--divergence hard --num_train_epochs 2")
+    assert STUDY["_named"]("paper") == ("paper", STUDY["RUNS"]["paper"])
+
+
 def test_an_unknown_run(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown run 'papers'; choose from default, paper" in refused(capsys, STUDY["main"], *words, "--runs", "papers")
 

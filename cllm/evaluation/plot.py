@@ -13,6 +13,7 @@ from cllm.evaluation.results import Quality, Results, Speed, Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = ("tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:cyan")
@@ -155,6 +156,15 @@ def histogram(axes: Axes, gains: Mapping[str, Sequence[int]]) -> None:
     axes.legend(fontsize="small")
 
 
+def log_ticks(axis: Axis) -> None:
+    """Plain numbers, 1, 2, 5, 10, ..., on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def _bar(axes: Axes, at: float, value: float, interval: Interval | None, look: dict[str, Any]) -> None:
     error = [[value - interval[0]], [interval[1] - value]] if interval else None
     axes.barh(at, value, xerr=error, height=0.9, error_kw={"linewidth": 1}, **look)
@@ -175,14 +185,10 @@ def _by_width(speeds: Sequence[Speed]) -> dict[tuple[str, str], list[tuple[int, 
 
 
 def _training(axes: Axes, run: Training) -> None:
-    from matplotlib.ticker import LogLocator
-
     for index, (name, points) in enumerate(run.curves.items()):
         axes.plot(*zip(*points), marker=".", color=colour(index), label=name.replace("_", " "))
     axes.set(xlabel="step", ylabel="loss", title=run.name, yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
+    log_ticks(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import question_rows, refused, write_rows
 from tiny import save_tiny_checkpoint, tiny_tokenizer
+from torch import distributed
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -437,6 +438,17 @@ def test_exit_codes(capsys, raised, code, said) -> None:
 def test_defects_keep_their_traceback(raised) -> None:
     with pytest.raises(type(raised)):
         raising(raised)()
+
+
+def test_a_command_leaves_its_process_group(tmp_path: Path) -> None:
+    """A process that ends while threads of Gloo still hold tensors sometimes aborts."""
+
+    @command_decorator
+    def main() -> None:
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+
+    main()
+    assert not distributed.is_initialized()
 
 
 def raising(error: BaseException) -> Callable[[], None]:
