@@ -22,6 +22,11 @@ def has_amx() -> bool:
     return "amx_bf16" in _field("flags").split()
 
 
+def has_bfloat16_products() -> bool:
+    """Whether there are instructions that multiply bfloat16, with or without matrix units; mixed precision trains faster with them."""
+    return has_amx() or "avx512_bf16" in _field("flags").split()
+
+
 @cache
 def _field(name: str) -> str:
     """What Linux says of the first CPU; empty elsewhere."""

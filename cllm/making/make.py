@@ -48,7 +48,7 @@ from cllm.models import (
     weights_stamp,
 )
 from cllm.options import Dtype
-from cllm.processor import has_amx
+from cllm.processor import has_amx, has_bfloat16_products
 from cllm.prompts import PLAIN, PromptTemplate, choose_template
 from cllm.serving.contents import contents
 from cllm.serving.export import CARD, Skeleton, copy_file
@@ -366,7 +366,7 @@ class Making:
             gradient_accumulation_steps=self._examples // at_once,
             logging_steps=8,
             report_to="none",
-            bf16=self._quick_bfloat16,
+            bf16=self.device != "cpu" or has_bfloat16_products(),
             use_cpu=self.device == "cpu",
             disable_tqdm=False,
             **more,
@@ -387,14 +387,9 @@ class Making:
         }
 
     @property
-    def _quick_bfloat16(self) -> bool:
-        """Whether this device multiplies bfloat16 matrices several times faster than float32."""
-        return self.device != "cpu" or has_amx()
-
-    @property
     def _frozen(self) -> Dtype | None:
         """The precision of the target model's weights where it writes responses and is trained for."""
-        return self.options.dtype or ("bfloat16" if self._quick_bfloat16 else None)
+        return self.options.dtype or ("bfloat16" if self.device != "cpu" or has_amx() else None)
 
     def _figures(self, report: dict[str, Any], reason: str | None) -> dict[str, Any]:
         found, settings = report["methods"][JACOBI], report["settings"]
