@@ -18,7 +18,7 @@ case "$*" in
 esac
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 QUESTIONS=896 ANSWERED=640 TEST=32 # an adapter needs no answers, only questions
+BLOCK=8 LENGTH=80 QUESTIONS=640 TEST=32
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -50,9 +50,9 @@ get_model() { model=$(python scripts/small_model.py); }
 stage model "fetching the small model (once; kept in the user's cache)" get_model
 stage questions "writing two databases, $QUESTIONS training questions and $TEST held-out ones" \
   python scripts/sql_questions.py "$out/data" "$QUESTIONS" "$TEST"
-stage target "fine-tuning the small model on $ANSWERED answers, which makes the target model" \
-  cllm sft --model "$model" --task spider --filename "$out/data" --data_size $ANSWERED --output_dir "$out/target" \
-  --num_train_epochs 1 --per_device_train_batch_size 8 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 \
+stage target "fine-tuning the small model on their answers, which makes the target model" \
+  cllm sft --model "$model" --task spider --filename "$out/data" --data_size $QUESTIONS --output_dir "$out/target" \
+  --num_train_epochs 1 --per_device_train_batch_size 4 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 \
   "${training[@]}" "${mixed[@]}"
 collect() { # OUTPUT FLAGS...
   cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$@" --no-resume \
@@ -61,15 +61,14 @@ collect() { # OUTPUT FLAGS...
 stage collect "collecting the target model's own responses" collect "$out/responses" --responses_only
 stage train "training the consistency adapter" \
   bash cllm/train_cllm.sh "$out/target" "$out/responses" "$out/cllm" $BLOCK --lossless \
-  --num_train_epochs 1 --per_device_train_batch_size 4 --attn_implementation eager "${training[@]}" "${mixed[@]}" "${dtype[@]}"
+  --num_train_epochs 1 --per_device_train_batch_size 2 --attn_implementation eager "${training[@]}" "${mixed[@]}" "${dtype[@]}"
 stage tune "finding the fastest window on this machine, on training questions" \
   cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
   --widths 6 8 --drafts 9 --output "$out/tune.json" --save "${dtype[@]}"
 stage measure "measuring target model and CLLM on the held-out questions" \
   measure "$out/cllm.json" --test_model "$out/cllm"
 if [ "$paper" ]; then
-  stage collect_states "as in the paper: collecting the Jacobi trajectories of $ANSWERED responses" \
-    collect "$out/trajectories" --data_size $ANSWERED
+  stage collect_states "as in the paper: collecting the Jacobi trajectories of the responses" collect "$out/trajectories"
   stage train_all "training all weights on them" \
     bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/paper" $BLOCK --num_train_epochs 1 \
     --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 --lr_scheduler_type cosine \

@@ -7,6 +7,7 @@ Weights have a standard deviation of 0.3, so that greedy outputs vary. Sliding w
 
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,10 +84,11 @@ def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrained
         return AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).eval()
 
 
-def random_adapter(model: PreTrainedModel, seed: int = 0, rank: int = 4, size: float = 0.5) -> Adapter:
-    """A random adapter of every linear layer except the output layer."""
+def random_adapter(model: PreTrainedModel, seed: int = 0, rank: int = 4, size: float = 0.5, modules: Sequence[str] = ("",)) -> Adapter:
+    """A random adapter of every linear layer except the output layer, or of those whose names end in one of ``modules``."""
     draw, head = torch.Generator().manual_seed(seed), model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
+    linear = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
+    layers = {name: layer for name, layer in linear.items() if name.endswith(tuple(modules))}
     down = {name: size * torch.randn(rank, layer.in_features, generator=draw) for name, layer in layers.items()}
     return Adapter(down, {name: size * torch.randn(layers[name].out_features, rank, generator=draw) for name in layers})
 

@@ -24,12 +24,13 @@ PEFT_FILES = (ADAPTER, ADAPTER_WEIGHTS, "README.md")
 class AdapterArguments:
     """Options of the adapter to train. Raises UsageError for a bad value, a missing package, or QLoRA without a GPU."""
 
-    lora_r: int = field(default=64, metadata={"help": "rank of the adapter (needs the extra lora)"})
+    lora_r: int = field(default=128, metadata={"help": "rank of the adapter (needs the extra lora)"})
     lora_alpha: int | None = field(
         default=None, metadata={"help": "LoRA's alpha, which scales the adapter by alpha / rank; default: twice the rank"}
     )
     lora_target_modules: list[str] = field(
-        default_factory=list, metadata={"help": "names of the linear layers to adapt; default: all but the output layer"}
+        default_factory=list,
+        metadata={"help": "names of the linear layers to adapt; default: those that write to the residual stream (o_proj, down_proj)"},
     )
     qlora: bool = field(default=False, metadata={"help": "keep the frozen weights in 4 bits; needs --lora_r, a GPU and the extra qlora"})
     min_rank: ClassVar[int] = 1
@@ -57,6 +58,20 @@ class AdapterArguments:
         )
         return {"device": device, "quantization": four_bits}
 
+    def target_modules(self, model: PreTrainedModel) -> list[str]:
+        """The last components of the names of the layers to adapt. Raises UsageError for layers that ``model`` does not have."""
+        allowed = _linear_names(model)
+        if not allowed:
+            raise UsageError(f"{model.name_or_path} has no torch.nn.Linear layers, which adapters need (GPT-2's are Conv1D)")
+        unknown = sorted(set(self.lora_target_modules) - set(allowed))
+        if unknown:
+            got = ", ".join(unknown)
+            raise UsageError(f"lora_target_modules: {model.name_or_path} has no {got}; choose from {', '.join(allowed)}")
+        return self.lora_target_modules or self._default_modules(model) or allowed
+
+    def _default_modules(self, model: PreTrainedModel) -> list[str]:
+        return _residual_names(model)
+
     @property
     def merged(self) -> bool:
         """Whether the result is a plain checkpoint with the adapter merged into its weights."""
@@ -72,6 +87,9 @@ class LoraArguments(AdapterArguments):
     """Options of LoRA in place of training all weights. Raises UsageError as :class:`AdapterArguments` does."""
 
     lora_r: int = field(default=0, metadata={"help": "rank of the LoRA adapter (needs the extra lora); 0 trains all weights"})
+    lora_target_modules: list[str] = field(
+        default_factory=list, metadata={"help": "names of the linear layers to adapt; default: all but the output layer"}
+    )
     merge_lora: bool = field(
         default=True, metadata={"help": "merge the adapter into a plain checkpoint at the end; otherwise save the adapter alone"}
     )
@@ -81,6 +99,9 @@ class LoraArguments(AdapterArguments):
         if not self.lora_r and (self.qlora or self.lora_alpha is not None or self.lora_target_modules or not self.merge_lora):
             raise UsageError("qlora, lora_alpha, lora_target_modules and merge_lora need lora_r >= 1, the rank of the adapter")
         super().__post_init__()
+
+    def _default_modules(self, model: PreTrainedModel) -> list[str]:
+        return _linear_names(model)
 
     @property
     def merged(self) -> bool:
@@ -96,19 +117,13 @@ def add_adapter(model: PreTrainedModel, lora: AdapterArguments, seed: int) -> An
         return model
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    allowed = _linear_names(model)
-    if not allowed:
-        raise UsageError(f"{model.name_or_path} has no torch.nn.Linear layers, which adapters need (GPT-2's are Conv1D)")
-    unknown = sorted(set(lora.lora_target_modules) - set(allowed))
-    if unknown:
-        got = ", ".join(unknown)
-        raise UsageError(f"lora_target_modules: {model.name_or_path} has no {got}; choose from {', '.join(allowed)}")
+    modules = lora.target_modules(model)
     if lora.qlora:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha or 2 * lora.lora_r,
-        target_modules=lora.lora_target_modules or allowed,
+        target_modules=modules,
         task_type="CAUSAL_LM",
     )
     set_seed(seed)
@@ -156,6 +171,16 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
     layers = model.named_modules()
     return sorted({name.split(".")[-1] for name, layer in layers if isinstance(layer, torch.nn.Linear) and layer is not head})
+
+
+def _residual_names(model: PreTrainedModel) -> list[str]:
+    """Those of the layers whose output is added to the residual stream: the last of each attention and each MLP."""
+    width = model.config.get_text_config().hidden_size
+    found: set[str] = set()
+    for part in model.modules():
+        layers = part.named_children()
+        found.update([name for name, layer in layers if isinstance(layer, torch.nn.Linear) and layer.out_features == width][-1:])
+    return sorted(found & set(_linear_names(model)))
 
 
 def _require(package: str, option: str, extra: str) -> None:

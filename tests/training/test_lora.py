@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import save_tiny_checkpoint, tiny_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from cllm.errors import UsageError
 from cllm.models import load_model, read_record, write_record
-from cllm.training.lora import LoraArguments, add_adapter, merge_saved_adapter
+from cllm.training.lora import AdapterArguments, LoraArguments, add_adapter, current_adapter, merge_saved_adapter
 
 pytest.importorskip("peft")
 IDS = torch.arange(3, 20)[None]
@@ -21,6 +21,37 @@ def test_only_the_adapter_is_trained_and_the_output_layer_has_none() -> None:
     assert len(learned) == 3 * 7 * 2 and all("lora_" in name and "lm_head" not in name for name in learned)
     one = add_adapter(tiny_model(), LoraArguments(lora_r=2, lora_target_modules=["q_proj"]), seed=0)
     assert sum(weight.requires_grad for weight in one.parameters()) == 3 * 2
+
+
+OTHERS = {
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64},
+    "gpt_neox": {"intermediate_size": 64},
+    "phi3": {"intermediate_size": 64, "num_key_value_heads": 2, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize(
+    "kind, modules",
+    [
+        ("llama", ["down_proj", "o_proj"]),
+        ("gemma3", ["down_proj", "o_proj"]),
+        ("mixtral", ["o_proj"]),
+        ("opt", ["fc2", "out_proj"]),
+        ("gpt_neox", ["dense", "dense_4h_to_h"]),
+        ("phi3", ["down_proj", "o_proj"]),
+    ],
+)
+def test_a_consistency_adapter_is_on_what_writes_to_the_residual_stream(kind: str, modules: list[str]) -> None:
+    if kind in OTHERS:
+        sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **OTHERS[kind]))
+    else:
+        model = tiny_model(kind)
+    assert AdapterArguments().target_modules(model) == modules
+    adapted = current_adapter(add_adapter(model, AdapterArguments(lora_r=2), seed=0))
+    width = model.config.hidden_size
+    assert {len(up) for up in adapted.up.values()} == {width}
+    assert len(adapted.up) == len(modules) * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("tied", [False, True])
