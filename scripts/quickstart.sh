@@ -18,7 +18,7 @@ case "$*" in
 esac
 use_environment requirements.txt
 
-BLOCK=8 LENGTH=80 QUESTIONS=640 TEST=32
+BLOCK=8 LENGTH=80 QUESTIONS=576 TEST=32
 out=quickstart
 mkdir -p "$out"
 : > "$out/seconds.txt"
@@ -37,13 +37,13 @@ measure() { # RESULT FLAGS...
     > "${result%.json}.txt"
 }
 
-training=(--train_sampling_strategy group_by_length --logging_steps 8 --save_strategy no --use_cpu --report_to none)
-mixed=() dtype=()
-if grep -q avx512_bf16 /proc/cpuinfo 2> /dev/null; then # instructions for bfloat16 speed up training
-  mixed=(--bf16)
+training=(--attn_implementation eager --train_sampling_strategy group_by_length --logging_steps 8 --save_strategy no --use_cpu --report_to none)
+mixed=() frozen=() dtype=()
+if grep -qE "avx512_bf16|amx_bf16" /proc/cpuinfo 2> /dev/null; then # instructions for bfloat16 speed up training and large batches
+  mixed=(--bf16) frozen=(--dtype bfloat16)
 fi
 if grep -q amx_bf16 /proc/cpuinfo 2> /dev/null; then # and matrix units for it also speed up wide windows
-  mixed=(--bf16) dtype=(--dtype bfloat16)
+  dtype=(--dtype bfloat16)
 fi
 
 get_model() { model=$(python scripts/small_model.py); }
@@ -51,17 +51,17 @@ stage model "fetching the small model (once; kept in the user's cache)" get_mode
 stage questions "writing two databases, $QUESTIONS training questions and $TEST held-out ones" \
   python scripts/sql_questions.py "$out/data" "$QUESTIONS" "$TEST"
 stage target "fine-tuning the small model on their answers, which makes the target model" \
-  cllm sft --model "$model" --task spider --filename "$out/data" --data_size $QUESTIONS --output_dir "$out/target" \
+  cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" \
   --num_train_epochs 1 --per_device_train_batch_size 4 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 \
   "${training[@]}" "${mixed[@]}"
 collect() { # OUTPUT FLAGS...
   cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$@" --no-resume \
-    --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 64 "${dtype[@]}"
+    --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 64 "${frozen[@]}"
 }
 stage collect "collecting the target model's own responses" collect "$out/responses" --responses_only
 stage train "training the consistency adapter" \
   bash cllm/train_cllm.sh "$out/target" "$out/responses" "$out/cllm" $BLOCK --lossless \
-  --num_train_epochs 1 --per_device_train_batch_size 2 --attn_implementation eager "${training[@]}" "${mixed[@]}" "${dtype[@]}"
+  --num_train_epochs 1 --per_device_train_batch_size 2 "${training[@]}" "${mixed[@]}" "${frozen[@]}"
 stage tune "finding the fastest window on this machine, on training questions" \
   cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
   --widths 6 8 --drafts 9 --output "$out/tune.json" --save "${dtype[@]}"

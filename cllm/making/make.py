@@ -48,7 +48,7 @@ from cllm.models import (
     weights_stamp,
 )
 from cllm.options import Dtype
-from cllm.processor import has_amx, has_bfloat16_products
+from cllm.processor import has_bfloat16_products
 from cllm.prompts import PLAIN, PromptTemplate, choose_template
 from cllm.serving.contents import contents
 from cllm.serving.export import CARD, Skeleton, copy_file
@@ -366,7 +366,7 @@ class Making:
             gradient_accumulation_steps=self._examples // at_once,
             logging_steps=8,
             report_to="none",
-            bf16=self.device != "cpu" or has_bfloat16_products(),
+            bf16=self._bfloat16,
             use_cpu=self.device == "cpu",
             disable_tqdm=False,
             **more,
@@ -387,9 +387,14 @@ class Making:
         }
 
     @property
+    def _bfloat16(self) -> bool:
+        """Whether training and large batches are faster in bfloat16 on this device."""
+        return self.device != "cpu" or has_bfloat16_products()
+
+    @property
     def _frozen(self) -> Dtype | None:
         """The precision of the target model's weights where it writes responses and is trained for."""
-        return self.options.dtype or ("bfloat16" if self.device != "cpu" or has_amx() else None)
+        return self.options.dtype or ("bfloat16" if self._bfloat16 else None)
 
     def _figures(self, report: dict[str, Any], reason: str | None) -> dict[str, Any]:
         found, settings = report["methods"][JACOBI], report["settings"]
