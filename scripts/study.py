@@ -173,9 +173,12 @@ class Study:
 
     def objective(self, flags: Sequence[str]) -> dict[str, Any]:
         """What such a run is trained on, whether its flags say so or are silent: a default may change."""
-        _, args, _ = arguments([*self.inputs, "--output_dir", str(self.folder), *flags], "study.py")
-        fields = LOSSLESS_OBJECTIVE if isinstance(args, LosslessTrainingArguments) else OBJECTIVE_FIELDS
-        return {name: getattr(args, name) for name in fields}
+        _, args, parts = arguments([*self.inputs, "--output_dir", str(self.folder), *flags], "study.py")
+        if not isinstance(args, LosslessTrainingArguments):
+            return {name: getattr(args, name) for name in OBJECTIVE_FIELDS}
+        lora = parts["lora"]
+        adapter = {"lora_r": lora.lora_r, "lora_target_modules": lora.target_modules(self.target)}
+        return adapter | {name: getattr(args, name) for name in LOSSLESS_OBJECTIVE}
 
     def measure_target(self) -> dict[str, Any]:
         return {"prompts": self.measure(self.target, self.settings.get("guess", DEFAULT_GUESS))}
