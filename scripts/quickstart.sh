@@ -2,7 +2,7 @@
 # The whole chain on a small real model, on a CPU. SmolLM2-135M-Instruct first learns to answer questions about two small SQLite
 # databases, which makes it the target model. Then a consistency adapter learns to draft for it, so that it decodes several
 # tokens per forward pass and still writes its own text, token for token.
-# Takes 13 to 25 minutes on two cores, --paper about 18 more, and about 7 GB of memory (--paper 9).
+# Takes 12 to 25 minutes on two cores, --paper about 18 more, and about 7 GB of memory (--paper 9).
 #
 #   bash scripts/quickstart.sh            # results in quickstart/
 #   bash scripts/quickstart.sh --paper    # also train all weights on Jacobi trajectories, as in the paper

@@ -1,7 +1,7 @@
 """An animated picture of AR and Jacobi decoding side by side, from a prompt that `cllm speedup` measured at batch size 1.
 
-python scripts/race_picture.py docs/results/quickstart/cllm.json --prompt spider-test-23 --tokenizer quickstart/target \\
-    --question "Which travel products did Max order?" \\
+python scripts/race_picture.py docs/results/quickstart/cllm.json --prompt spider-test-21 --tokenizer quickstart/target \\
+    --question "How many orders of pet products came from London?" \\
     --title "SmolLM2-135M on two CPU cores" --output docs/images/race.svg
 
 The times of the prefill and of the whole response are the measured ones; the forwards after the prefill are spaced evenly. A

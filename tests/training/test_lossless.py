@@ -259,7 +259,7 @@ def test_probes_measure_the_target_with_the_current_adapter() -> None:
     check(base)
     adapter = current_adapter(model)
     assert seen[1] is None and attached(base) is None
-    assert all(torch.equal(seen[0].up[name], up) for name, up in adapter.up.items()) and len(adapter.up) == 3 * 7
+    assert all(torch.equal(seen[0].up[name], up) for name, up in adapter.up.items()) and len(adapter.up) == 3 * 2
     assert learned(model).numel() == adapter.parameters
 
 
