@@ -23,7 +23,7 @@ def has_amx() -> bool:
 
 
 def has_bfloat16_products() -> bool:
-    """Whether there are instructions that multiply bfloat16, with or without matrix units; mixed precision trains faster with them."""
+    """Whether the CPU has instructions that multiply bfloat16 numbers, which make mixed-precision training faster."""
     return has_amx() or "avx512_bf16" in _field("flags").split()
 
 

@@ -174,7 +174,7 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def _residual_names(model: PreTrainedModel) -> list[str]:
-    """Those of the layers whose output is added to the residual stream: the last of each attention and each MLP."""
+    """As :func:`_linear_names`, for layers that write to the residual stream: the last of each attention block and each MLP."""
     width = model.config.get_text_config().hidden_size
     found: set[str] = set()
     for part in model.modules():
