@@ -85,7 +85,7 @@ class Sizes:
     drafts: tuple[int, ...]
 
 
-CPU = Sizes(batch=4, collected=16, widths=(4, 6, 8), drafts=(3, 7, 11))
+CPU = Sizes(batch=2, collected=16, widths=(4, 6, 8), drafts=(3, 7, 11))
 GPU = Sizes(batch=32, collected=128, widths=(8, 12, 16), drafts=(11, 15, 23))
 
 

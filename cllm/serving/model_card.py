@@ -39,7 +39,6 @@ ADAPTER_RECIPE = {
     "block_size": "largest block",
     "responses": "responses trained on",
     "guess": "starting guesses",
-    "divergence": "consistency loss against the target's distribution",
     "states_per_block": "cuts of each response per epoch",
     "distance_decay": "distance decay",
 }

@@ -34,7 +34,7 @@ NO_CHECKPOINTING = (  # the reason in error messages
     "it would forward blocks a second time without the cached clean text; leave it out, since only the blocks' activations "
     "are stored anyway"
 )
-LOSSLESS_OBJECTIVE = ("divergence", "states_per_block", "distance_decay")
+LOSSLESS_OBJECTIVE = ("states_per_block", "distance_decay")
 
 
 @dataclass
@@ -45,13 +45,6 @@ class ConsistencyArguments(TrainingArguments):
         default=1, metadata={"help": "states drawn from each trajectory per epoch; they share the cost of the clean text"}
     )
     distance_decay: float = field(default=0.5, metadata={"help": "a token d places after the first wrong guess weighs distance_decay**d"})
-    divergence: str = field(
-        default="forward_kl",
-        metadata={
-            "help": "divergence of the consistency term: forward_kl (the paper), reverse_kl, hard (cross-entropy on the "
-            "teacher's likeliest token) or total_variation"
-        },
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -75,6 +68,13 @@ class CllmTrainingArguments(ConsistencyArguments):
     consistency: str = field(
         default="global",
         metadata={"help": "what a state learns to predict: global, the fixed point; local, the next state (paper, section 3.2)"},
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "divergence of the consistency term: forward_kl (the paper), reverse_kl, or hard (cross-entropy on the "
+            "teacher's likeliest token)"
+        },
     )
     teacher: str = field(
         default="target",

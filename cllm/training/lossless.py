@@ -24,7 +24,7 @@ from cllm.training.drafts import CLEAN_TEXT
 from cllm.training.examples import batch_layout
 from cllm.training.head import LanguageHead
 from cllm.training.lora import has_adapter
-from cllm.training.objective import DIVERGENCES, distillation_sum
+from cllm.training.objective import distillation_sum
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class LosslessTrainer(TokenMeanTrainer):
     """Trains an adapter, enabled on blocks only, to predict the target's own distribution on the clean text.
 
     The target (the model with its adapter disabled) reads the clean text once, without gradients; then one forward carries
-    all blocks over its keys and values. The loss is the consistency term (paper, equation 1) strictly after the first wrong
-    guess; a token d places after it weighs ``distance_decay**d``.
+    all blocks over its keys and values. The loss is the consistency term (paper, equation 1) with forward KL, strictly after
+    the first wrong guess; a token d places after it weighs ``distance_decay**d``.
 
     Raises ValueError for a model without an adapter, UsageError for activation checkpointing under FSDP.
     """
@@ -74,8 +74,7 @@ class LosslessTrainer(TokenMeanTrainer):
             hidden_at(text.hidden_GLH, batch["teacher"]),
             head,
             self._weight(batch),
-            DIVERGENCES[self.args.divergence],
-            batch["teacher_row"],
+            teacher_row_M=batch["teacher_row"],
         )
         return loss[None]
 

@@ -52,19 +52,10 @@ def hard_targets(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Te
     return cross_entropy(student_MV, teacher_MV.argmax(dim=-1), reduction="none")
 
 
-def total_variation(teacher_MV: torch.Tensor, student_MV: torch.Tensor) -> torch.Tensor:
-    """Total variation distance of logits [M, V], per token [M], 0 .. 1: half the L1 distance between the distributions.
-
-    It is the probability that speculative sampling rejects the student's draw.
-    """
-    return (teacher_MV.detach().softmax(dim=-1) - student_MV.softmax(dim=-1)).abs().sum(dim=-1) / 2
-
-
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": kl_divergence,
     "reverse_kl": reverse_kl,
     "hard": hard_targets,
-    "total_variation": total_variation,
 }
 
 

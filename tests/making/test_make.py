@@ -114,18 +114,18 @@ def test_out_of_memory_fewer_examples_are_trained_on_at_once(
 
     def scarce(*parts, **options):
         size, accumulation = parts[-1].per_device_train_batch_size, parts[-1].gradient_accumulation_steps
-        if size > 2:
+        if size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         steps.add((size, accumulation))
         return build(*parts, **options)
 
     for module in ("cllm.making.make", "cllm.training.build"):
         monkeypatch.setattr(f"{module}.build_trainer", scarce)
-    assert run(target, prompts, tmp_path / "out")["plan"]["at_once"] == 2 and steps == {(2, 2)}
+    assert run(target, prompts, tmp_path / "out")["plan"]["at_once"] == 1 and steps == {(1, 2)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_a_random_moment_it_ends_with_the_same_files(
     made: Path, target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

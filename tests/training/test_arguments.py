@@ -9,7 +9,7 @@ from cllm.training.arguments import CllmTrainingArguments
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"divergence": "kl"}, "divergence must be one of forward_kl, reverse_kl, hard, total_variation, got 'kl'"),
+        ({"divergence": "kl"}, "divergence must be one of forward_kl, reverse_kl, hard, got 'kl'"),
         ({"state_choice": "last"}, "state_choice must be one of uniform, noise, got 'last'"),
         ({"use_gt_labels": True, "ar_loss": "fixed_point"}, "means ar_loss labels, got ar_loss fixed_point"),
         ({"label_smoothing_factor": 0.1}, "ar_loss must be fixed_point or labels, got target"),
