@@ -31,26 +31,24 @@ class Column:
 
 
 def main(folder: Path) -> None:
-    lossless = _read(folder / "cllm/make/speedup.json")
-    score = _read(folder / "answers.accuracy.json")["summary"]["scores"]["execution_accuracy"]["mean"]
-    paper = _read(folder / "paper.json") if (folder / "paper.json").exists() else None
+    lossless = json.loads((folder / "cllm.json").read_text())
+    paper = json.loads((folder / "paper.json").read_text()) if (folder / "paper.json").exists() else None
     print()
-    print(table(columns(lossless, score, paper), lossless["data"]["prompts"]))
+    print(table(lossless, paper))
     where = lossless["environment"]
     print(f"in {lossless['settings']['dtype']} on {where['device_name']}, {where['threads']} threads")
-    stages = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
-    print(f"\nseconds per stage: {_listed(stages)}")
-    print(f"those of make: {_listed(_read(folder / 'cllm/make.json')['seconds'])}")
+    seconds = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
+    print("\nseconds per stage: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     picture = folder / "accepted.png"
     draw(lossless, paper, picture)
     print(f"picture of accepted tokens: {picture}")
-    print(f"details: {folder}/cllm/README.md and report.html beside it; to chat: bash scripts/chat.sh {folder}/cllm spider\n")
+    print(f"details: {folder}/cllm.txt, {folder}/tune.json; to chat: bash scripts/chat.sh {folder}/cllm spider\n")
     print(FULL_SIZE)
 
 
-def columns(lossless: dict, score: float, paper: dict | None) -> list[Column]:
+def columns(lossless: dict, paper: dict | None) -> list[Column]:
     """The columns of the table: the target model by AR decoding, the CLLM, and the model with all weights trained, if any."""
-    methods = lossless["methods"]
+    methods, score = lossless["methods"], lossless["quality"]["jacobi"]["score"]
     found = [
         Column("target model", methods["ar"], score, 1.0),
         Column("CLLM", methods["jacobi"], score, methods["jacobi"]["same_as_ar"]),
@@ -61,7 +59,8 @@ def columns(lossless: dict, score: float, paper: dict | None) -> list[Column]:
     return found
 
 
-def table(shown: list[Column], prompts: int) -> str:
+def table(lossless: dict, paper: dict | None) -> str:
+    shown = columns(lossless, paper)
     rows = [
         ("tokens per forward", *(tpf(column.method) for column in shown)),
         ("tokens/s", *(number(column.method["tokens_per_second"], 1) for column in shown)),
@@ -69,7 +68,7 @@ def table(shown: list[Column], prompts: int) -> str:
         ("execution accuracy", *(percent(column.score) for column in shown)),
         ("text equals the target's", *(percent(column.same_text) for column in shown)),
     ]
-    return format_table((f"{prompts} held-out questions", *(column.title for column in shown)), rows)
+    return format_table((f"{lossless['data']['prompts']} held-out questions", *(column.title for column in shown)), rows)
 
 
 def tpf(jacobi: dict) -> str:
@@ -104,15 +103,6 @@ def progress(axes: Any, accepted: dict[str, list[list[int]]]) -> None:
     axes.plot([0, longest], [0, longest], "k--", linewidth=1, label="AR decoding: one token a forward")
     axes.set(xlabel="forward passes", ylabel="tokens accepted")
     axes.legend()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
-
-
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 if __name__ == "__main__":

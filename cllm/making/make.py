@@ -67,7 +67,8 @@ WORK = "make"  # the folder in OUTPUT with all intermediate files
 FIGURES = "make.json"
 REPORT = "report.html"  # where matplotlib is installed
 LEAST = LEAST_PROMPTS + LEAST_HELD_OUT  # prompts
-EPOCH_STEPS = 20  # an epoch has fewer only if its steps have the fewest examples
+EPOCH_STEPS = 20  # an epoch has fewer only if its steps have LEAST_BATCH examples
+LEAST_BATCH = 4  # examples in a training step of a GPU
 SAMPLE_STEPS = 4  # training steps that are timed for the plan
 SAMPLE_TOKENS = 32  # of a response that AR decoding is timed on
 CHECKPOINTS = 0.1  # share of the training steps between two
@@ -316,9 +317,9 @@ class Making:
     @property
     def _examples(self) -> int:
         """Examples of a training step, per process. Several processes take the fewest, since one of them cannot shrink alone."""
-        most = self.sizes.batch if self.processes == 1 else CPU.batch
+        most = self.sizes.batch if self.processes == 1 else min(self.sizes.batch, LEAST_BATCH)
         prompts: int = self._facts()["prompts"]
-        return min(most, max(CPU.batch, prompts // EPOCH_STEPS))
+        return min(most, max(LEAST_BATCH, prompts // EPOCH_STEPS))
 
     def _timed_token(self, prompt: list[int]) -> float:
         """Seconds of a token by AR decoding of a prompt alone, its prefill included."""

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from cllm.errors import UsageError
 
 EPOCHS = 10  # at most
-STEPS = 250  # of training in all epochs, where time is unlimited
+STEPS = 400  # of training in all epochs, where time is unlimited
 MARGIN = 0.9  # share of the remaining time that is planned
 MEASURING_SHARE = 0.2  # share of the spare time that is spent on measuring with held-out prompts
 TUNING_PROMPTS, TUNING_RESPONSES = 8, 40  # prompts, and the responses that `tune` decodes for them with all its choices together

@@ -484,6 +484,7 @@ def test_what_lossless_training_refuses(model_dir: Path, collected: Path, run, t
 
     assert "unrecognized arguments: --ar_weight" in message("--ar_weight=1")
     assert "unrecognized arguments: --on_collapse" in message("--on_collapse=stop")
+    assert "unrecognized arguments: --divergence" in message("--divergence=hard")
     assert "lora_r must be >= 1, got 0" in message("--lora_r=0")
     assert "gradient_checkpointing is on" in message("--gradient_checkpointing")
     again = message("--use_cpu", model=run(**LOSSLESS))

@@ -31,8 +31,8 @@ def test_responses_that_take_long_are_learned_from_more_often() -> None:
 
 
 def test_without_a_limit_all_prompts_are_taken_and_few_more_often() -> None:
-    epochs = [make_plan(COSTS, count, 64, None).epochs for count in (16, 200, 333, 5000)]
-    assert epochs == [EPOCHS, 5, 3, 1]
+    epochs = [make_plan(COSTS, count, 64, None).epochs for count in (16, 200, 533, 5000)]
+    assert epochs == [EPOCHS, 8, 3, 1]
     assert make_plan(COSTS, 5000, 64, None).prompts == 5000 and make_plan(COSTS, 5000, 64, None).held_out == 64
 
 
