@@ -67,8 +67,7 @@ WORK = "make"  # the folder in OUTPUT with all intermediate files
 FIGURES = "make.json"
 REPORT = "report.html"  # where matplotlib is installed
 LEAST = LEAST_PROMPTS + LEAST_HELD_OUT  # prompts
-EPOCH_STEPS = 20  # an epoch has fewer only if its steps have LEAST_BATCH examples
-LEAST_BATCH = 4  # examples in a training step of a GPU
+EPOCH_STEPS = 20  # an epoch has fewer only if its steps have the fewest examples
 SAMPLE_STEPS = 4  # training steps that are timed for the plan
 SAMPLE_TOKENS = 32  # of a response that AR decoding is timed on
 CHECKPOINTS = 0.1  # share of the training steps between two
@@ -81,13 +80,14 @@ class Sizes:
     """What suits a kind of device."""
 
     batch: int  # examples in a training step
+    least: int  # of them, where there are few prompts
     collected: int  # prompts that are answered together; so many are timed for the plan
     widths: tuple[int, ...]  # candidates, and those for drafts
     drafts: tuple[int, ...]
 
 
-CPU = Sizes(batch=2, collected=16, widths=(4, 6, 8), drafts=(3, 7, 11))
-GPU = Sizes(batch=32, collected=128, widths=(8, 12, 16), drafts=(11, 15, 23))
+CPU = Sizes(batch=2, least=2, collected=16, widths=(4, 6, 8), drafts=(3, 7, 11))
+GPU = Sizes(batch=32, least=4, collected=128, widths=(8, 12, 16), drafts=(11, 15, 23))
 
 
 def make(model: str, prompts: StrPath | Sequence[StrPath], output: StrPath, **options: Any) -> dict[str, Any]:
@@ -317,9 +317,9 @@ class Making:
     @property
     def _examples(self) -> int:
         """Examples of a training step, per process. Several processes take the fewest, since one of them cannot shrink alone."""
-        most = self.sizes.batch if self.processes == 1 else min(self.sizes.batch, LEAST_BATCH)
+        most = self.sizes.batch if self.processes == 1 else self.sizes.least
         prompts: int = self._facts()["prompts"]
-        return min(most, max(LEAST_BATCH, prompts // EPOCH_STEPS))
+        return min(most, max(self.sizes.least, prompts // EPOCH_STEPS))
 
     def _timed_token(self, prompt: list[int]) -> float:
         """Seconds of a token by AR decoding of a prompt alone, its prefill included."""
