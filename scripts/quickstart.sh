@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole chain on a small real model, on a CPU. SmolLM2-135M-Instruct first learns to answer questions about two small SQLite
-# databases, which makes it the target model. Then a consistency adapter learns to draft for it, so that it decodes several
+# databases, which makes it the target model. Then `cllm make` trains a consistency adapter for it, so that it decodes several
 # tokens per forward pass and still writes its own text, token for token.
 # Takes 12 to 25 minutes on two cores, --paper about 18 more, and about 7 GB of memory (--paper 9).
 #
 #   bash scripts/quickstart.sh            # results in quickstart/
 #   bash scripts/quickstart.sh --paper    # also train all weights on Jacobi trajectories, as in the paper
 #
-# The full-size recipe uses the same commands with GSM8K, a 7B target and 8 GPUs; the end of the output shows it.
+# The end of the output shows the commands for GSM8K and a 7B target.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "$0")/environment.sh"
@@ -30,13 +30,6 @@ stage() { # NAME TEXT COMMAND...
   timed "$out/seconds.txt" "$@"
 }
 
-measure() { # RESULT FLAGS...
-  local result=$1
-  shift
-  cllm speedup --task spider --filename "$out/data" --max_new_seq_len $LENGTH --output "$result" "${dtype[@]}" "$@" \
-    > "${result%.json}.txt"
-}
-
 training=(--attn_implementation eager --train_sampling_strategy group_by_length --logging_steps 8 --save_strategy no --use_cpu --report_to none)
 mixed=() frozen=() dtype=()
 if grep -qE "avx512_bf16|amx_bf16" /proc/cpuinfo 2> /dev/null; then # instructions for bfloat16 speed up training and large batches
@@ -54,27 +47,20 @@ stage target "fine-tuning the small model on their answers, which makes the targ
   cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" \
   --num_train_epochs 1 --per_device_train_batch_size 4 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 \
   "${training[@]}" "${mixed[@]}"
-collect() { # OUTPUT FLAGS...
-  cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$@" --no-resume \
-    --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 64 "${frozen[@]}"
-}
-stage collect "collecting the target model's own responses" collect "$out/responses" --responses_only
-stage train "training the consistency adapter" \
-  bash cllm/train_cllm.sh "$out/target" "$out/responses" "$out/cllm" $BLOCK --lossless \
-  --num_train_epochs 1 --per_device_train_batch_size 2 "${training[@]}" "${mixed[@]}" "${frozen[@]}"
-stage tune "finding the fastest window on this machine, on training questions" \
-  cllm tune --model "$out/cllm" --task spider --filename "$out/data/train_spider.json" --data_size 8 --max_new_seq_len $LENGTH \
-  --widths 6 8 --drafts 9 --output "$out/tune.json" --save "${dtype[@]}"
-stage measure "measuring target model and CLLM on the held-out questions" \
-  measure "$out/cllm.json" --test_model "$out/cllm"
+rm -rf "$out/cllm" # an earlier run's; make would resume it
+stage make "speeding it up: its own responses, a consistency adapter, the fastest window, and a measurement on the held-out questions" \
+  cllm make "$out/target" "spider:$out/data" "$out/cllm" --held_out "spider:$out/data" --max_new_seq_len $LENGTH --device cpu "${dtype[@]}"
 if [ "$paper" ]; then
-  stage collect_states "as in the paper: collecting the Jacobi trajectories of the responses" collect "$out/trajectories"
-  stage train_all "training all weights on them" \
+  stage collect "as in the paper: collecting the Jacobi trajectories of the target model's responses" \
+    cllm collect --task spider --model "$out/target" --filename "$out/data" --output "$out/trajectories" --no-resume \
+    --max_new_tokens $BLOCK --max_new_seq_len $LENGTH --batch_size 64 --device cpu "${frozen[@]}"
+  stage train "training all weights on them" \
     bash cllm/train_cllm.sh "$out/target" "$out/trajectories" "$out/paper" $BLOCK --num_train_epochs 1 \
     --per_device_train_batch_size 4 --learning_rate 1.5e-4 --adam_beta2 0.95 --states_per_block 2 --lr_scheduler_type cosine \
     --warmup_steps 0.05 "${training[@]}" "${mixed[@]}"
-  stage measure_all "measuring the result on the same questions" \
-    measure "$out/paper.json" --test_model "$out/paper" --target_model "$out/target"
+  stage measure "measuring the result on the same questions" \
+    cllm speedup --task spider --filename "$out/data" --max_new_seq_len $LENGTH --test_model "$out/paper" \
+    --target_model "$out/target" --output "$out/paper.json" --device cpu "${dtype[@]}"
 else
   rm -f "$out/paper.json"
 fi

@@ -11,13 +11,13 @@ from typing import Any
 
 from cllm.evaluation import plot
 from cllm.evaluation.table import format_table, number, percent, with_interval
+from cllm.tasks.configure import configured_task
+from cllm.tasks.source import load_examples
 
-FULL_SIZE = """The full-size recipe (the paper's GSM8K with Abel-7B, which is already a target model, on 8 GPUs; not run by this script):
-  cd data && accelerate launch generate_trajectory_gsm8k.py --model GAIR/Abel-7B-001 --max_new_tokens 8 --max_new_seq_len 512 \\
-      --responses_only
-  cd ../cllm && NUM_PROCESSES=8 bash train_cllm.sh GAIR/Abel-7B-001 ../data/collected_jacobi_trajectory/FOLDER OUTPUT 8 \\
-      --lossless --bf16
-  cd ../eval/gsm8k && python speedup.py --test_model OUTPUT && python acc.py --model_dir OUTPUT --use_consistency_decoding"""
+FULL_SIZE = """At full size, with a 7B target that has learned GSM8K (not run by this script):
+  cllm make GAIR/Abel-7B-001 gsm8k abel-cllm --held_out gsm8k --max_new_seq_len 512
+  cllm acc --task gsm8k --model_dir abel-cllm --use_consistency_decoding
+As in the paper, with all weights trained: bash scripts/recipes/gsm8k_7b.sh"""
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,35 @@ class Column:
 
 
 def main(folder: Path) -> None:
-    lossless = json.loads((folder / "cllm.json").read_text())
-    paper = json.loads((folder / "paper.json").read_text()) if (folder / "paper.json").exists() else None
+    made, lossless = _read(folder / "cllm/make.json"), _read(folder / "cllm/make/speedup.json")
+    paper = _read(folder / "paper.json") if (folder / "paper.json").exists() else None
     print()
-    print(table(lossless, paper))
+    print(table(columns(lossless, execution_accuracy(lossless, folder / "data"), paper), lossless["data"]["prompts"]))
     where = lossless["environment"]
     print(f"in {lossless['settings']['dtype']} on {where['device_name']}, {where['threads']} threads")
-    seconds = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
-    print("\nseconds per stage: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
+    if made["reason"]:
+        print(f"{made['reason']}; width 1, which is AR decoding, is stored")
+    stages = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
+    print(f"\nseconds per stage: {_listed(stages)}")
+    print(f"those of make: {_listed(made['seconds'])}")
     picture = folder / "accepted.png"
     draw(lossless, paper, picture)
     print(f"picture of accepted tokens: {picture}")
-    print(f"details: {folder}/cllm.txt, {folder}/tune.json; to chat: bash scripts/chat.sh {folder}/cllm spider\n")
+    print(f"details: {folder}/cllm/README.md and {folder}/cllm/report.html; to chat: bash scripts/chat.sh {folder}/cllm spider\n")
     print(FULL_SIZE)
 
 
-def columns(lossless: dict, paper: dict | None) -> list[Column]:
+def execution_accuracy(measured: dict, data: Path) -> float:
+    """Share of the measured texts that are right; ``data``: the folder with the questions that they answer, in the same order."""
+    task = configured_task("spider", "speedup", filename=str(data))
+    texts = [prompt["responses"]["jacobi"] for prompt in measured["prompts"]]
+    scores = task.score_all(list(zip(texts, load_examples(task, data, "test"), strict=True)))
+    return sum(each[task.metric] for each in scores) / len(scores)
+
+
+def columns(lossless: dict, score: float, paper: dict | None) -> list[Column]:
     """The columns of the table: the target model by AR decoding, the CLLM, and the model with all weights trained, if any."""
-    methods, score = lossless["methods"], lossless["quality"]["jacobi"]["score"]
+    methods = lossless["methods"]
     found = [
         Column("target model", methods["ar"], score, 1.0),
         Column("CLLM", methods["jacobi"], score, methods["jacobi"]["same_as_ar"]),
@@ -59,8 +70,7 @@ def columns(lossless: dict, paper: dict | None) -> list[Column]:
     return found
 
 
-def table(lossless: dict, paper: dict | None) -> str:
-    shown = columns(lossless, paper)
+def table(shown: list[Column], prompts: int) -> str:
     rows = [
         ("tokens per forward", *(tpf(column.method) for column in shown)),
         ("tokens/s", *(number(column.method["tokens_per_second"], 1) for column in shown)),
@@ -68,7 +78,7 @@ def table(lossless: dict, paper: dict | None) -> str:
         ("execution accuracy", *(percent(column.score) for column in shown)),
         ("text equals the target's", *(percent(column.same_text) for column in shown)),
     ]
-    return format_table((f"{lossless['data']['prompts']} held-out questions", *(column.title for column in shown)), rows)
+    return format_table((f"{prompts} held-out questions", *(column.title for column in shown)), rows)
 
 
 def tpf(jacobi: dict) -> str:
@@ -103,6 +113,15 @@ def progress(axes: Any, accepted: dict[str, list[list[int]]]) -> None:
     axes.plot([0, longest], [0, longest], "k--", linewidth=1, label="AR decoding: one token a forward")
     axes.set(xlabel="forward passes", ylabel="tokens accepted")
     axes.legend()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 if __name__ == "__main__":

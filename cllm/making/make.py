@@ -81,12 +81,12 @@ class Sizes:
 
     batch: int  # examples in a training step
     least: int  # of them, where there are few prompts
-    collected: int  # prompts that are answered together; so many are timed for the plan
+    collected: int  # prompts that are answered together; the first of them are timed for the plan
     widths: tuple[int, ...]  # candidates, and those for drafts
     drafts: tuple[int, ...]
 
 
-CPU = Sizes(batch=2, least=2, collected=16, widths=(4, 6, 8), drafts=(3, 7, 11))
+CPU = Sizes(batch=2, least=2, collected=64, widths=(4, 6, 8), drafts=(3, 7, 11))
 GPU = Sizes(batch=32, least=4, collected=128, widths=(8, 12, 16), drafts=(11, 15, 23))
 
 
@@ -156,8 +156,8 @@ class Making:
         published = [options.output / name for name in (ADAPTER, ADAPTER_WEIGHTS, "config.json", CARD, FIGURES)]
         return [
             Stage("prompts", "reading the prompts", self._read_prompts, written, asked),
-            Stage("plan", "timing a few responses and training steps", self._plan, [self.planned], limits, together=True),
-            Stage("responses", "writing the model's responses", self._respond, [self.responses], together=True),
+            Stage("plan", "timing a few responses and training steps", self._plan, [self.planned, self.responses], limits, together=True),
+            Stage("responses", "writing the model's other responses", self._respond, [], together=True),
             Stage("adapter", "training the adapter", self._train, [self.adapter], together=True),
             Stage("tune", "finding the fastest window on this device", self._tune, [self.tuned]),
             Stage("measure", "measuring on the held-out prompts", self._measure, [self.measured]),
@@ -206,39 +206,38 @@ class Making:
         return template.text
 
     def _plan(self) -> None:
-        """Time a few responses, a few training steps and one response decoded alone, and make the plan from that."""
-        sample = self.work / "sample"
+        """Time the first responses, a few training steps and one response decoded alone, and make the plan from that."""
         if self.rank == 0:
-            response = self._timed_responses(sample)
+            seconds = self._timed_responses()
         self.wait()
-        step, at_once = self._timed_step(sample)
+        step, at_once = self._timed_step()
         if self.rank > 0:
             return
-        rows = list(read_rows(sample))
+        rows, facts = list(read_rows(self.responses)), self._facts()
         tokens = sum(len(row.response_ids) for row in rows) / len(rows)
+        asked = min(self.sizes.collected, facts["prompts"])
         costs = Costs(
-            response=response / self.processes,
+            response=seconds / (asked * self.processes),
             example=step / (min(self._examples, len(rows)) * self.processes),
             single=self._timed_token(rows[0].prompt_ids) * tokens,
             tokens=tokens,
-            spent=time.perf_counter() - self.started,
+            written=asked,
+            spent=time.perf_counter() - self.started - seconds,
             memory=peak_memory(),
             batch=self._examples * self.processes,
             at_once=at_once,
         )
-        shutil.rmtree(sample)
-        facts = self._facts()
         made = make_plan(costs, facts["prompts"], facts["held_out"], self.options.minutes)
         logger.info("the plan:\n%s", made)
         write_json(self.planned, made.as_dict())
 
     def _respond(self) -> None:
-        collect(self._collecting(self.responses, self.plan.prompts, resume=True)).check()
+        collect(self._collecting(self.plan.prompts, resume=True)).check()
 
     def _train(self) -> None:
         resuming = {"save_steps": CHECKPOINTS, "save_total_limit": 1, "resume_from_checkpoint": "True"}
         plan = self.plan
-        train(*self._training(self.responses, self.adapter, plan.at_once, num_train_epochs=plan.epochs, **resuming))
+        train(*self._training(plan.at_once, num_train_epochs=plan.epochs, **resuming))
         if self.rank == 0:
             add_to_record(self.adapter, {DATA: self._facts()["data"]})
 
@@ -278,37 +277,38 @@ class Making:
     def _facts(self) -> dict[str, Any]:
         return _read(self.facts)
 
-    def _timed_responses(self, folder: Path) -> float:
-        """Seconds per response of a few prompts answered together; the responses are stored in ``folder``."""
+    def _timed_responses(self) -> float:
+        """Write the first responses, all at once; returns the seconds that this took without loading the model."""
         task, count = get_task(OWN_PROMPTS), self.sizes.collected
-        examples = list(load_examples(task, self.learned_from, "train", count))
-        collector = make_collector(self._collecting(folder, count, resume=False), task)
+        examples = load_examples(task, self.learned_from, "train", count)
+        extent = examples.extent()
+        collector = make_collector(self._collecting(count, resume=False), task, extent.fingerprint if extent else None)
         own, seconds = collector.source.decoder if isinstance(collector.source, OwnEngine) else None, 0.0
         for _ in range(2 if own and own.runner.fixed else 1):  # where steps are captured, the first round captures them
             if own:
                 own.prefixes.clear()
-            with TrajectoryWriter(folder, collector.settings.as_dict(), resume=False) as writer:
+            with TrajectoryWriter(self.responses, collector.settings.as_dict(), resume=False) as writer:
                 start = time.perf_counter()
-                for _ in collector.run(examples, writer, batch_size=self.sizes.collected):
+                for _ in collector.run(list(examples), writer, batch_size=count):
                     pass
                 seconds = time.perf_counter() - start
-        return seconds / len(examples)
+        return seconds
 
-    def _timed_step(self, folder: Path) -> tuple[float, int]:
-        """Seconds of a training step of all processes together, on the responses in ``folder``, and how many of its examples fit
-        into memory at once."""
+    def _timed_step(self) -> tuple[float, int]:
+        """Seconds of a training step of all processes together, on the first responses, and how many of its examples fit into
+        memory at once."""
         at_once = self._examples
         while True:
             try:
-                return self._step_seconds(folder, at_once), at_once
+                return self._step_seconds(at_once), at_once
             except RuntimeError as error:
                 if not out_of_memory(error) or at_once == 1 or self.processes > 1:
                     raise
             at_once //= 2
             free_memory()
 
-    def _step_seconds(self, folder: Path, at_once: int) -> float:
-        trainer = build_trainer(*self._training(folder, folder / "adapter", at_once, max_steps=SAMPLE_STEPS, save_strategy="no"))
+    def _step_seconds(self, at_once: int) -> float:
+        trainer = build_trainer(*self._training(at_once, max_steps=SAMPLE_STEPS, save_strategy="no"))
         clock = StepClock()
         trainer.add_callback(clock)
         trainer.train()
@@ -333,12 +333,12 @@ class Making:
         (run,) = measure([Engine(JacobiDecoder(model, 1), AR, AR)], [[prompt]], length, context=context).runs[AR]
         return run.seconds / len(run.responses[0].token_ids)
 
-    def _collecting(self, folder: Path, count: int, resume: bool) -> CollectArguments:
+    def _collecting(self, count: int, resume: bool) -> CollectArguments:
         return CollectArguments(
             model=self.options.model,
             task=OWN_PROMPTS,
             filename=str(self.learned_from),
-            output=str(folder),
+            output=str(self.responses),
             responses_only=True,
             data_size=count,
             block_size=BLOCK,
@@ -353,16 +353,16 @@ class Making:
             **{each.name: getattr(self.options, each.name) for each in fields(SourceOptions)},
         )
 
-    def _training(self, responses: Path, folder: Path, at_once: int, **more: Any) -> tuple[TrainingInputs, LosslessTrainingArguments]:
+    def _training(self, at_once: int, **more: Any) -> tuple[TrainingInputs, LosslessTrainingArguments]:
         inputs = TrainingInputs(
             model=self.options.model,
-            trajectories=str(responses),
+            trajectories=str(self.responses),
             block_size=BLOCK,
             dtype=self._frozen or "float32",
             attn_implementation=self.options.attn_implementation,
         )
         args = LosslessTrainingArguments(
-            output_dir=str(folder),
+            output_dir=str(self.adapter),
             per_device_train_batch_size=at_once,
             gradient_accumulation_steps=self._examples // at_once,
             logging_steps=8,

@@ -31,7 +31,8 @@ class Costs:
     example: float  # of one training example in one epoch
     single: float  # of one response by AR decoding alone
     tokens: float  # of a response
-    spent: float  # until here
+    written: int  # responses that the sample left
+    spent: float  # until here, without these
     memory: int  # most bytes until here
     batch: int  # examples of a training step, of all processes
     at_once: int  # examples that fit into a process's memory at once
@@ -83,7 +84,7 @@ def make_plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) 
     epochs = min(math.ceil(costs.response / costs.example), EPOCHS)
     each, measured = costs.response + epochs * costs.example, 2 * costs.single
     left = MARGIN * 60 * minutes - costs.spent - tuning
-    spare = left - LEAST_HELD_OUT * measured - LEAST_PROMPTS * each
+    spare = left - LEAST_HELD_OUT * measured - costs.written * each
     if spare < 0:
         least = math.ceil(10 * (minutes - spare / (60 * MARGIN))) / 10
         raise UsageError(f"minutes must be at least {least:.1f} for this model on this device, got {minutes:g}")

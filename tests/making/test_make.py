@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS, attached
 from cllm.cli import make as command
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
-from cllm.making.make import WORK, too_slow
+from cllm.making.make import CPU, WORK, too_slow
 from cllm.models import DATA, REASON, default_width, folder_record, load_model, load_tokenizer
 from cllm.prompts import PromptTemplate
 from cllm.training.build import build_trainer
@@ -83,7 +84,7 @@ def test_twenty_prompts_end_with_a_sensible_report(made: Path, target: Path) -> 
     assert set(found["seconds"]) == {"prompts", "plan", "responses", "adapter", "tune", "measure"}
     assert (found["stored_width"] == 1) == (found["reason"] is not None)
     assert {ADAPTER, ADAPTER_WEIGHTS, "config.json", "tokenizer.json", "README.md", "make.json"} <= files(made)
-    assert not [name for name in files(made) if "checkpoint-" in name or "sample" in name]
+    assert not [name for name in files(made) if "checkpoint-" in name]
     card = ModelCard.load(made / "README.md").text
     assert "prompts of p.jsonl" in card and f"- target model: {target.name}\n" in card and "not faster than" in card
     assert "tokens per forward" in card and "cllm serve PATH" in card and "--format uno" in card
@@ -204,6 +205,17 @@ def test_a_dry_run_stops_at_the_plan_which_the_real_one_has(target: Path, prompt
     plan = (tmp_path / "out" / WORK / "plan.json").read_bytes()
     command.main(words)
     assert (tmp_path / "out" / WORK / "plan.json").read_bytes() == plan and "on 4 held-out prompts" in capsys.readouterr().out
+
+
+def test_the_responses_that_were_timed_are_kept(
+    made: Path, target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cllm.making.make.CPU", replace(CPU, collected=6))
+    run(target, prompts, tmp_path / "out", dry_run=True)
+    timed = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / WORK / "responses").glob("part-*")}
+    assert len(responses(tmp_path / "out")) == 6
+    run(target, prompts, tmp_path / "out")
+    assert responses(tmp_path / "out") == responses(made) and {path: path.stat().st_mtime_ns for path in timed} == timed
 
 
 def test_other_prompts_start_anew(made: Path, target: Path, tmp_path: Path) -> None:

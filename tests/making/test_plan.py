@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from cllm.errors import UsageError
-from cllm.making.plan import EPOCHS, LEAST_PROMPTS, Costs, make_plan
+from cllm.making.plan import EPOCHS, Costs, make_plan
 
-COSTS = Costs(response=0.5, example=0.8, single=3.0, tokens=100.0, spent=40.0, memory=2**31, batch=4, at_once=4)
+COSTS = Costs(response=0.5, example=0.8, single=3.0, tokens=100.0, written=16, spent=40.0, memory=2**31, batch=4, at_once=4)
 
 
 @pytest.mark.parametrize("minutes", [10.0, 15.0, 30.0, 60.0, 600.0])
@@ -15,7 +15,7 @@ def test_a_plan_stays_within_its_time_and_uses_it(minutes: float) -> None:
     found = make_plan(COSTS, 5000, 64, minutes)
     assert found.total_minutes <= 0.95 * minutes
     assert found.total_minutes > 0.8 * minutes or (found.prompts == 5000 and found.epochs == EPOCHS)
-    assert 1 <= found.epochs <= EPOCHS and LEAST_PROMPTS <= found.prompts <= 5000 and 2 <= found.held_out <= 64
+    assert 1 <= found.epochs <= EPOCHS and COSTS.written <= found.prompts <= 5000 and 2 <= found.held_out <= 64
     assert found.response_tokens == found.prompts * 100 and found.trained_tokens == found.response_tokens * found.epochs
 
 
@@ -40,7 +40,7 @@ def test_a_time_that_is_too_short_says_how_much_is_needed() -> None:
     with pytest.raises(UsageError, match=r"minutes must be at least (\S+) for this model on this device, got 0.1") as error:
         make_plan(COSTS, 100, 20, 0.1)
     least = float(str(error.value).split()[5])
-    assert make_plan(COSTS, 100, 20, least + 0.1).prompts >= LEAST_PROMPTS
+    assert make_plan(COSTS, 100, 20, least + 0.1).prompts >= COSTS.written
     with pytest.raises(UsageError):
         make_plan(COSTS, 100, 20, least - 0.1)
 
