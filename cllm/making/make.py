@@ -30,7 +30,17 @@ from cllm.evaluation.speed_run import measure_speed
 from cllm.evaluation.tune import tune
 from cllm.files import StrPath, write_json, write_text
 from cllm.making.arguments import BLOCK, MakeArguments
-from cllm.making.plan import LEAST_HELD_OUT, LEAST_PROMPTS, TUNING_PROMPTS, Costs, Plan, StepClock, make_plan, peak_memory
+from cllm.making.plan import (
+    LEAST_HELD_OUT,
+    LEAST_PROMPTS,
+    TUNING_PROMPTS,
+    TUNING_TOKENS,
+    Costs,
+    Plan,
+    StepClock,
+    make_plan,
+    peak_memory,
+)
 from cllm.making.sources import Gathered, Source, gather, split_off
 from cllm.making.stages import FILE, Stage, Stages
 from cllm.models import (
@@ -219,7 +229,7 @@ class Making:
         costs = Costs(
             response=seconds / (asked * self.processes),
             example=step / (min(self._examples, len(rows)) * self.processes),
-            single=self._timed_token(rows[0].prompt_ids) * tokens,
+            token=self._timed_token(rows[0].prompt_ids),
             tokens=tokens,
             written=asked,
             spent=time.perf_counter() - self.started - seconds,
@@ -243,6 +253,7 @@ class Making:
 
     def _tune(self) -> None:
         sample = self._decoding(self.learned_from, TUNING_PROMPTS)
+        sample["max_new_seq_len"] = min(TUNING_TOKENS, self.options.max_new_seq_len)
         args = TuneArguments(widths=self.sizes.widths, drafts=self.sizes.drafts, guess=[self.options.guess], save=True, **sample)
         write_json(self.tuned, tune(args))
 

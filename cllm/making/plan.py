@@ -18,18 +18,19 @@ EPOCHS = 10  # at most
 STEPS = 400  # of training in all epochs, where time is unlimited
 MARGIN = 0.9  # share of the remaining time that is planned
 MEASURING_SHARE = 0.2  # share of the spare time that is spent on measuring with held-out prompts
-TUNING_PROMPTS, TUNING_RESPONSES = 8, 40  # prompts, and the responses that `tune` decodes for them with all its choices together
+TUNING_PROMPTS, TUNING_TOKENS = 8, 64  # prompts, and the most tokens of a response
+TUNING_RESPONSES = 40  # that `tune` decodes for these prompts with all its choices together, in time of AR decoding
 LEAST_PROMPTS = 8  # to learn from
 LEAST_HELD_OUT = 2  # an interval needs two
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a sample took, in seconds."""
+    """What a sample took; times are in seconds."""
 
     response: float  # of one prompt, in a batch
     example: float  # of one training example in one epoch
-    single: float  # of one response by AR decoding alone
+    token: float  # of one token by AR decoding of a prompt alone
     tokens: float  # of a response
     written: int  # responses that the sample left
     spent: float  # until here, without these
@@ -77,12 +78,12 @@ def make_plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) 
     ``prompts`` and ``held_out``: how many there are. ``minutes``: of the whole run; None for as long as it takes. Raises
     UsageError where the time is too short for anything.
     """
-    tuning = TUNING_RESPONSES * costs.single
+    tuning = TUNING_RESPONSES * min(costs.tokens, TUNING_TOKENS) * costs.token
     if minutes is None:
         epochs = max(1, min(EPOCHS, round(STEPS * costs.batch / prompts)))
         return _plan(costs, prompts, held_out, epochs, tuning)
     epochs = min(math.ceil(costs.response / costs.example), EPOCHS)
-    each, measured = costs.response + epochs * costs.example, 2 * costs.single
+    each, measured = costs.response + epochs * costs.example, 2 * costs.tokens * costs.token
     left = MARGIN * 60 * minutes - costs.spent - tuning
     spare = left - LEAST_HELD_OUT * measured - costs.written * each
     if spare < 0:
@@ -101,7 +102,7 @@ def _plan(costs: Costs, prompts: int, held_out: int, epochs: int, tuning: float)
         "responses": prompts * costs.response,
         "adapter": prompts * epochs * costs.example,
         "tune": tuning,
-        "measure": 2 * held_out * costs.single,
+        "measure": 2 * held_out * costs.tokens * costs.token,
     }
     tokens = round(prompts * costs.tokens)
     minutes = {name: round(each / 60, 2) for name, each in seconds.items()}

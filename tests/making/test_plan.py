@@ -7,7 +7,7 @@ import pytest
 from cllm.errors import UsageError
 from cllm.making.plan import EPOCHS, Costs, make_plan
 
-COSTS = Costs(response=0.5, example=0.8, single=3.0, tokens=100.0, written=16, spent=40.0, memory=2**31, batch=4, at_once=4)
+COSTS = Costs(response=0.5, example=0.8, token=0.03, tokens=100.0, written=16, spent=40.0, memory=2**31, batch=4, at_once=4)
 
 
 @pytest.mark.parametrize("minutes", [10.0, 15.0, 30.0, 60.0, 600.0])
@@ -43,6 +43,11 @@ def test_a_time_that_is_too_short_says_how_much_is_needed() -> None:
     assert make_plan(COSTS, 100, 20, least + 0.1).prompts >= COSTS.written
     with pytest.raises(UsageError):
         make_plan(COSTS, 100, 20, least - 0.1)
+
+
+def test_long_responses_do_not_lengthen_tuning() -> None:
+    short, long, longer = (make_plan(replace(COSTS, tokens=tokens), 100, 20, None).minutes["tune"] for tokens in (32.0, 64.0, 400.0))
+    assert short < long == longer
 
 
 def test_what_people_see() -> None:
