@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from cllm.evaluation import plot
 from cllm.evaluation.table import format_table, number, percent, with_interval
+from cllm.tasks.base import Message
 from cllm.tasks.configure import configured_task
 from cllm.tasks.source import load_examples
 
@@ -26,7 +28,7 @@ class Column:
 
     title: str
     method: dict[str, Any]
-    score: float
+    score: float | None
     same_text: float  # share of prompts with the text of the target's AR decoding
 
 
@@ -34,7 +36,7 @@ def main(folder: Path) -> None:
     made, lossless = _read(folder / "cllm/make.json"), _read(folder / "cllm/make/speedup.json")
     paper = _read(folder / "paper.json") if (folder / "paper.json").exists() else None
     print()
-    print(table(columns(lossless, execution_accuracy(lossless, folder / "data"), paper), lossless["data"]["prompts"]))
+    print(table(columns(lossless, execution_accuracy(folder, lossless), paper), lossless["data"]["prompts"]))
     where = lossless["environment"]
     print(f"in {lossless['settings']['dtype']} on {where['device_name']}, {where['threads']} threads")
     if made["reason"]:
@@ -49,20 +51,26 @@ def main(folder: Path) -> None:
     print(FULL_SIZE)
 
 
-def execution_accuracy(measured: dict, data: Path) -> float:
-    """Share of the measured texts that are right; ``data``: the folder with the questions that they answer, in the same order."""
-    task = configured_task("spider", "speedup", filename=str(data))
+def execution_accuracy(folder: Path, measured: dict) -> float:
+    """Share of the measured texts that answer their questions correctly."""
+    task = configured_task("spider", "speedup", filename=str(folder / "data"))
+    examples = {_question(example.messages): example for example in load_examples(task, folder / "data", "test")}
+    asked = [_question(json.loads(line)["messages"]) for line in (folder / "cllm/make/held_out.jsonl").read_text().splitlines()]
     texts = [prompt["responses"]["jacobi"] for prompt in measured["prompts"]]
-    scores = task.score_all(list(zip(texts, load_examples(task, data, "test"), strict=True)))
+    scores = task.score_all([(text, examples[question]) for text, question in zip(texts, asked, strict=True)])
     return sum(each[task.metric] for each in scores) / len(scores)
+
+
+def _question(messages: Sequence[Message]) -> str:
+    return messages[-1]["content"]
 
 
 def columns(lossless: dict, score: float, paper: dict | None) -> list[Column]:
     """The columns of the table: the target model by AR decoding, the CLLM, and the model with all weights trained, if any."""
-    methods = lossless["methods"]
+    methods, same = lossless["methods"], lossless["methods"]["jacobi"]["same_as_ar"]
     found = [
-        Column("target model", methods["ar"], score, 1.0),
-        Column("CLLM", methods["jacobi"], score, methods["jacobi"]["same_as_ar"]),
+        Column("target model", methods["ar"], score if same == 1 else None, 1.0),
+        Column("CLLM", methods["jacobi"], score, same),
     ]
     if paper:
         quality = paper["quality"]["jacobi"]
