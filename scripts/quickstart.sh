@@ -2,7 +2,7 @@
 # The whole chain on a small real model, on a CPU. SmolLM2-135M-Instruct first learns to answer questions about two small SQLite
 # databases, which makes it the target model. Then `cllm make` trains a consistency adapter for it, so that it decodes several
 # tokens per forward pass and still writes its own text, token for token.
-# Takes 12 to 25 minutes on two cores, --paper about 18 more, and about 7 GB of memory (--paper 9).
+# Takes about 25 minutes on two cores, less with instructions for bfloat16, and 5 GB of memory. --paper takes about 18 more, and 9 GB.
 #
 #   bash scripts/quickstart.sh            # results in quickstart/
 #   bash scripts/quickstart.sh --paper    # also train all weights on Jacobi trajectories, as in the paper
@@ -47,7 +47,7 @@ stage target "fine-tuning the small model on their answers, which makes the targ
   cllm sft --model "$model" --task spider --filename "$out/data" --output_dir "$out/target" \
   --num_train_epochs 1 --per_device_train_batch_size 4 --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.05 \
   "${training[@]}" "${mixed[@]}"
-rm -rf "$out/cllm" # an earlier run's; make would resume it
+rm -rf "$out/cllm" # start over: make would resume its own folder and refuse another one
 stage make "speeding it up: its own responses, a consistency adapter, the fastest window, and a measurement on the held-out questions" \
   cllm make "$out/target" "spider:$out/data" "$out/cllm" --held_out "spider:$out/data" --max_new_seq_len $LENGTH --device cpu "${dtype[@]}"
 if [ "$paper" ]; then

@@ -17,7 +17,7 @@ from cllm.tasks.configure import configured_task
 from cllm.tasks.source import load_examples
 
 FULL_SIZE = """At full size, with a 7B target that has learned GSM8K (not run by this script):
-  cllm make GAIR/Abel-7B-001 gsm8k abel-cllm --held_out gsm8k --max_new_seq_len 512
+  cllm make GAIR/Abel-7B-001 gsm8k abel-cllm --max_new_seq_len 512
   cllm acc --task gsm8k --model_dir abel-cllm --use_consistency_decoding
 As in the paper, with all weights trained: bash scripts/recipes/gsm8k_7b.sh"""
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from cllm.cli.command import add_options, add_task_option, command, parser, read
 from cllm.trajectory.arguments import CollectArguments
 
-SHOWN = 5  # responses that are named among those that are not the model's own
-
 
 @command
 def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
@@ -18,6 +16,7 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
     add_options(options, CollectArguments)
     args = read(CollectArguments, vars(options.parse_args(argv)))
     from cllm.trajectory.collection import collect
+    from cllm.trajectory.departures import describe
 
     found = collect(args)
     if int(os.environ.get("RANK", 0)):
@@ -27,10 +26,6 @@ def main(argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
         print(f"  {count} left out: {reason}")
     for reason, count in sorted(found.bad_rows.items()):
         print(f"  {count} rows skipped: {reason}")
-    if found.compared:
-        print(f"{len(found.departures)} of {found.compared} responses are not what the model here writes greedily")
-    for row_id, departure in sorted(found.departures.items(), key=lambda item: -item[1].margin)[:SHOWN]:
-        print(f"  {row_id}: from token {departure.token} on, {departure.margin:.3g} below the best logit")
-    if len(found.departures) > SHOWN:
-        print(f"  and {len(found.departures) - SHOWN} more, each closer")
+    for line in describe(found.compared, found.departures):
+        print(line)
     found.check()

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,6 @@ from cllm.files import StrPath, write_json, write_text
 from cllm.making.arguments import BLOCK, MakeArguments
 from cllm.making.plan import (
     LEAST_HELD_OUT,
-    LEAST_PROMPTS,
     TUNING_PROMPTS,
     TUNING_TOKENS,
     Costs,
@@ -71,12 +70,14 @@ from cllm.training.build import TrainingInputs, build_trainer, train
 from cllm.trajectory.arguments import CollectArguments, SourceOptions
 from cllm.trajectory.collect import OwnEngine
 from cllm.trajectory.collection import collect, make_collector, process_group
+from cllm.trajectory.departures import Departure, describe
 from cllm.trajectory.store import TrajectoryWriter, read_rows
 
 WORK = "make"  # the folder in OUTPUT with all intermediate files
 FIGURES = "make.json"
 REPORT = "report.html"  # where matplotlib is installed
-LEAST = LEAST_PROMPTS + LEAST_HELD_OUT  # prompts
+LEAST_PROMPTS = 8  # to learn from
+LEAST = LEAST_PROMPTS + LEAST_HELD_OUT  # prompts in all
 EPOCH_STEPS = 20  # an epoch has fewer only if its steps have the fewest examples
 SAMPLE_STEPS = 6  # training steps that are timed for the plan
 SAMPLE_TOKENS = 32  # of a response that AR decoding is timed on
@@ -91,7 +92,7 @@ class Sizes:
 
     batch: int  # examples in a training step
     least: int  # of them, where there are few prompts
-    collected: int  # prompts that are answered together; the first of them are timed for the plan
+    collected: int  # prompts that are answered together; the first batch of them is timed for the plan
     widths: tuple[int, ...]  # candidates, and those for drafts
     drafts: tuple[int, ...]
 
@@ -166,8 +167,10 @@ class Making:
         published = [options.output / name for name in (ADAPTER, ADAPTER_WEIGHTS, "config.json", CARD, FIGURES)]
         return [
             Stage("prompts", "reading the prompts", self._read_prompts, written, asked),
-            Stage("plan", "timing a few responses and training steps", self._plan, [self.planned, self.responses], limits, together=True),
-            Stage("responses", "writing the model's other responses", self._respond, [], together=True),
+            Stage(
+                "plan", "writing the first responses, timing training", self._plan, [self.planned, self.responses], limits, together=True
+            ),
+            Stage("responses", "writing the remaining responses", self._respond, [], together=True),
             Stage("adapter", "training the adapter", self._train, [self.adapter], together=True),
             Stage("tune", "finding the fastest window on this device", self._tune, [self.tuned]),
             Stage("measure", "measuring on the held-out prompts", self._measure, [self.measured]),
@@ -217,22 +220,23 @@ class Making:
 
     def _plan(self) -> None:
         """Time the first responses, a few training steps and one response decoded alone, and make the plan from that."""
+        facts = self._facts()
+        sampled = min(self.sizes.collected, facts["prompts"])
         if self.rank == 0:
-            seconds = self._timed_responses()
+            response = self._timed_responses(sampled) / (sampled * self.processes)
         self.wait()
         step, at_once = self._timed_step()
         if self.rank > 0:
             return
-        rows, facts = list(read_rows(self.responses)), self._facts()
+        rows = list(read_rows(self.responses))
         tokens = sum(len(row.response_ids) for row in rows) / len(rows)
-        asked = min(self.sizes.collected, facts["prompts"])
         costs = Costs(
-            response=seconds / (asked * self.processes),
+            response=response,
             example=step / (min(self._examples, len(rows)) * self.processes),
             token=self._timed_token(rows[0].prompt_ids),
             tokens=tokens,
-            written=asked,
-            spent=time.perf_counter() - self.started - seconds,
+            sampled=sampled,
+            spent=time.perf_counter() - self.started - sampled * response,
             memory=peak_memory(),
             batch=self._examples * self.processes,
             at_once=at_once,
@@ -242,18 +246,20 @@ class Making:
         write_json(self.planned, made.as_dict())
 
     def _respond(self) -> None:
-        collect(self._collecting(self.plan.prompts, resume=True)).check()
+        collected = collect(self._collecting(self.plan.prompts, resume=True))
+        collected.check()
+        _warn(collected.compared, collected.departures)
 
     def _train(self) -> None:
         resuming = {"save_steps": CHECKPOINTS, "save_total_limit": 1, "resume_from_checkpoint": "True"}
         plan = self.plan
-        train(*self._training(plan.at_once, num_train_epochs=plan.epochs, **resuming))
+        train(*self._training(self.adapter, plan.at_once, num_train_epochs=plan.epochs, **resuming))
         if self.rank == 0:
             add_to_record(self.adapter, {DATA: self._facts()["data"]})
 
     def _tune(self) -> None:
-        sample = self._decoding(self.learned_from, TUNING_PROMPTS)
-        sample["max_new_seq_len"] = min(TUNING_TOKENS, self.options.max_new_seq_len)
+        shorter = {"max_new_seq_len": min(TUNING_TOKENS, self.options.max_new_seq_len)}
+        sample = self._decoding(self.learned_from, TUNING_PROMPTS) | shorter
         args = TuneArguments(widths=self.sizes.widths, drafts=self.sizes.drafts, guess=[self.options.guess], save=True, **sample)
         write_json(self.tuned, tune(args))
 
@@ -288,21 +294,21 @@ class Making:
     def _facts(self) -> dict[str, Any]:
         return _read(self.facts)
 
-    def _timed_responses(self) -> float:
-        """Write the first responses, all at once; returns the seconds that this took without loading the model."""
-        task, count = get_task(OWN_PROMPTS), self.sizes.collected
-        examples = load_examples(task, self.learned_from, "train", count)
-        extent = examples.extent()
-        collector = make_collector(self._collecting(count, resume=False), task, extent.fingerprint if extent else None)
+    def _timed_responses(self, count: int) -> float:
+        """Answer the first prompts, all at once; returns the seconds that this took without loading the model."""
+        task = get_task(OWN_PROMPTS)
+        stream = load_examples(task, self.learned_from, "train", count)
+        collector, examples = make_collector(self._collecting(count, resume=False), task, stream.extent()), list(stream)
         own, seconds = collector.source.decoder if isinstance(collector.source, OwnEngine) else None, 0.0
         for _ in range(2 if own and own.runner.fixed else 1):  # where steps are captured, the first round captures them
             if own:
                 own.prefixes.clear()
             with TrajectoryWriter(self.responses, collector.settings.as_dict(), resume=False) as writer:
                 start = time.perf_counter()
-                for _ in collector.run(list(examples), writer, batch_size=count):
+                for _ in collector.run(examples, writer, batch_size=count):
                     pass
                 seconds = time.perf_counter() - start
+        _warn(collector.compared, collector.departures)
         return seconds
 
     def _timed_step(self) -> tuple[float, int]:
@@ -319,12 +325,14 @@ class Making:
             free_memory()
 
     def _step_seconds(self, at_once: int) -> float:
-        # by default the longest examples come first: that shows whether they fit into a GPU's memory, but takes longer than others
+        # the default order starts with the longest examples: that shows what fits into a GPU's memory, but overestimates the time
         order = {"train_sampling_strategy": "random"} if self.device == "cpu" else {}
-        trainer = build_trainer(*self._training(at_once, max_steps=SAMPLE_STEPS, save_strategy="no", **order))
+        folder = self.work / "sample"
+        trainer = build_trainer(*self._training(folder, at_once, max_steps=SAMPLE_STEPS, save_strategy="no", **order))
         clock = StepClock()
         trainer.add_callback(clock)
         trainer.train()
+        shutil.rmtree(folder, ignore_errors=True)
         return clock.seconds
 
     @property
@@ -366,7 +374,7 @@ class Making:
             **{each.name: getattr(self.options, each.name) for each in fields(SourceOptions)},
         )
 
-    def _training(self, at_once: int, **more: Any) -> tuple[TrainingInputs, LosslessTrainingArguments]:
+    def _training(self, folder: Path, at_once: int, **more: Any) -> tuple[TrainingInputs, LosslessTrainingArguments]:
         inputs = TrainingInputs(
             model=self.options.model,
             trajectories=str(self.responses),
@@ -375,7 +383,7 @@ class Making:
             attn_implementation=self.options.attn_implementation,
         )
         args = LosslessTrainingArguments(
-            output_dir=str(self.adapter),
+            output_dir=str(folder),
             per_device_train_batch_size=at_once,
             gradient_accumulation_steps=self._examples // at_once,
             logging_steps=8,
@@ -444,6 +452,12 @@ def too_slow(figures: dict[str, Any]) -> str | None:
 def _read(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def _warn(compared: int, departures: Mapping[str, Departure]) -> None:
+    """Say how many responses of another engine are not the model's own."""
+    for line in describe(compared, departures):
+        logger.warning(line)
 
 
 def _row(example: Example) -> str:

@@ -16,11 +16,10 @@ from cllm.errors import UsageError
 
 EPOCHS = 10  # at most
 STEPS = 400  # of training in all epochs, where time is unlimited
-MARGIN = 0.9  # share of the remaining time that is planned
+MARGIN = 0.8  # share of the time that is planned, since a machine's speed varies
 MEASURING_SHARE = 0.2  # share of the spare time that is spent on measuring with held-out prompts
 TUNING_PROMPTS, TUNING_TOKENS = 8, 64  # prompts, and the most tokens of a response
-TUNING_RESPONSES = 40  # that `tune` decodes for these prompts with all its choices together, in time of AR decoding
-LEAST_PROMPTS = 8  # to learn from
+TUNING_RESPONSES = 40  # what tuning costs, in responses by AR decoding
 LEAST_HELD_OUT = 2  # an interval needs two
 
 
@@ -32,8 +31,8 @@ class Costs:
     example: float  # of one training example in one epoch
     token: float  # of one token by AR decoding of a prompt alone
     tokens: float  # of a response
-    written: int  # responses that the sample left
-    spent: float  # until here, without these
+    sampled: int  # prompts that have been answered already
+    spent: float  # since the start, without these answers
     memory: int  # most bytes until here
     batch: int  # examples of a training step, of all processes
     at_once: int  # examples that fit into a process's memory at once
@@ -85,14 +84,14 @@ def make_plan(costs: Costs, prompts: int, held_out: int, minutes: float | None) 
     epochs = min(math.ceil(costs.response / costs.example), EPOCHS)
     each, measured = costs.response + epochs * costs.example, 2 * costs.tokens * costs.token
     left = MARGIN * 60 * minutes - costs.spent - tuning
-    spare = left - LEAST_HELD_OUT * measured - costs.written * each
+    spare = left - LEAST_HELD_OUT * measured - costs.sampled * (costs.response + costs.example)
     if spare < 0:
         least = math.ceil(10 * (minutes - spare / (60 * MARGIN))) / 10
         raise UsageError(f"minutes must be at least {least:.1f} for this model on this device, got {minutes:g}")
     held_out = min(held_out, LEAST_HELD_OUT + int(MEASURING_SHARE * spare / measured))
     left -= held_out * measured
-    count = min(prompts, int(left / each))
-    epochs = min(EPOCHS, int((left - count * costs.response) / (count * costs.example)))
+    count = min(prompts, max(costs.sampled, int(left / each)))
+    epochs = min(EPOCHS, max(1, int((left - count * costs.response) / (count * costs.example))))
     return _plan(costs, count, held_out, epochs, tuning)
 
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """One step. It writes nothing but ``outputs``; started again, it resumes from what is there."""
+    """One step. It writes to its ``outputs`` or adds to those of earlier ones; started again, it resumes from what is there."""
 
     name: str
     doing: str  # for people
@@ -55,8 +55,9 @@ class Stages:
                 self._say(f"{where}: done before")
                 continue
             self._say(where)
+            resumed = same and not ended and not redone
             redone = True
-            if self.rank == 0 and not (same and not ended):
+            if self.rank == 0 and not resumed:
                 for path in stage.outputs:
                     _remove(path)
                 self._write(stage, made_from=made_from, ended=False)

@@ -64,7 +64,7 @@ def collect(args: CollectArguments) -> Collected:
     elif args.published:
         check_writable(args.published)
     extent = examples.extent()
-    collector = make_collector(args, task, extent.fingerprint if extent else None)
+    collector = make_collector(args, task, extent)
     folder = Path(args.output) if args.output else _default_folder(args, task)
 
     state = process_group(processes)
@@ -87,8 +87,8 @@ def collect(args: CollectArguments) -> Collected:
     return Collected(folder, counts["kept"], counts["dropped"], bad_rows, collector.compared, collector.departures)
 
 
-def make_collector(args: CollectArguments, task: Task, source_rows: str | None = None) -> Collector:
-    """The collector that the arguments describe. ``source_rows``: fingerprint of the rows it is for."""
+def make_collector(args: CollectArguments, task: Task, extent: Extent | None) -> Collector:
+    """The collector that the arguments describe, for the rows of ``extent`` if that is known."""
     if args.device is None and (local_rank := os.environ.get("LOCAL_RANK")):
         args = replace(args, device=f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     opened = open_model(args, task.plain_template)
@@ -104,7 +104,7 @@ def make_collector(args: CollectArguments, task: Task, source_rows: str | None =
         weights=weights_stamp(args.model),
         source=Path(args.filename).name if args.filename else "",
         responses="vllm" if args.engine == "vllm" else "server" if args.base_url else Path(args.responses or "").name,
-        source_rows=source_rows,
+        source_rows=extent.fingerprint if extent else None,
     )
     return Collector(opened.model, opened.tokenizer, settings, args.prefix_cache, open_source(args, opened))
 

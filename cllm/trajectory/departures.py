@@ -5,7 +5,7 @@ Shapes: B responses, C longest clean text, N longest response, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from cllm.models import embedding_device
 from cllm.packing import PackedRow, pack, packed_mask
+
+SHOWN = 5  # responses that are named
 
 
 class Departure(NamedTuple):
@@ -43,6 +45,16 @@ def departures(model: PreTrainedModel, prompts: Sequence[Sequence[int]], respons
         _departure(logits_NV[len(prompt) - 1 - first :][: len(response)], torch.tensor(response, device=device))
         for logits_NV, prompt, response in zip(logits_BNV, prompts, responses)
     ]
+
+
+def describe(compared: int, found: Mapping[str, Departure]) -> Iterator[str]:
+    """Lines for people on the departures among ``compared`` responses, by row id; none where nothing was compared."""
+    if compared:
+        yield f"{len(found)} of {compared} responses are not what the model here writes greedily"
+    for row_id, departure in sorted(found.items(), key=lambda item: -item[1].margin)[:SHOWN]:
+        yield f"  {row_id}: from token {departure.token} on, {departure.margin:.3g} below the best logit"
+    if len(found) > SHOWN:
+        yield f"  and {len(found) - SHOWN} more, each closer"
 
 
 def _departure(logits_NV: torch.Tensor, response_N: torch.Tensor) -> Departure | None:

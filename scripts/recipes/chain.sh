@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM=false
 recipe() {
   local name=$1
   task=$2 model=$(place "${MODEL:-$3}") target=$(place "${TARGET-$4}") block=${BLOCK:-$5} length=${LENGTH:-$6}
-  train_data=() test_data=() probe_data=() learned=$task measured=$task
+  train_data=() test_data=() probe_data=() learned=$task
   if [ -n "${7:-}" ]; then
     train_data=(--filename "$(place "$7")")
     learned+=:${train_data[1]}
@@ -24,7 +24,6 @@ recipe() {
   if [ -n "${8:-}" ]; then
     test_data=(--filename "$(place "$8")")
     probe_data=(--probe_file "${test_data[1]}")
-    measured+=:${test_data[1]}
   fi
   out=$(realpath -m "${OUT:-$(dirname "${BASH_SOURCE[0]}")/../../recipes/$name${LOSSLESS:+_lossless}${REDUCED:+_reduced}}")
   sft=() collect=() train=() make=() speedup=() acc=()
@@ -61,7 +60,7 @@ chain() {
     rm -rf "$target"/checkpoint-*
   fi
   if [ -n "${LOSSLESS:-}" ]; then
-    stage make "making the target model faster" python -m cllm make "$target" "$learned" "$out/cllm" --held_out "$measured" \
+    stage make "making the target model faster" python -m cllm make "$target" "$learned" "$out/cllm" \
       --max_new_seq_len "$length" "${make[@]}"
     measure target "$target"
     measure cllm "$out/cllm"

@@ -23,7 +23,8 @@ from cllm.adapter import ADAPTER, ADAPTER_WEIGHTS, attached
 from cllm.cli import make as command
 from cllm.decoding import JacobiDecoder
 from cllm.errors import UsageError
-from cllm.making.make import CPU, WORK, too_slow
+from cllm.making.make import CPU, WORK, Making, too_slow
+from cllm.making.plan import make_plan
 from cllm.models import DATA, REASON, default_width, folder_record, load_model, load_tokenizer
 from cllm.prompts import PromptTemplate
 from cllm.training.build import build_trainer
@@ -202,6 +203,8 @@ def test_a_dry_run_stops_at_the_plan_which_the_real_one_has(target: Path, prompt
     printed = capsys.readouterr().out
     assert "16 to learn from, in 10 epochs; 4 to measure on" in printed and "minutes" in printed and "memory" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {WORK}
+    left = {"prompts.jsonl", "held_out.jsonl", "prompts.json", "plan.json", "responses", "stages.json"}
+    assert {path.name for path in (tmp_path / "out" / WORK).iterdir()} == left
     plan = (tmp_path / "out" / WORK / "plan.json").read_bytes()
     command.main(words)
     assert (tmp_path / "out" / WORK / "plan.json").read_bytes() == plan and "on 4 held-out prompts" in capsys.readouterr().out
@@ -216,6 +219,28 @@ def test_the_responses_that_were_timed_are_kept(
     assert len(responses(tmp_path / "out")) == 6
     run(target, prompts, tmp_path / "out")
     assert responses(tmp_path / "out") == responses(made) and {path: path.stat().st_mtime_ns for path in timed} == timed
+
+
+def test_what_is_timed(target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses that are kept count once, and training steps are of average length on a CPU."""
+    told, build, plan, timed = {}, build_trainer, make_plan, Making._timed_responses
+    monkeypatch.setattr(Making, "_timed_responses", lambda self, count: timed(self, count) and 1000.0)
+    monkeypatch.setattr("cllm.making.make.build_trainer", lambda inputs, args: told.update(args=args) or build(inputs, args))
+    monkeypatch.setattr("cllm.making.make.make_plan", lambda costs, *facts: told.update(costs=costs) or plan(costs, *facts))
+    run(target, prompts, tmp_path / "out", dry_run=True)
+    assert told["args"].train_sampling_strategy == "random"
+    assert told["costs"].response == 1000 / 16 and -1000 < told["costs"].spent < 0 and told["costs"].sampled == 16
+
+
+def test_tuning_decodes_only_the_beginning_of_long_responses(
+    target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(args):
+        raise Killed(args.max_new_seq_len, args.data_size)
+
+    monkeypatch.setattr("cllm.making.make.tune", told)
+    with pytest.raises(Killed, match=r"\(64, 8\)"):
+        run(target, prompts, tmp_path / "out", max_new_seq_len=100)
 
 
 def test_other_prompts_start_anew(made: Path, target: Path, tmp_path: Path) -> None:

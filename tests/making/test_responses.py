@@ -27,8 +27,8 @@ def making(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         {"responses": "responses.jsonl"},
     ],
 )
-def test_options_go_on_to_collect(making, tmp_path, source) -> None:
-    args = making(**source)._collecting(tmp_path / "t", 4, resume=True)
+def test_options_go_on_to_collect(making, source) -> None:
+    args = making(**source)._collecting(4, resume=True)
     expected = {"engine": "cllm", "base_url": None, "responses": None, "tensor_parallel_size": 1} | source
     assert {name: getattr(args, name) for name in expected} == expected
 

@@ -37,9 +37,9 @@ class Work:
 
         return Stage(name, f"doing {name}", run, [self.folder / name], {"input": self.inputs[name]}, together)
 
-    def run(self, rank: int = 0) -> dict[str, str]:
-        stages = [self.stage("a", None), self.stage("b", "a", together=True), self.stage("c", "b")]
-        Stages(self.folder, stages, rank).run()
+    def run(self, rank: int = 0, stages: int = 3) -> dict[str, str]:
+        all_three = [self.stage("a", None), self.stage("b", "a", together=True), self.stage("c", "b")]
+        Stages(self.folder, all_three[:stages], rank).run()
         return {str(path.relative_to(self.folder)): path.read_text() for path in self.folder.glob("?/?")}
 
 
@@ -72,6 +72,15 @@ def test_a_killed_run_with_other_inputs_leaves_nothing_behind(tmp_path: Path) ->
     with pytest.raises(Killed):
         Work(tmp_path, mortal=3).run()  # half of b is there
     assert Work(tmp_path, b=7).run() == Work(tmp_path / "new", b=7).run()
+
+
+def test_a_killed_stage_does_not_resume_where_an_earlier_one_was_done_anew(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        Work(tmp_path, mortal=5).run()  # half of c is there
+    half = (tmp_path / "c" / "1").stat().st_mtime_ns
+    Work(tmp_path, a=7).run(stages=2)
+    expected = Work(tmp_path / "new").run()
+    assert Work(tmp_path).run() == expected and (tmp_path / "c" / "1").stat().st_mtime_ns > half
 
 
 def test_an_output_that_is_gone_is_made_again_and_what_came_of_it(tmp_path: Path) -> None:
