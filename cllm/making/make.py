@@ -30,16 +30,7 @@ from cllm.evaluation.speed_run import measure_speed
 from cllm.evaluation.tune import tune
 from cllm.files import StrPath, write_json, write_text
 from cllm.making.arguments import BLOCK, MakeArguments
-from cllm.making.plan import (
-    LEAST_HELD_OUT,
-    TUNING_PROMPTS,
-    TUNING_TOKENS,
-    Costs,
-    Plan,
-    StepClock,
-    make_plan,
-    peak_memory,
-)
+from cllm.making.plan import LEAST_HELD_OUT, TUNING_PROMPTS, TUNING_TOKENS, Costs, Plan, StepClock, make_plan, peak_memory
 from cllm.making.sources import Gathered, Source, gather, split_off
 from cllm.making.stages import FILE, Stage, Stages
 from cllm.models import (
@@ -163,13 +154,11 @@ class Making:
         if source := {name: getattr(options, name) for name in ("engine", "responses") if getattr(options, name) not in ("cllm", None)}:
             limits["source"] = source
         limits |= {"device": self.device, "processes": self.processes}
-        written = [self.learned_from, self.measured_on, self.facts]
+        written, planned = [self.learned_from, self.measured_on, self.facts], [self.planned, self.responses]
         published = [options.output / name for name in (ADAPTER, ADAPTER_WEIGHTS, "config.json", CARD, FIGURES)]
         return [
             Stage("prompts", "reading the prompts", self._read_prompts, written, asked),
-            Stage(
-                "plan", "writing the first responses, timing training", self._plan, [self.planned, self.responses], limits, together=True
-            ),
+            Stage("plan", "writing the first responses, timing training", self._plan, planned, limits, together=True),
             Stage("responses", "writing the remaining responses", self._respond, [], together=True),
             Stage("adapter", "training the adapter", self._train, [self.adapter], together=True),
             Stage("tune", "finding the fastest window on this device", self._tune, [self.tuned]),

@@ -335,14 +335,15 @@ def test_the_launcher_with_weights_in_shards(collected: Path, tmp_path: Path, lo
     """ZeRO-3: the model is loaded in shards, its frozen target whole, and what is saved is what one process saves."""
     pytest.importorskip("deepspeed")
     model = save_tiny_checkpoint(tmp_path / "tied", seed=3, tie_word_embeddings=True)
-    more = [str(collected / "t"), "4", "--max_steps=2", "--optim=adamw_torch", "--learning_rate=1e-3", *lora]
-    more += ["--use_cpu", "--report_to=none", "--save_strategy=no", "--lr_scheduler_type=constant"]
+    more = ["--max_steps=2", "--optim=adamw_torch", "--learning_rate=1e-3", "--lr_scheduler_type=constant", *lora]
+    more += ["--use_cpu", "--report_to=none", "--save_strategy=no"]
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     shards = {"NUM_PROCESSES": "2", "ACCELERATE_ARGS": f"--config_file {LAUNCHER.parent / 'configs' / 'zero3.yaml'}"}
-    for out, size, how in (("one", 4, {}), ("two", 2, shards)):
-        words = [str(model), more[0], str(tmp_path / out), *more[1:], f"--per_device_train_batch_size={size}"]
-        done = subprocess.run(["bash", str(LAUNCHER), *words], capture_output=True, text=True, env=environment | how)
-        assert done.returncode == 0, done.stderr
+    words = [str(model), str(collected / "t"), str(tmp_path / "two"), "4", *more, "--per_device_train_batch_size=2"]
+    done = subprocess.run(["bash", str(LAUNCHER), *words], capture_output=True, text=True, env=environment | shards)
+    assert done.returncode == 0, done.stderr
+    given = {"model": model, "trajectories": collected / "t", "output_dir": tmp_path / "one", "block_size": 4}
+    train.main([*(f"--{name}={value}" for name, value in given.items()), *more, "--per_device_train_batch_size=4"])
     before, one, two = weights(model), weights(tmp_path / "one"), weights(tmp_path / "two")
     assert same(one, two) and not same(before, one)
 
