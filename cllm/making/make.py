@@ -414,6 +414,8 @@ class Making:
         return {
             "plan": self.plan.as_dict(),
             "seconds": Stages(self.work, []).seconds(),
+            "environment": report["environment"],
+            "dtype": settings["dtype"],
             "width": settings["block_size"],
             "drafts": settings["drafts"],
             "guess": settings["guess"][0],

@@ -82,6 +82,7 @@ def test_twenty_prompts_end_with_a_sensible_report(made: Path, target: Path) -> 
     found, plan = figures(made), figures(made)["plan"]
     assert (plan["prompts"], plan["held_out"], plan["epochs"]) == (16, 4, 10) and len(responses(made)) == 16
     assert found["same_as_ar"] == 1.0 and found["tokens_per_forward"] >= 1 and not found["divergences"]
+    assert found["environment"]["device"] == "cpu" and found["dtype"] == "float32"
     assert set(found["seconds"]) == {"prompts", "plan", "responses", "adapter", "tune", "measure"}
     assert (found["stored_width"] == 1) == (found["reason"] is not None)
     assert {ADAPTER, ADAPTER_WEIGHTS, "config.json", "tokenizer.json", "README.md", "make.json"} <= files(made)
