@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from cllm.evaluation import plot
 from cllm.evaluation.table import format_table, number, percent, with_interval
-from cllm.tasks.base import Message
+from cllm.tasks import OWN_PROMPTS, get_task
+from cllm.tasks.base import Example
 from cllm.tasks.configure import configured_task
 from cllm.tasks.source import load_examples
 
@@ -54,15 +54,15 @@ def main(folder: Path) -> None:
 def execution_accuracy(folder: Path, measured: dict) -> float:
     """Share of the measured texts that answer their questions correctly."""
     task = configured_task("spider", "speedup", filename=str(folder / "data"))
-    examples = {_question(example.messages): example for example in load_examples(task, folder / "data", "test")}
-    asked = [_question(json.loads(line)["messages"]) for line in (folder / "cllm/make/held_out.jsonl").read_text().splitlines()]
+    examples = {_question(example): example for example in load_examples(task, folder / "data", "test")}
+    asked = load_examples(get_task(OWN_PROMPTS), folder / "cllm/make/held_out.jsonl", "test")
     texts = [prompt["responses"]["jacobi"] for prompt in measured["prompts"]]
-    scores = task.score_all([(text, examples[question]) for text, question in zip(texts, asked, strict=True)])
+    scores = task.score_all([(text, examples[_question(prompt)]) for text, prompt in zip(texts, asked, strict=True)])
     return sum(each[task.metric] for each in scores) / len(scores)
 
 
-def _question(messages: Sequence[Message]) -> str:
-    return messages[-1]["content"]
+def _question(example: Example) -> str:
+    return example.messages[-1]["content"]
 
 
 def columns(lossless: dict, score: float, paper: dict | None) -> list[Column]:

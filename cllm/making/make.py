@@ -237,7 +237,7 @@ class Making:
     def _respond(self) -> None:
         collected = collect(self._collecting(self.plan.prompts, resume=True))
         collected.check()
-        _warn(collected.compared, collected.departures)
+        _log_departures(collected.compared, collected.departures)
 
     def _train(self) -> None:
         resuming = {"save_steps": CHECKPOINTS, "save_total_limit": 1, "resume_from_checkpoint": "True"}
@@ -297,7 +297,7 @@ class Making:
                 for _ in collector.run(examples, writer, batch_size=count):
                     pass
                 seconds = time.perf_counter() - start
-        _warn(collector.compared, collector.departures)
+        _log_departures(collector.compared, collector.departures)
         return seconds
 
     def _timed_step(self) -> tuple[float, int]:
@@ -445,7 +445,7 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _warn(compared: int, departures: Mapping[str, Departure]) -> None:
+def _log_departures(compared: int, departures: Mapping[str, Departure]) -> None:
     """Say how many responses of another engine are not the model's own."""
     for line in describe(compared, departures):
         logger.warning(line)
