@@ -91,7 +91,9 @@ class TuneArguments(ModelOptions, TaskOptions):
     max_new_seq_len: int = option("new tokens per sample response at most", 64, least=1)
     widths: Sequence[int] = option("widths to measure; default: 1 to 32, or 12 with an adapter", (), least=1)
     drafts: Sequence[int] = option(
-        "draft tokens to measure for each width, where the model has a consistency adapter", (7, 11, 15, 23), least=1
+        "draft tokens to measure with each width, where the model has a consistency adapter; default: width - 1 and twice that",
+        (),
+        least=1,
     )
     guess: Sequence[str] = option(
         "fresh guesses to measure, named as for `cllm speedup`; auto: those that --guess auto chooses from everywhere",

@@ -26,7 +26,7 @@ from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, context_length
 # What --guess auto chooses from. The last keeps all that an iteration refined, which on a CPU the three before it drop.
 CANDIDATES = ("context", "prompt_lookup", "pool", "prompt_lookup+pool", "prompt_lookup+pool+context")
 LEAST = 3  # batches at least
-FINALISTS = 4  # choices that decode all batches at least
+FINALISTS = 2  # choices that decode all batches at least
 
 
 def lossless_candidates(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -76,8 +76,8 @@ def measure_choices(
 ) -> list[Choice]:
     """Every width with every guess at every batch size; at width 1 nothing is guessed, so the first guess stands for all.
 
-    A model with a consistency adapter is measured with all of the ``drafts`` that are no fewer than a width's guesses; by
-    default, and where there is none, with as many.
+    A model with a consistency adapter is measured with those of the ``drafts`` that are no fewer than a width's guesses, or
+    with as many where all are fewer. Without ``drafts``, it is measured with as many and with twice as many: the most of use.
 
     Those that stay in the race decode all prompts, which are taken again where a batch needs more, and three batches at least.
     The choices take turns, batch by batch, so that a machine that slows down slows all of them (on a GPU, those of one
@@ -112,7 +112,12 @@ def _settings(model: PreTrainedModel, widths: Sequence[int], drafts: Sequence[in
         if width == 1:
             yield Setting(1, 0, guesses[0])
             continue
-        counts = [0] if attached(model) is None else [n for n in drafts if n >= width - 1] or [width - 1]
+        if attached(model) is None:
+            counts = [0]
+        elif drafts:
+            counts = [count for count in drafts if count >= width - 1] or [width - 1]
+        else:
+            counts = [width - 1, 2 * width - 2]
         yield from (Setting(width, count, guess) for count in counts for guess in guesses)
 
 

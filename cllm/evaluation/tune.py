@@ -26,7 +26,7 @@ from cllm.tasks.configure import configured_task
 from cllm.tasks.source import load_examples
 
 WIDTHS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
-LOSSLESS_WIDTHS = (1, 4, 6, 8, 12)  # of a model with a consistency adapter
+LOSSLESS_WIDTHS = (1, 2, 4, 6, 8, 12)  # of a model with a consistency adapter
 
 
 def tune(args: TuneArguments) -> dict[str, Any]:

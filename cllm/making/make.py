@@ -84,12 +84,11 @@ class Sizes:
     batch: int  # examples in a training step
     least: int  # of them, where there are few prompts
     collected: int  # prompts that are answered together; the first batch of them is timed for the plan
-    widths: tuple[int, ...]  # candidates, and those for drafts
-    drafts: tuple[int, ...]
+    widths: tuple[int, ...]  # candidates
 
 
-CPU = Sizes(batch=2, least=2, collected=64, widths=(4, 6, 8), drafts=(3, 7, 11))
-GPU = Sizes(batch=32, least=4, collected=128, widths=(8, 12, 16), drafts=(11, 15, 23))
+CPU = Sizes(batch=2, least=2, collected=64, widths=(2, 3, 4, 6, 8))
+GPU = Sizes(batch=32, least=4, collected=128, widths=(8, 12, 16))
 
 
 def make(model: str, prompts: StrPath | Sequence[StrPath], output: StrPath, **options: Any) -> dict[str, Any]:
@@ -249,7 +248,7 @@ class Making:
     def _tune(self) -> None:
         shorter = {"max_new_seq_len": min(TUNING_TOKENS, self.options.max_new_seq_len)}
         sample = self._decoding(self.learned_from, TUNING_PROMPTS) | shorter
-        args = TuneArguments(widths=self.sizes.widths, drafts=self.sizes.drafts, guess=[self.options.guess], save=True, **sample)
+        args = TuneArguments(widths=self.sizes.widths, guess=[self.options.guess], save=True, **sample)
         write_json(self.tuned, tune(args))
 
     def _measure(self) -> None:

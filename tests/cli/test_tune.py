@@ -45,7 +45,8 @@ def test_auto_measures_all_candidates(words: list[str], tmp_path: Path) -> None:
 
 def test_gain_and_cost_are_those_of_the_decoder() -> None:
     model, prompts = tiny_model(), [[5, 6, 7], [8] * 9, [4, 4]]
-    one, four, pool = measure_choices(model, prompts, [1, 4], ["context", "pool"], [2], max_new_tokens=12)
+    (one,) = measure_choices(model, prompts, [1], ["context", "pool"], [2], max_new_tokens=12)
+    four, pool = measure_choices(model, prompts, [4], ["context", "pool"], [2], max_new_tokens=12)
     assert (one.tokens_per_forward, one.guess) == (1.0, "context")
     for choice in (four, pool):  # three batches of two: every prompt twice
         results = JacobiDecoder(model, 4, guess=choice.guess).generate(prompts, max_new_tokens=12)
@@ -87,16 +88,16 @@ def test_the_slow_drop_out_and_the_fast_decode_everything() -> None:
 
     pairs = [(width, "pool") for width in range(1, 13)]
     runs = _race(pairs, [[[n]] for n in range(16)], run)
-    assert [widths for widths, _ in rounds] == [[*range(first, 13)] for first in (1, 7, 9, 9)]
+    assert [widths for widths, _ in rounds] == [[*range(first, 13)] for first in (1, 7, 10, 11)]
     assert [ids for _, batches in rounds for ((ids,),) in batches] == [*range(16)]
-    assert [len(runs[pair]) for pair in pairs] == [2] * 6 + [4] * 2 + [16] * 4
+    assert [len(runs[pair]) for pair in pairs] == [2] * 6 + [4] * 3 + [8] + [16] * 2
 
 
 def test_few_batches_are_enough() -> None:
     pairs = [(width, "pool") for width in range(1, 7)]
     one = Run(1.0, 0.5, [Response([7], forwards=1)])
     runs = _race(pairs, [[[1]], [[2]], [[3]]], lambda racing, batches: [[one] * len(batches) for _ in racing])
-    assert sorted(map(len, runs.values())) == [1, 1, 3, 3, 3, 3]
+    assert sorted(map(len, runs.values())) == [1, 1, 1, 3, 3, 3]
 
 
 def test_draft_tokens_of_a_model_with_an_adapter() -> None:
@@ -104,6 +105,8 @@ def test_draft_tokens_of_a_model_with_an_adapter() -> None:
     attach(model, random_adapter(model))
     measured = measure_choices(model, [[5, 6, 7]], [1, 4], ["context"], [1], max_new_tokens=12, drafts=[2, 3, 8])
     assert [(m.width, m.drafts) for m in measured] == [(1, 0), (4, 3), (4, 8)]
+    measured = measure_choices(model, [[5, 6, 7]], [1, 2, 4], ["context"], [1], max_new_tokens=12)
+    assert [(m.width, m.drafts) for m in measured] == [(1, 0), (2, 1), (2, 2), (4, 3), (4, 6)]
     record = {"decoding_width": 4, "decoding_drafts": 8}
     assert [default_drafts(record, width) for width in (4, 6, 1)] == [8, 5, 0]
 
