@@ -1,14 +1,22 @@
-"""The benchmarks run and write their results. On tiny models the figures mean nothing."""
+"""The benchmarks run and write their results. On tiny models the figures mean nothing.
+
+They run in this process, where the imports, which take longer than most of them, have been done.
+"""
 
 import json
-import subprocess
+import runpy
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sql_questions
 from commands import write_rows
 from tiny import save_tiny_checkpoint
+
+from cllm.cli.main import main as cllm_main
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "benchmarks"
 PROBLEMS = [
@@ -23,61 +31,79 @@ PROBLEMS = [
 ]
 
 
+SIZES = "--prompts 2 --block_size 4 --length 12"
+Run = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
-def problems(tmp_path_factory) -> Path:
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("problems") / "train.jsonl", PROBLEMS)
 
 
-def run(name: str, tiny_model_dir, problems: Path, output: Path, *more: str) -> dict:
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--model", str(tiny_model_dir), "--filename", str(problems)]
-    sizes = ["--prompts", "2", "--block_size", "4", "--length", "12", "--output", str(output), *more]
-    subprocess.run(command + sizes, check=True, timeout=200, cwd=output.parent)
-    return json.loads(output.read_text())["result"]
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a benchmark with the given words; returns its result."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def run(name: str, *words: str) -> dict[str, Any]:
+        script, output = str(FOLDER / f"{name}.py"), tmp_path / "result.json"
+        monkeypatch.setattr(sys, "argv", [script, "--output", str(output), *shlex.split(" ".join(words))])
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, end.code
+        assert str(tmp_path) not in output.read_text()
+        result: dict[str, Any] = json.loads(output.read_text())["result"]
+        return result
+
+    return run
+
+
+@pytest.fixture
+def decoding(run: Run, tiny_model_dir: Path, problems: Path) -> Run:
+    """Run one of the benchmarks that share options, on the tiny model and two problems."""
+    return lambda name, *words: run(name, f"--model {tiny_model_dir} --filename {problems} {SIZES}", *words)
 
 
 @pytest.mark.slow
-def test_collection(tiny_model_dir, problems, tmp_path):
-    result = run("collection", tiny_model_dir, problems, tmp_path / "result.json")
+def test_collection(decoding: Run) -> None:
+    result = decoding("collection")
     equal, _, states = result["states equal"].split()
     assert equal == states != "0"
     assert result["times fewer token-forwards"] > 1
 
 
 @pytest.mark.slow
-def test_linear(tiny_model_dir, problems, tmp_path):
-    result = run("linear", tiny_model_dir, problems, tmp_path / "result.json", "--widths", "1", "4", "--batches", "2")
+@pytest.mark.parametrize(("name", "more"), [("linear", ""), ("attention", "--context 40 --rounds 2")])
+def test_one_layer(decoding: Run, name: str, more: str) -> None:
+    result = decoding(name, "--widths 1 4 --batches 2", more)
     assert set(result) == {"batch 2, width 1", "batch 2, width 4"} and all(figures["times faster"] > 0 for figures in result.values())
 
 
 @pytest.mark.slow
-def test_attention(tiny_model_dir, problems, tmp_path):
-    sizes = ["--widths", "1", "4", "--batches", "2", "--context", "40", "--rounds", "2"]
-    result = run("attention", tiny_model_dir, problems, tmp_path / "result.json", *sizes)
-    assert set(result) == {"batch 2, width 1", "batch 2, width 4"} and all(figures["times faster"] > 0 for figures in result.values())
-
-
-@pytest.mark.slow
-def test_training(tiny_model_dir, problems, tmp_path):
-    result = run("training", tiny_model_dir, problems, tmp_path / "result.json")
+def test_training(decoding: Run) -> None:
+    result = decoding("training")
     assert result["token-forwards per response, paper"] > result["token-forwards per response, ours, the paper's objective"]
 
 
 @pytest.mark.slow
-def test_throughput(tiny_model_dir, problems, tmp_path):
-    result = run("throughput", tiny_model_dir, problems, tmp_path / "result.json", "--rounds", "2")
+def test_throughput(decoding: Run) -> None:
+    result = decoding("throughput", "--rounds 2")
     assert result["blocks"] == 3 and result["times faster, ours, the paper's objective"] > 0
     assert result["memory over fine-tuning, fine-tuning"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["gsm8k", "copying"])
-def test_decode(tiny_model_dir, problems, tmp_path, task):
+def test_decode(decoding: Run, tmp_path: Path, task: str) -> None:
     pytest.importorskip("matplotlib")
-    contexts = ["64", "200"] if task == "gsm8k" else ["0"]  # a prompt of 200 characters leaves no room
-    batches = ["1", "2", "4", "--most_tokens", "128"] if task == "gsm8k" else ["1", "2"]
-    sizes = ["--task", task, "--contexts", *contexts, "--batches", *batches, "--widths", "4", "--guess", "context", "pool"]
+    contexts = "64 200" if task == "gsm8k" else "0"  # a prompt of 200 characters leaves no room
+    batches = "1 2 4 --most_tokens 128" if task == "gsm8k" else "1 2"
     model = save_tiny_checkpoint(tmp_path / "m", max_position_embeddings=256 if task == "gsm8k" else 1024)
-    result = run("decode", model, problems, tmp_path / "result.json", *sizes)
+    sizes = f"--contexts {contexts} --batches {batches} --widths 4 --guess context pool"
+    result = decoding("decode", f"--model {model} --task {task}", sizes)
     assert [cell["batch"] for cell in result["cells"]] == [1, 2]
     alone, pair = (cell["methods"] for cell in result["cells"])
     assert set(pair) == {"ar", "generate", "generate:onednn", "jacobi:4:context", "jacobi:4:pool"}
@@ -88,39 +114,38 @@ def test_decode(tiny_model_dir, problems, tmp_path, task):
 
 
 @pytest.mark.slow
-def test_tuning_and_candidates_and_batching(tiny_model_dir, problems, tmp_path):
-    few = ["--widths", "1", "4", "--guess", "pool", "--rounds", "1"]
-    result = run("tuning", tiny_model_dir, problems, tmp_path / "t.json", *few)
+def test_tuning(decoding: Run) -> None:
+    result = decoding("tuning", "--widths 1 4 --guess pool --rounds 1")
     assert result["tune picks"] in result["sweep, tokens/s"] and 0 < result["pick over fastest"] <= 1
-    result = run("candidates", tiny_model_dir, problems, tmp_path / "c.json")
+
+
+@pytest.mark.slow
+def test_candidates(decoding: Run) -> None:
+    result = decoding("candidates")
     alone, best = result["tokens per forward, the window alone"], result["best second candidate"]
     assert result["tokens per forward, with a second candidate"][best] >= alone >= 1
-    result = run("batching", tiny_model_dir, problems, tmp_path / "b.json", "--batch_size", "2", "--rounds", "1")
-    assert result["times faster than fixed batches"] > 0
 
 
 @pytest.mark.slow
-def test_exactness(tiny_model_dir, problems, tmp_path):
-    def part(*words: str) -> dict:
-        output = tmp_path / f"{words[0]}.json"
-        command = [sys.executable, str(FOLDER / "exactness.py"), *words, "--output", str(output)]
-        subprocess.run(command, check=True, timeout=200, cwd=tmp_path)
-        assert str(tmp_path) not in output.read_text()
-        return json.loads(output.read_text())["result"]
-
-    assert part("tiny", "--cases", "5")["different"] == 0
-    assert part("tiny", "--cases", "5", "--share", "3", "--prefixes")["different"] == 0
-    words = ["--model", str(tiny_model_dir), "--data", f"gsm8k={problems}", "--prompts", "2", "--length", "8"]
-    assert {way["texts that depart"] for way in part("real", *words)["ways"].values()} == {0}
-    assert len(part("bfloat16", *words)["sides"]) == 4
+def test_batching(decoding: Run) -> None:
+    assert decoding("batching", "--batch_size 2 --rounds 1")["times faster than fixed batches"] > 0
 
 
 @pytest.mark.slow
-def test_prefix(tmp_path):
+def test_exactness(run: Run, tiny_model_dir: Path, problems: Path) -> None:
+    assert run("exactness", "tiny --cases 5")["different"] == 0
+    assert run("exactness", "tiny --cases 5 --share 3 --prefixes")["different"] == 0
+    words = f"--model {tiny_model_dir} --data gsm8k={problems} --prompts 2 --length 8"
+    assert {way["texts that depart"] for way in run("exactness", "real", words)["ways"].values()} == {0}
+    assert len(run("exactness", "bfloat16", words)["sides"]) == 4
+
+
+@pytest.mark.slow
+def test_prefix(decoding: Run, tmp_path: Path) -> None:
     sql_questions.main([str(tmp_path / "data"), "2", "12"])
     model = save_tiny_checkpoint(tmp_path / "model", max_position_embeddings=4096)
-    more = ["--conversation", "120", "--question", "8", "--samples", "3", "--sampled", "90", "--rounds", "2", "--prompts", "3"]
-    result = run("prefix", model, tmp_path / "data", tmp_path / "result.json", *more)
+    more = "--conversation 120 --question 8 --samples 3 --sampled 90 --rounds 2 --prompts 3"
+    result = decoding("prefix", f"--model {model} --filename {tmp_path / 'data'}", more)
     (turn, questions, samples, nothing) = result.values()
     assert questions["texts that differ"] == nothing["texts that differ"] == 0
     assert samples["tokens through the model, with reuse"] == 89 + samples["of which windows"]
@@ -129,52 +154,48 @@ def test_prefix(tmp_path):
 
 
 @pytest.mark.slow
-def test_iteration(tiny_model_dir, problems, tmp_path):
-    result = run("iteration", tiny_model_dir, problems, tmp_path / "result.json", "--widths", "1", "4", "--batches", "2")
+def test_iteration(decoding: Run) -> None:
+    result = decoding("iteration", "--widths 1 4 --batches 2")
     assert result["batch 2, width 4"]["iterations"] > 0
 
 
 @pytest.mark.slow
-def test_soak(tiny_model_dir, tmp_path):
-    output = tmp_path / "result.json"
-    command = [sys.executable, str(FOLDER / "soak.py"), "--model", str(tiny_model_dir), "--output", str(output)]
-    subprocess.run([*command, "--seconds", "5", "--clients", "24"], check=True, timeout=200, cwd=tmp_path)
-    result = json.loads(output.read_text())["result"]
+def test_soak(run: Run, tiny_model_dir: Path) -> None:
+    result = run("soak", f"--model {tiny_model_dir} --seconds 5 --clients 24")
     assert all(result[kind] for kind in ("answers", "hung up", "bad requests", "faulty requests"))
 
 
 @pytest.mark.slow
-def test_collapse(tmp_path):
+def test_collapse(run: Run, tmp_path: Path) -> None:
     sql_questions.main([str(tmp_path / "data"), "2", "2"])
     model = save_tiny_checkpoint(tmp_path / "target", max_position_embeddings=1024)
-    words = ["collect", "--task", "spider", "--model", model, "--filename", tmp_path / "data", "--max_new_seq_len", "12"]
-    words += ["--max_new_tokens", "4", "--output", tmp_path / "trajectories", "--device", "cpu"]
-    subprocess.run([sys.executable, "-m", "cllm", *map(str, words)], check=True, timeout=200)
-    words = ["--data", tmp_path, "--prompts", "2", "--length", "8", "--output", tmp_path / "result.json"]
-    command = [sys.executable, FOLDER / "collapse.py", *words, "--learning_rate", "1e-6"]
-    subprocess.run(list(map(str, command)), check=True, timeout=200)
-    result = json.loads((tmp_path / "result.json").read_text())["result"]
+    collect("spider", model, tmp_path / "data", tmp_path)
+    result = run("collapse", f"--data {tmp_path} --prompts 2 --length 8 --learning_rate 1e-6")
     assert result["stopped at step"] == result["planned steps"] and result["step of the last good model"]
-    assert str(tmp_path) not in (tmp_path / "result.json").read_text()
 
 
 @pytest.mark.slow
-def test_lossless_training(tiny_model_dir, problems, tmp_path):
+def test_lossless_training(run: Run, tiny_model_dir: Path, problems: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    words = ["collect", "--task", "gsm8k", "--model", tiny_model_dir, "--filename", problems, "--max_new_seq_len", "12"]
-    words += ["--max_new_tokens", "4", "--output", tmp_path / "trajectories", "--device", "cpu"]
-    subprocess.run([sys.executable, "-m", "cllm", *map(str, words)], check=True, timeout=200)
-    words = ["--model", tiny_model_dir, "--trajectories", tmp_path / "trajectories", "--batch_size", "2", "--steps", "2"]
-    command = [sys.executable, FOLDER / "lossless_training.py", *words, "--rounds", "1", "--output", tmp_path / "result.json"]
-    subprocess.run([*map(str, command), "--", "--attn_implementation", "eager"], check=True, timeout=200)
-    result = json.loads((tmp_path / "result.json").read_text())["result"]
+    collect("gsm8k", tiny_model_dir, problems, tmp_path)
+    words = f"--model {tiny_model_dir} --trajectories {tmp_path / 'trajectories'} --batch_size 2 --steps 2 --rounds 1"
+    result = run("lossless_training", words, "-- --attn_implementation eager")
     assert result["times faster"] == result["times faster, by round"][0] > 0
     assert set(result["responses per second"]) == {"default objective", "lossless"}
-    assert str(tmp_path) not in (tmp_path / "result.json").read_text()
+
+
+def collect(task: str, model: Path, data: Path, folder: Path) -> None:
+    words = f"collect --task {task} --model {model} --filename {data} --output {folder / 'trajectories'}"
+    cllm_main(shlex.split(f"{words} --max_new_seq_len 12 --max_new_tokens 4 --device cpu"))
 
 
 @pytest.mark.parametrize("name", ["vllm_speed", "vllm_collection"])
-def test_a_benchmark_of_vllm_shows_its_options(name):
+def test_a_benchmark_of_vllm_shows_its_options(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """They run in the environment of scripts/vllm_check.sh; here is at least what they take from the others."""
-    shown = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), "--help"], check=True, capture_output=True, text=True).stdout
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    shown = capsys.readouterr().out
     assert "--model" in shown and "--output" in shown

@@ -15,7 +15,7 @@ from cllm.tasks import get_task
 from cllm.tasks.source import load_examples
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
-PROMPTS, NEW_TOKENS = 8, 32
+PROMPTS, NEW_TOKENS = 4, 32
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from cllm.models import DEFAULT_GUESS, TRAINED_GUESS, context_length
 # What --guess auto chooses from. The last keeps all that an iteration refined, which on a CPU the three before it drop.
 CANDIDATES = ("context", "prompt_lookup", "pool", "prompt_lookup+pool", "prompt_lookup+pool+context")
 LEAST = 3  # batches at least
-FINALISTS = 2  # choices that decode all batches at least
+FINALISTS = 3  # choices that decode all batches at least
 
 
 def lossless_candidates(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -268,7 +268,7 @@ def test_no_reply_raises(reply: str) -> None:
     [*PIECES, "9**", "9^", "#### 9 ", "\\boxed{9", "the answer is 9 ", "1,", "$-", "( ", "<answer>", "ans:9 "],
 )
 def test_no_reply_hangs(piece: str) -> None:
-    reply = piece * (100_000 // len(piece))
+    reply = piece * (50_000 // len(piece))
     start = time.process_time()
     for text in (
         reply,
@@ -278,7 +278,7 @@ def test_no_reply_hangs(piece: str) -> None:
         "\\boxed{9" + reply + "}",
     ):
         GSM8K.score(text, example("9"))
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("power", ["9^{9^{9^{9^9}}}", "9**9**9**9", "9!!!!!!!!", "10^10^10^10", "9" * 400])
