@@ -91,7 +91,7 @@ class TuneArguments(ModelOptions, TaskOptions):
     max_new_seq_len: int = option("new tokens per sample response at most", 64, least=1)
     widths: Sequence[int] = option("widths to measure; default: 1 to 32, or 12 with an adapter", (), least=1)
     drafts: Sequence[int] = option(
-        "draft tokens to measure with each width, where the model has a consistency adapter; default: width - 1 and twice that",
+        "draft tokens to measure with each width, where the model has a consistency adapter; default: 2 * width - 2",
         (),
         least=1,
     )

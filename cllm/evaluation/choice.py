@@ -77,7 +77,7 @@ def measure_choices(
     """Every width with every guess at every batch size; at width 1 nothing is guessed, so the first guess stands for all.
 
     A model with a consistency adapter is measured with those of the ``drafts`` that are no fewer than a width's guesses, or
-    with as many where all are fewer. Without ``drafts``, it is measured with as many and with twice as many: the most of use.
+    with as many where all are fewer; without ``drafts``, with twice as many, which a fully accepted window needs.
 
     Those that stay in the race decode all prompts, which are taken again where a batch needs more, and three batches at least.
     The choices take turns, batch by batch, so that a machine that slows down slows all of them (on a GPU, those of one
@@ -117,7 +117,7 @@ def _settings(model: PreTrainedModel, widths: Sequence[int], drafts: Sequence[in
         elif drafts:
             counts = [count for count in drafts if count >= width - 1] or [width - 1]
         else:
-            counts = [width - 1, 2 * width - 2]
+            counts = [2 * width - 2]
         yield from (Setting(width, count, guess) for count in counts for guess in guesses)
 
 

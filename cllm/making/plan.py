@@ -19,7 +19,7 @@ STEPS = 400  # of training in all epochs, where time is unlimited
 MARGIN = 0.8  # share of the time that is planned, since a machine's speed varies
 MEASURING_SHARE = 0.2  # share of the spare time that is spent on measuring with held-out prompts
 TUNING_PROMPTS, TUNING_TOKENS = 8, 64  # prompts, and the most tokens of a response
-TUNING_RESPONSES = 40  # what tuning costs, in responses by AR decoding
+TUNING_RESPONSES = 35  # what tuning costs, in responses by AR decoding
 LEAST_HELD_OUT = 2  # an interval needs two
 
 
