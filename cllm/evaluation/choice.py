@@ -77,7 +77,8 @@ def measure_choices(
     """Every width with every guess at every batch size; at width 1 nothing is guessed, so the first guess stands for all.
 
     A model with a consistency adapter is measured with those of the ``drafts`` that are no fewer than a width's guesses, or
-    with as many where all are fewer; without ``drafts``, with twice as many, which a fully accepted window needs.
+    with as many where all are fewer; without ``drafts``, with twice as many, so that a window that is accepted whole leaves
+    guesses for the next one.
 
     Those that stay in the race decode all prompts, which are taken again where a batch needs more, and three batches at least.
     The choices take turns, batch by batch, so that a machine that slows down slows all of them (on a GPU, those of one
