@@ -58,4 +58,4 @@ def render(figures: dict[str, Any]) -> str:
         "minutes": number(sum(figures["seconds"].values()) / 60, 1),
     }
     tried = "" if figures["reason"] is None else ", with the window that was tried"
-    return f"on {plan.held_out} held-out prompts{tried}\n" + "\n".join(f"  {name:<20}{text}" for name, text in lines.items())
+    return f"on {figures['measured']} held-out prompts{tried}\n" + "\n".join(f"  {name:<20}{text}" for name, text in lines.items())

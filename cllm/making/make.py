@@ -30,7 +30,7 @@ from cllm.evaluation.speed_run import measure_speed
 from cllm.evaluation.tune import tune
 from cllm.files import StrPath, write_json, write_text
 from cllm.making.arguments import BLOCK, MakeArguments
-from cllm.making.plan import LEAST_HELD_OUT, TUNING_PROMPTS, TUNING_TOKENS, Costs, Plan, StepClock, make_plan, peak_memory
+from cllm.making.plan import LEAST_HELD_OUT, MARGIN, TUNING_PROMPTS, TUNING_TOKENS, Costs, Plan, StepClock, make_plan, peak_memory
 from cllm.making.sources import Gathered, Source, gather, split_off
 from cllm.making.stages import FILE, Stage, Stages
 from cllm.models import (
@@ -254,7 +254,7 @@ class Making:
     def _measure(self) -> None:
         best = _read(self.tuned)["best"]["1"]
         window = {"block_size": best["width"], "drafts": best["drafts"], "guess": [best["guess"]]}
-        args = SpeedArguments(**window, **self._decoding(self.measured_on, self.plan.held_out))
+        args = SpeedArguments(**window, **self._decoding(self.measured_on, self._measurable()))
         write_json(self.measured, measure_speed(args))
 
     def _publish(self) -> None:
@@ -281,6 +281,14 @@ class Making:
 
     def _facts(self) -> dict[str, Any]:
         return _read(self.facts)
+
+    def _measurable(self) -> int:
+        """How many held-out prompts to measure on: as many as the time allows, so that slow and fast stages before are made up for."""
+        plan, minutes = self.plan, self.options.minutes
+        if minutes is None:
+            return plan.held_out
+        spent = sum(Stages(self.work, []).seconds().values())
+        return plan.measurable(60 * MARGIN * minutes - spent, self._facts()["held_out"])
 
     def _timed_responses(self, count: int) -> float:
         """Answer the first prompts, all at once; returns the seconds that this took without loading the model."""
@@ -414,6 +422,7 @@ class Making:
             "plan": self.plan.as_dict(),
             "seconds": Stages(self.work, []).seconds(),
             "environment": report["environment"],
+            "measured": settings["data_size"],
             "dtype": settings["dtype"],
             "width": settings["block_size"],
             "drafts": settings["drafts"],

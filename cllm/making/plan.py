@@ -16,7 +16,7 @@ from cllm.errors import UsageError
 
 EPOCHS = 10  # at most
 STEPS = 400  # of training in all epochs, where time is unlimited
-MARGIN = 0.8  # share of the time that is planned, since a machine's speed varies
+MARGIN = 0.9  # share of the time that is used
 MEASURING_SHARE = 0.2  # share of the spare time that is spent on measuring with held-out prompts
 TUNING_PROMPTS, TUNING_TOKENS = 8, 64  # prompts, and the most tokens of a response
 TUNING_RESPONSES = 35  # what tuning costs, in responses by AR decoding
@@ -55,11 +55,16 @@ class Plan:
     def total_minutes(self) -> float:
         return sum(self.minutes.values())
 
+    def measurable(self, seconds: float, held_out: int) -> int:
+        """How many of the held-out prompts can be measured in this time, or the fewest that give an interval."""
+        planned = max(60 * self.minutes["measure"], 1e-3)  # rounded, so it may be 0
+        return max(LEAST_HELD_OUT, min(held_out, int(seconds * self.held_out / planned)))
+
     def __str__(self) -> str:
         """For people."""
         stages = ", ".join(f"{name} {minutes:.1f}" for name, minutes in self.minutes.items())
         return (
-            f"  prompts   {self.prompts} to learn from, in {self.epochs} epochs; {self.held_out} to measure on\n"
+            f"  prompts   {self.prompts} to learn from, in {self.epochs} epochs; about {self.held_out} to measure on\n"
             f"  tokens    about {self.response_tokens} of responses, {self.trained_tokens} in training\n"
             f"  minutes   about {self.total_minutes:.1f} ({stages})\n"
             f"  memory    {self.memory / 2**30:.1f} GiB in a trial of each; longer prompts take more"

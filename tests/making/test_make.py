@@ -82,7 +82,7 @@ def test_twenty_prompts_end_with_a_sensible_report(made: Path, target: Path) -> 
     found, plan = figures(made), figures(made)["plan"]
     assert (plan["prompts"], plan["held_out"], plan["epochs"]) == (16, 4, 10) and len(responses(made)) == 16
     assert found["same_as_ar"] == 1.0 and found["tokens_per_forward"] >= 1 and not found["divergences"]
-    assert found["environment"]["device"] == "cpu" and found["dtype"] == "float32"
+    assert found["environment"]["device"] == "cpu" and found["dtype"] == "float32" and found["measured"] == 4
     assert set(found["seconds"]) == {"prompts", "plan", "responses", "adapter", "tune", "measure"}
     assert (found["stored_width"] == 1) == (found["reason"] is not None)
     assert {ADAPTER, ADAPTER_WEIGHTS, "config.json", "tokenizer.json", "README.md", "make.json"} <= files(made)
@@ -202,7 +202,7 @@ def test_a_dry_run_stops_at_the_plan_which_the_real_one_has(target: Path, prompt
     words = [str(word) for word in (target, prompts, tmp_path / "out", "--max_new_seq_len", LENGTH, "--device", "cpu")]
     command.main([*words, "--dry_run"])
     printed = capsys.readouterr().out
-    assert "16 to learn from, in 10 epochs; 4 to measure on" in printed and "minutes" in printed and "memory" in printed
+    assert "16 to learn from, in 10 epochs; about 4 to measure on" in printed and "minutes" in printed and "memory" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {WORK}
     left = {"prompts.jsonl", "held_out.jsonl", "prompts.json", "plan.json", "responses", "stages.json"}
     assert {path.name for path in (tmp_path / "out" / WORK).iterdir()} == left

@@ -13,8 +13,8 @@ COSTS = Costs(response=0.5, example=0.8, token=0.03, tokens=100.0, sampled=16, s
 @pytest.mark.parametrize("minutes", [10.0, 15.0, 30.0, 60.0, 600.0])
 def test_a_plan_stays_within_its_time_and_uses_it(minutes: float) -> None:
     found = make_plan(COSTS, 5000, 64, minutes)
-    assert found.total_minutes <= 0.85 * minutes
-    assert found.total_minutes > 0.7 * minutes or (found.prompts == 5000 and found.epochs == EPOCHS)
+    assert found.total_minutes <= 0.95 * minutes
+    assert found.total_minutes > 0.8 * minutes or (found.prompts == 5000 and found.epochs == EPOCHS)
     assert 1 <= found.epochs <= EPOCHS and COSTS.sampled <= found.prompts <= 5000 and 2 <= found.held_out <= 64
     assert found.response_tokens == found.prompts * 100 and found.trained_tokens == found.response_tokens * found.epochs
 
@@ -27,7 +27,7 @@ def test_more_time_is_more_prompts_then_more_epochs() -> None:
 
 def test_responses_that_take_long_are_learned_from_more_often() -> None:
     slow = replace(COSTS, response=2.0)  # 2.5 times as long as an epoch of it
-    assert make_plan(slow, 5000, 64, 30).epochs == 3 and make_plan(slow, 5000, 64, 30).total_minutes <= 0.85 * 30
+    assert make_plan(slow, 5000, 64, 30).epochs == 3 and make_plan(slow, 5000, 64, 30).total_minutes <= 0.95 * 30
 
 
 def test_without_a_limit_all_prompts_are_taken_and_few_more_often() -> None:
@@ -47,6 +47,14 @@ def test_a_time_that_is_too_short_says_how_much_is_needed() -> None:
             make_plan(costs, 100, 20, least - 0.1)
 
 
+def test_measuring_makes_up_for_slow_and_fast_stages() -> None:
+    plan = make_plan(COSTS, 5000, 64, 15.0)
+    left = 60 * plan.minutes["measure"]
+    assert [plan.measurable(seconds, 64) for seconds in (-5.0, 0.0, left, 2 * left, 1000 * left)] == [
+        2, 2, plan.held_out, 2 * plan.held_out, 64,
+    ]  # fmt: skip
+
+
 def test_long_responses_do_not_lengthen_tuning() -> None:
     short, long, longer = (make_plan(replace(COSTS, tokens=tokens), 100, 20, None).minutes["tune"] for tokens in (32.0, 64.0, 400.0))
     assert short < long == longer
@@ -54,4 +62,4 @@ def test_long_responses_do_not_lengthen_tuning() -> None:
 
 def test_what_people_see() -> None:
     text = str(make_plan(replace(COSTS, memory=3 * 2**30), 100, 20, None))
-    assert "100 to learn from, in 10 epochs; 20 to measure on" in text and "10000 of responses" in text and "3.0 GiB" in text
+    assert "100 to learn from, in 10 epochs; about 20 to measure on" in text and "10000 of responses" in text and "3.0 GiB" in text
