@@ -1,6 +1,6 @@
 """Commands run inside the test process, and questions to run them on.
 
-from commands import failed, question_rows, refused, write_rows
+from commands import failed, question_rows, refused, succeeds, write_rows
 """
 
 import json
@@ -20,6 +20,14 @@ def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     """Write one line per row: JSON, or texts unchanged."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
+
+
+def succeeds(call: Callable[[], Any]) -> None:
+    """Call a command or script, which may exit, but only with status 0."""
+    try:
+        call()
+    except SystemExit as end:
+        assert not end.code, end.code
 
 
 def refused(capsys: pytest.CaptureFixture[str], main: Callable[..., None], *words: Any) -> str:

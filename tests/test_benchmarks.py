@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import sql_questions
-from commands import write_rows
+from commands import succeeds, write_rows
 from tiny import save_tiny_checkpoint
 
 from cllm.cli.main import main as cllm_main
@@ -29,8 +29,6 @@ PROBLEMS = [
         "answer": "Six tickets cost 6 * 7 = $42.\n#### 42",
     },
 ]
-
-
 SIZES = "--prompts 2 --block_size 4 --length 12"
 Run = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,10 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(name: str, *words: str) -> dict[str, Any]:
         script, output = str(FOLDER / f"{name}.py"), tmp_path / "result.json"
         monkeypatch.setattr(sys, "argv", [script, "--output", str(output), *shlex.split(" ".join(words))])
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            assert not end.code, end.code
+        succeeds(lambda: runpy.run_path(script, run_name="__main__"))
         assert str(tmp_path) not in output.read_text()
         result: dict[str, Any] = json.loads(output.read_text())["result"]
         return result

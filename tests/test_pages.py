@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import question_rows, write_rows
+from commands import question_rows, succeeds, write_rows
 from mask_picture import picture
 from pages import NOT_RUN, PAGES, ROOT, Block, blocks, is_quote, name, runs
 from rows import HUMAN_EVAL
@@ -106,7 +106,7 @@ class Reader:
                 self.serve(words)
             case ["cllm", command, *_]:
                 self.remove_outputs(words)
-                self.finish(lambda: cllm_main(words[1:] + REDUCED.get(command, "").split()))
+                succeeds(lambda: cllm_main(words[1:] + REDUCED.get(command, "").split()))
             case ["python", "-m", module, *rest]:
                 self.script(module, rest + REDUCED["chat"].split(), runpy.run_module)
             case ["python", script, *rest]:
@@ -127,13 +127,7 @@ class Reader:
 
     def script(self, target: str, rest: list[str], run: Any) -> None:
         self.monkeypatch.setattr(sys, "argv", [target, *rest])
-        self.finish(lambda: run(target, run_name="__main__"))
-
-    def finish(self, call: Any) -> None:
-        try:
-            call()
-        except SystemExit as end:
-            assert not end.code, end.code
+        succeeds(lambda: run(target, run_name="__main__"))
 
     def serve(self, words: list[str]) -> None:
         command = [sys.executable, "-m", "cllm", *words[1:], *REDUCED[words[1]].split()]

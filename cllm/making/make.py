@@ -283,7 +283,7 @@ class Making:
         return _read(self.facts)
 
     def _measurable(self) -> int:
-        """How many held-out prompts to measure on: as many as the time allows, so that slow and fast stages before are made up for."""
+        """How many held-out prompts to measure on: with a limit, as many as the time that earlier stages left allows."""
         plan, minutes = self.plan, self.options.minutes
         if minutes is None:
             return plan.held_out
