@@ -27,6 +27,7 @@ Engine = Literal["cllm", "vllm"]
 KEY = "CLLM_API_KEY"  # of the environment: what clients of a server send
 AUTO = "auto"  # as a guess: measure and pick
 PREFIX_BYTES = 1 << 30
+LOSSLESS_BLOCK = 8  # the longest block that a consistency adapter learns from; windows in decoding may be wider
 GUESS_HELP = (
     f"fresh guesses of Jacobi decoding: {', '.join(GUESSES)}, or some of them joined by +, as in prompt_lookup+pool, tried in that "
     f"order; {AUTO} measures and picks. They decide the speed, never the text; default: what `cllm tune` stored, else what the model "

@@ -9,10 +9,8 @@ from pathlib import Path
 
 from cllm.errors import UsageError
 from cllm.files import StrPath
-from cllm.options import ModelOptions, Start, option
+from cllm.options import LOSSLESS_BLOCK, ModelOptions, Start, option
 from cllm.trajectory.arguments import SourceOptions
-
-BLOCK = 8  # tokens of a block in training; windows of decoding may be wider
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,7 @@ class MakeArguments(SourceOptions, ModelOptions):
         super().__post_init__()
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise UsageError(f"minutes must be a number above 0, got {self.minutes}")
-        if self.max_new_seq_len < BLOCK:
-            raise UsageError(f"max_new_seq_len must be >= {BLOCK}, got {self.max_new_seq_len}")
+        if self.max_new_seq_len < LOSSLESS_BLOCK:
+            raise UsageError(f"max_new_seq_len must be >= {LOSSLESS_BLOCK}, got {self.max_new_seq_len}")
         if not self.prompts:
             raise UsageError("no prompts; pass at least one file, task or TASK:FILE")

@@ -29,7 +29,7 @@ from cllm.evaluation.speed import measure
 from cllm.evaluation.speed_run import measure_speed
 from cllm.evaluation.tune import tune
 from cllm.files import StrPath, write_json, write_text
-from cllm.making.arguments import BLOCK, MakeArguments
+from cllm.making.arguments import MakeArguments
 from cllm.making.plan import LEAST_HELD_OUT, MARGIN, TUNING_PROMPTS, TUNING_TOKENS, Costs, Plan, StepClock, make_plan, peak_memory
 from cllm.making.sources import Gathered, Source, gather, split_off
 from cllm.making.stages import FILE, Stage, Stages
@@ -47,7 +47,7 @@ from cllm.models import (
     store_choice,
     weights_stamp,
 )
-from cllm.options import Dtype
+from cllm.options import LOSSLESS_BLOCK, Dtype
 from cllm.processor import has_bfloat16_products
 from cllm.prompts import PLAIN, PromptTemplate, choose_template
 from cllm.serving.contents import contents
@@ -358,7 +358,7 @@ class Making:
             output=str(self.responses),
             responses_only=True,
             data_size=count,
-            block_size=BLOCK,
+            block_size=LOSSLESS_BLOCK,
             max_new_seq_len=self.options.max_new_seq_len,
             batch_size=self.sizes.collected,
             guess=self.options.guess,
@@ -374,7 +374,6 @@ class Making:
         inputs = TrainingInputs(
             model=self.options.model,
             trajectories=str(self.responses),
-            block_size=BLOCK,
             dtype=self._frozen or "float32",
             attn_implementation=self.options.attn_implementation,
         )
@@ -469,7 +468,7 @@ def _unfit(example: Example, template: PromptTemplate, tokenizer: PreTrainedToke
         ids = template.encode(example.messages, tokenizer)
     except UsageError:
         return "refused by the chat template"
-    return "too long for the model's context" if context is not None and len(ids) > context - BLOCK else None
+    return "too long for the model's context" if context is not None and len(ids) > context - LOSSLESS_BLOCK else None
 
 
 def _check_no_conversations(gathered: Gathered, target: str) -> None:

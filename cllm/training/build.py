@@ -23,6 +23,7 @@ from cllm.models import (
     vocabulary_stamp,
     write_record,
 )
+from cllm.options import LOSSLESS_BLOCK
 from cllm.serving.export import equip
 from cllm.training.arguments import LOSSLESS_OBJECTIVE, OBJECTIVE_FIELDS, CllmTrainingArguments, LosslessTrainingArguments
 from cllm.training.drafts import DraftCollator, DraftDataset
@@ -41,7 +42,9 @@ class TrainingInputs(ModelLoading):
 
     model: str = field(kw_only=True, metadata={"help": "the target model: checkpoint folder or hub name"})
     trajectories: str = field(metadata={"help": "a folder that `cllm collect` wrote, a published JSON file, or a hub name of either"})
-    block_size: int | None = field(default=None, metadata={"help": "block size n; default: the one the trajectories were collected with"})
+    block_size: int | None = field(
+        default=None, metadata={"help": f"block size n; default: that of the collection, {LOSSLESS_BLOCK} for --lossless"}
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def _open(inputs: TrainingInputs, lora: AdapterArguments, args: CllmTrainingArgu
     settings = rows.settings or {}
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size, vocabulary_stamp(tokenizer))
     record = {
-        "block_size": _block_size(inputs, settings),
+        "block_size": _block_size(inputs, settings.get("block_size") if isinstance(args, CllmTrainingArguments) else LOSSLESS_BLOCK),
         "prompt_template": settings.get("prompt_template"),
         "task": settings.get("task"),
         "target_model": inputs.model,
@@ -171,10 +174,10 @@ def _lossless_trainer(source: Source, lora: AdapterArguments, probe: ProbeArgume
     return trainer
 
 
-def _block_size(inputs: TrainingInputs, settings: Mapping[str, Any]) -> int:
+def _block_size(inputs: TrainingInputs, default: int | None) -> int:
     if inputs.block_size is not None and inputs.block_size < 1:
         raise UsageError(f"block_size must be >= 1, got {inputs.block_size}")
-    size = inputs.block_size or settings.get("block_size")
+    size = inputs.block_size or default
     if size is None:
         raise UsageError(f"{inputs.trajectories} does not say its block size; pass --block_size")
     return size

@@ -41,7 +41,7 @@ class SourceOptions(Options):
 class CollectArguments(SourceOptions, PrefixOptions, ModelOptions, TaskOptions):
     """The options of :func:`cllm.trajectory.collection.collect`. Raises UsageError for values that are out of range."""
 
-    block_size: int = option("block size n; for `cllm train --lossless`, the largest", 16, flag="--max_new_tokens", least=1)
+    block_size: int = option("block size n", 16, flag="--max_new_tokens", least=1)
     max_new_seq_len: int = option("longest response, in tokens", 512)
     guess: Start = option(
         "what blocks start from: random tokens of the context (the paper), random tokens of the vocabulary, or the "
