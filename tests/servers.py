@@ -59,6 +59,7 @@ def until_empty(running: Running, seconds: float = 10.0) -> None:
 def run_server(
     limits: Limits,
     *,
+    name: str = "tiny",
     context: int = 256,
     model: PreTrainedModel | None = None,
     eos: Sequence[int] = (),
@@ -70,12 +71,13 @@ def run_server(
 ) -> Iterator[Running]:
     """Run a server of ``model``, by default a tiny one with this ``context``. Without ``eos`` all answers reach their limit.
 
-    ``question`` adds the demo with this default question. ``send_buffer`` is the socket's send buffer in bytes.
+    ``name`` is the model's name in requests. ``question`` adds the demo with this default question. ``send_buffer`` is the socket's
+    send buffer in bytes.
     """
     decoder = JacobiDecoder(model or tiny_model(max_position_embeddings=context), 4, eos_token_ids=eos)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
-    service = Service("tiny", Queue(decoder, batch_size), tokenizer, PromptTemplate("chat"), limits)
+    service = Service(name, Queue(decoder, batch_size), tokenizer, PromptTemplate("chat"), limits)
     with bind("127.0.0.1", 0) as listener:
         if send_buffer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

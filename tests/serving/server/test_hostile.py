@@ -324,15 +324,17 @@ def test_leaving_ends_the_row_early(start) -> None:
 def test_a_client_that_does_not_read(start, monkeypatch: pytest.MonkeyPatch, caplog, patience: float) -> None:
     """Its row leaves when it is cut off, or else at the deadline; meanwhile the others get their answers."""
     monkeypatch.setattr(run, "READ_SECONDS", patience)
-    with start(Limits(new_tokens=100_000, seconds=6.0), context=200_000, send_buffer=4096) as running, socket.socket() as slow:
-        expected = post(running, COMPLETE, complete()).json()["choices"]
+    name = "tiny" * 500  # every event has it, so that the buffers are soon full, also on a slow machine
+    limits = Limits(new_tokens=100_000, seconds=6.0)
+    with start(limits, name=name, context=200_000, send_buffer=4096) as running, socket.socket() as slow:
+        expected = post(running, COMPLETE, complete(model=name)).json()["choices"]
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         slow.connect(("127.0.0.1", running.port))
-        slow.sendall(raw(COMPLETE, LONG | {"max_tokens": 100_000, "stream": True}))
+        slow.sendall(raw(COMPLETE, LONG | {"model": name, "max_tokens": 100_000, "stream": True}))
         while not running.service.worker.running:
             time.sleep(0.01)
         for _ in range(3):
-            assert post(running, COMPLETE, complete()).json()["choices"] == expected
+            assert post(running, COMPLETE, complete(model=name)).json()["choices"] == expected
         until_empty(running, 40)
         assert running.metric("cllm_cancelled_total") == 1
         if patience > 6:
