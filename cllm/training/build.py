@@ -114,8 +114,9 @@ def _open(inputs: TrainingInputs, lora: AdapterArguments, args: CllmTrainingArgu
     rows = TrajectoryDataset(inputs.trajectories, eos_ids=stop_token_ids(model, tokenizer))
     settings = rows.settings or {}
     _check_vocabulary(rows, settings, model.config.get_text_config(decoder=True).vocab_size, vocabulary_stamp(tokenizer))
+    default_block = LOSSLESS_BLOCK if isinstance(args, LosslessTrainingArguments) else settings.get("block_size")
     record = {
-        "block_size": _block_size(inputs, settings.get("block_size") if isinstance(args, CllmTrainingArguments) else LOSSLESS_BLOCK),
+        "block_size": _block_size(inputs, default_block),
         "prompt_template": settings.get("prompt_template"),
         "task": settings.get("task"),
         "target_model": inputs.model,
