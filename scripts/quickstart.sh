@@ -2,7 +2,8 @@
 # The whole chain on a small real model, on a CPU. SmolLM2-135M-Instruct first learns to answer questions about two small SQLite
 # databases, which makes it the target model. Then `cllm make` trains a consistency adapter for it, so that it decodes several
 # tokens per forward pass and still writes its own text, token for token.
-# Takes 25 to 40 minutes on two cores, less with instructions for bfloat16, and 5 GB of memory. --paper takes about 18 more, and 9 GB.
+# Takes 13 minutes on two cores with instructions for bfloat16, 25 to 40 without, and 5 GB of memory. --paper takes about 18 more and
+# 9 GB.
 #
 #   bash scripts/quickstart.sh            # results in quickstart/
 #   bash scripts/quickstart.sh --paper    # also train all weights on Jacobi trajectories, as in the paper
