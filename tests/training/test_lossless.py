@@ -278,3 +278,4 @@ if __name__ == "__main__":  # one of two processes of test_two_processes_give_th
     together.train()
     assert together.args.world_size == 2
     together.save_model()
+    torch.distributed.destroy_process_group()  # else the interpreter may abort while it ends

@@ -208,3 +208,4 @@ if __name__ == "__main__":  # one of two processes of the test above; only the f
     trainer.train()
     assert trainer.state.global_step == 2
     torch.save(weights(trainer.model), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()  # else the interpreter may abort while it ends
