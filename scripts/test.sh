@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up the environment and run linter, formatter check, type checker and tests. Takes 20 to 45 minutes on two cores.
+# Set up the environment and run linter, formatter check, type checker and tests. Takes 18 to 45 minutes on two cores.
 #
 #   bash scripts/test.sh                  # everything
 #   bash scripts/test.sh -m "not slow"    # arguments go to pytest
