@@ -142,8 +142,7 @@ def _with_default(name: str, value: Any) -> Any:
 class LosslessTrainingArguments(ConsistencyArguments):
     """Options of training a consistency adapter (``cllm train --lossless``).
 
-    Each default is the best value that was measured, or within noise of it (docs/training.md). Raises UsageError for a value that is
-    not allowed.
+    docs/training.md compares the defaults with other values. Raises UsageError for a value that is not allowed.
     """
 
     states_per_block: int = field(
