@@ -37,7 +37,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             os.environ.setdefault(name, value)
         try:
             main(*args, **kwargs)
-            _leave_process_group()
+            leave_process_group()
         except UsageError as error:
             _fail(str(error))
         except BrokenPipeError:
@@ -58,7 +58,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
     """End the process group while the interpreter is whole: Gloo's threads may still hold tensors, and freeing one later aborts."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -13,6 +13,7 @@ from training.test_trainer import ROWS, SHOWN, in_two_processes, loss_sums, prep
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from cllm.adapter import attached, read_adapter
+from cllm.cli.command import leave_process_group
 from cllm.decoding.guess import STARTS
 from cllm.errors import UsageError
 from cllm.evaluation.probe import DraftProbe
@@ -278,4 +279,4 @@ if __name__ == "__main__":  # one of two processes of test_two_processes_give_th
     together.train()
     assert together.args.world_size == 2
     together.save_model()
-    torch.distributed.destroy_process_group()  # else the interpreter may abort while it ends
+    leave_process_group()

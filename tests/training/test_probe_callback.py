@@ -17,6 +17,7 @@ from tiny import tiny_model
 from training.test_trainer import make_trainer
 from transformers import AutoModelForCausalLM
 
+from cllm.cli.command import leave_process_group
 from cllm.errors import UsageError
 from cllm.training.probe_callback import ProbeCallback, check_steps, state_preserved
 from cllm.training.probe_metrics import ProbeMetrics, is_good
@@ -208,4 +209,4 @@ if __name__ == "__main__":  # one of two processes of the test above; only the f
     trainer.train()
     assert trainer.state.global_step == 2
     torch.save(weights(trainer.model), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()  # else the interpreter may abort while it ends
+    leave_process_group()

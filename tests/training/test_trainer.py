@@ -15,6 +15,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from cllm import reference
+from cllm.cli.command import leave_process_group
 from cllm.errors import UsageError
 from cllm.training.arguments import CllmTrainingArguments
 from cllm.training.base import TokenMeanTrainer
@@ -345,4 +346,4 @@ if __name__ == "__main__":  # one of two processes of test_two_processes_give_th
     together.train()
     assert together.args.world_size == 2
     together.save_model()
-    torch.distributed.destroy_process_group()  # else the interpreter may abort while it ends
+    leave_process_group()
